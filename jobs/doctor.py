@@ -1,0 +1,36 @@
+"""Check a cluster YAML and a job's config without starting anything; exit code 2 on a problem."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_ray.cli import EXIT_USER_ERROR, fail
+from llava_ray.cluster.doctor import examine
+from llava_ray.config import load_config
+from llava_ray.errors import LlavaRayError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cluster", type=Path, help="YAML such as cluster/aws.yaml")
+    parser.add_argument("--config", type=Path, help="the job's config")
+    parser.add_argument("--working-dir", type=Path, default=Path.cwd())
+    parser.add_argument("--runtime-env", type=Path, default=Path("jobs/runtime_env.yaml"))
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_args(argv)
+    try:
+        config = load_config(args.config, args.overrides)
+        findings = examine(args.cluster, config, args.working_dir.absolute(), args.runtime_env)
+    except LlavaRayError as error:
+        fail(error)
+        raise AssertionError from error
+    for finding in findings:
+        print(f"{'ok ' if not finding.problems else 'BAD'} {finding.check}")
+        for problem in finding.problems:
+            print(f"      {problem}")
+    return EXIT_USER_ERROR if any(finding.problems for finding in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""Train the embedded model from scratch on generated scene text, in runs that resume."""
+
+import argparse
+import sys
+from pathlib import Path
+
+# The folder above, so that a machine without the package installed can run this file.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from llava_ray.errors import LlavaRayError
+from llava_ray.tiny.pretrain_job import ACTIONS, parse_settings
+
+
+def main() -> None:
+    """Parse, run one action, print what it left."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("action", choices=sorted(ACTIONS))
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    try:
+        print(ACTIONS[args.action](parse_settings(args.settings)))
+    except LlavaRayError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Measure every variant in a process of its own: size, memory, speed, fidelity and captions."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llava_ray.artifacts import (
+    ArtifactStore,
+    DatasetRecord,
+    ReferenceScores,
+    Scorecard,
+    Variant,
+    VariantFailure,
+)
+from llava_ray.config import RunConfig
+from llava_ray.errors import LlavaRayError, VariantError
+
+if TYPE_CHECKING:
+    from llava_ray.benchmark.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    config: RunConfig, variants: Sequence[Variant | VariantFailure], dataset: DatasetRecord
+) -> list[Scorecard | VariantFailure]:
+    """Return a scorecard or the reason for its lack per variant, in the order given.
+
+    Finished scorecards are found, not measured again. Raises VariantError when the baseline,
+    against which the others are measured, cannot be scored itself.
+    """
+    import ray
+
+    from llava_ray.benchmark.measure import scorecard_id
+    from llava_ray.benchmark.plan import check_dataset, make_plan
+
+    check_dataset(dataset)
+    baseline = find_baseline(config, variants)
+    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    plan = make_plan(config, cluster)
+    store = ArtifactStore(config.storage.uri)
+    results: dict[str, Scorecard | VariantFailure] = {}
+    missing: list[Variant] = []
+    for variant in variants:
+        if isinstance(variant, VariantFailure):
+            results[variant.slug] = variant
+        elif card := store.find(Scorecard, scorecard_id(plan, variant, baseline, dataset)):
+            results[variant.slug] = card
+        else:
+            missing.append(variant)
+    if missing:
+        reference = _reference(plan, baseline, dataset)
+        results.update(_measure_all(plan, missing, baseline, dataset, reference))
+    return [results[variant.slug] for variant in variants]
+
+
+def find_baseline(config: RunConfig, variants: Sequence[Variant | VariantFailure]) -> Variant:
+    """Return the variant that fidelity is measured against.
+
+    Raises VariantError where it is missing or failed.
+    """
+    slug = config.benchmark.baseline
+    for variant in variants:
+        if variant.slug != slug:
+            continue
+        if isinstance(variant, VariantFailure):
+            raise VariantError(f"baseline {slug!r} failed, so nothing compares: {variant.reason}")
+        return variant
+    raise VariantError(f"baseline {slug!r} is not among the variants: add it to quantize.variants")
+
+
+def _reference(plan: "Plan", baseline: Variant, dataset: DatasetRecord) -> ReferenceScores:
+    """Find or make the baseline's log probabilities."""
+    import ray
+
+    from llava_ray.benchmark.measure import score_baseline
+    from llava_ray.benchmark.reference import reference_id
+
+    store = ArtifactStore(plan.storage_uri)
+    found = store.find(ReferenceScores, reference_id(plan, baseline, dataset))
+    if found is not None:
+        return found
+    task = _in_own_process(score_baseline, plan, baseline.slug)
+    try:
+        record: ReferenceScores = ray.get(task.remote(plan, baseline, dataset))
+    except ray.exceptions.RayError as error:
+        reason = _one_line(error)
+        raise VariantError(
+            f"baseline {baseline.slug!r} cannot be scored, so nothing compares: {reason}"
+        ) from error
+    return record
+
+
+def _measure_all(
+    plan: "Plan",
+    missing: Sequence[Variant],
+    baseline: Variant,
+    dataset: DatasetRecord,
+    reference: ReferenceScores,
+) -> dict[str, Scorecard | VariantFailure]:
+    """Measure at most `max_parallel` variants at a time; a failure stays with its variant."""
+    import ray
+
+    from llava_ray.benchmark.measure import measure
+
+    start, waiting = time.monotonic(), list(missing)
+    running: dict[Any, Variant] = {}
+    results: dict[str, Scorecard | VariantFailure] = {}
+    while waiting or running:
+        while waiting and len(running) < plan.config.max_parallel:
+            variant = waiting.pop(0)
+            task = _in_own_process(measure, plan, variant.slug)
+            running[task.remote(plan, variant, baseline, dataset, reference)] = variant
+        ready, _ = ray.wait(list(running), num_returns=1)
+        slug = running.pop(ready[0]).slug
+        results[slug] = _result(ready[0], slug)
+        took = time.monotonic() - start
+        logger.info(
+            "benchmark: %d of %d measured, last %s; %.0f s so far, about %.0f s left",
+            len(results), len(missing), slug, took,
+            took / len(results) * (len(missing) - len(results)),
+        )  # fmt: skip
+    return results
+
+
+def _result(task: Any, slug: str) -> Scorecard | VariantFailure:
+    import ray
+
+    try:
+        card: Scorecard = ray.get(task)
+    except ray.exceptions.RayError as error:
+        # The trace stays in the log; the table has room for a line.
+        logger.warning("%s: not measured", slug, exc_info=error)
+        return VariantFailure(slug=slug, reason=f"benchmark: {_one_line(error)}")
+    return card
+
+
+def _in_own_process(function: Callable[..., Any], plan: "Plan", slug: str) -> Any:
+    """Make a task whose process runs nothing before it and nothing after it.
+
+    Its peak memory is then that of the one variant; the environment variable keeps Ray from
+    taking a process that has served other tasks.
+    """
+    import ray
+
+    make: Any = ray.remote(
+        num_cpus=plan.num_cpus,
+        num_gpus=plan.num_gpus,
+        max_calls=1,
+        max_retries=1,
+        runtime_env={"env_vars": {"LLAVA_RAY_MEASURED": slug}},
+    )
+    return make(function).options(name=f"{function.__name__} {slug}")
+
+
+def _one_line(error: Exception) -> str:
+    cause = getattr(error, "cause", None) or error
+    text = " ".join(str(cause).split())
+    return text if isinstance(cause, LlavaRayError) else f"{type(cause).__name__}: {text}"

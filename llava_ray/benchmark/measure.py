@@ -1,0 +1,245 @@
+"""The work inside a worker process: open one variant and measure it."""
+
+import importlib.metadata
+import json
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_ray.artifacts import (
+    ArtifactStore,
+    DatasetRecord,
+    Generation,
+    ReferenceScores,
+    Scorecard,
+    Spread,
+    Variant,
+    artifact_id,
+    local_folder,
+)
+from llava_ray.benchmark.captions import caption_scores
+from llava_ray.benchmark.fidelity import SampleFidelity, compare, summarize
+from llava_ray.benchmark.plan import Plan, held_out
+from llava_ray.benchmark.reference import (
+    longest_sample,
+    read_reference,
+    reference_id,
+    write_reference,
+)
+from llava_ray.benchmark.timing import PeakMemory, copy_bytes_per_s, spread, time_generation
+from llava_ray.conversation import Sample
+from llava_ray.errors import VariantError
+from llava_ray.images import open_image
+from llava_ray.models import vision_shape
+from llava_ray.serving.engine import Engine, Prompt
+from llava_ray.serving.generate import generate_text
+from llava_ray.serving.prompts import make_prompt
+from llava_ray.serving.sampling import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+FIDELITY_FILE = "fidelity.json"
+PACKAGES = {
+    "none": (),
+    "bnb": ("bitsandbytes",),
+    "hqq": ("hqq",),
+    "gguf": ("llama-cpp-python",),
+    "awq": (),
+}
+
+
+def scorecard_id(plan: Plan, variant: Variant, baseline: Variant, dataset: DatasetRecord) -> str:
+    """Return the id of a variant's scorecard."""
+    parents = _parents(plan, variant, baseline, dataset)
+    return artifact_id(Scorecard.kind, plan.settings(), parents)
+
+
+def score_baseline(plan: Plan, baseline: Variant, dataset: DatasetRecord) -> ReferenceScores:
+    """Store the baseline's log probabilities of the held-out captions."""
+    _set_threads(plan)
+    folder = local_folder(baseline)
+    engine = _open(plan, baseline, folder, _context(plan, folder, dataset))
+    try:
+        return write_reference(engine, plan, baseline, dataset, device_name(plan.device))
+    finally:
+        engine.close()
+
+
+def measure(
+    plan: Plan,
+    variant: Variant,
+    baseline: Variant,
+    dataset: DatasetRecord,
+    reference: ReferenceScores,
+) -> Scorecard:
+    """Measure one variant in this process, whose memory should be that of the engine alone."""
+    _set_threads(plan)
+    with ArtifactStore(plan.storage_uri).build(
+        Scorecard,
+        scorecard_id(plan, variant, baseline, dataset),
+        settings=plan.settings(),
+        parents=_parents(plan, variant, baseline, dataset),
+    ) as build:
+        context = _context(plan, local_folder(baseline), dataset)
+        fields, samples = _open_and_measure(plan, variant, dataset, reference, context)
+        rows = [sample.model_dump() for sample in samples]
+        (build.folder / FIDELITY_FILE).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        return build.finish(
+            Scorecard,
+            device=device_name(plan.device),
+            slug=variant.slug,
+            variant_uri=variant.uri,
+            dataset_uri=dataset.uri,
+            versions=_versions(variant.method),
+            variant_bytes=variant.size_bytes,
+            copy_bytes_per_s=copy_bytes_per_s(plan.device),
+            **fields,
+        )
+
+
+def read_fidelity(card: Scorecard) -> list[SampleFidelity]:
+    """Return the sums per held-out sample that lie beside a scorecard."""
+    text = (local_folder(card) / FIDELITY_FILE).read_text(encoding="utf-8")
+    return [SampleFidelity.model_validate(row) for row in json.loads(text)]
+
+
+def _open_and_measure(
+    plan: Plan,
+    variant: Variant,
+    dataset: DatasetRecord,
+    reference: ReferenceScores,
+    context: int,
+) -> tuple[dict[str, Any], list[SampleFidelity]]:
+    folder = local_folder(variant)
+    memory = PeakMemory(plan.device)
+    start = time.perf_counter()
+    engine = _open(plan, variant, folder, context)
+    load_s = time.perf_counter() - start
+    logger.info("%s: opened in %.1f s", variant.slug, load_s)
+    try:
+        fields, samples = measure_engine(engine, plan, dataset, reference)
+        fields |= {
+            "load_s": load_s,
+            # Before anything else allocates: the bandwidth test's buffers are not the engine's.
+            "memory_bytes": memory.read(),
+            "weight_bytes": engine.weight_bytes(),
+        }
+    finally:
+        engine.close()
+    return fields, samples
+
+
+def measure_engine(
+    engine: Engine, plan: Plan, dataset: DatasetRecord, reference: ReferenceScores
+) -> tuple[dict[str, Any], list[SampleFidelity]]:
+    """Return a scorecard's fields of speed, fidelity and captions, and fidelity by sample."""
+    folder = local_folder(dataset)
+    captioned = held_out(folder, plan.config.caption_samples)
+    prefill_s, decode_rate = time_engine(engine, plan, _prompt(engine, plan, captioned[0], folder))
+    samples = score_fidelity(engine, reference)
+    generations = _generate(engine, plan, captioned, folder)
+    references, texts = [g.reference for g in generations], [g.text for g in generations]
+    fields = {
+        **dict(summarize(samples)),
+        "prefill_s": prefill_s,
+        "decode_tokens_per_s": decode_rate,
+        "scores": caption_scores(references, texts),
+        "generations": tuple(generations[: plan.config.shown_samples]),
+    }
+    return fields, samples
+
+
+def time_engine(engine: Engine, plan: Plan, prompt: Prompt) -> tuple[Spread, Spread]:
+    """Return seconds to the first token and decoded tokens per second, after the warm-up."""
+    tokens = plan.config.decode_tokens
+    for _ in range(plan.config.warmup):
+        time_generation(engine, prompt, tokens)
+    timed = [time_generation(engine, prompt, tokens) for _ in range(plan.config.repeats)]
+    return spread([prefill for prefill, _ in timed]), spread([rate for _, rate in timed])
+
+
+def score_fidelity(engine: Engine, reference: ReferenceScores) -> list[SampleFidelity]:
+    """Compare with the baseline on each stored sample.
+
+    Raises VariantError where the engine's vocabulary is not the baseline's.
+    """
+    import torch
+
+    samples = []
+    for stored in read_reference(reference):
+        logits = engine.score(stored.prompt, stored.continuation)
+        if logits.shape != stored.log_probs.shape:
+            raise VariantError(
+                f"scores of shape {tuple(logits.shape)} where the baseline has "
+                f"{tuple(stored.log_probs.shape)}: the vocabularies differ"
+            )
+        caption = torch.tensor(stored.continuation)
+        samples.append(compare(stored.log_probs, stored.top1, logits, caption))
+    return samples
+
+
+def device_name(device: str) -> str:
+    """Return the GPU's name, or the CPU's with the threads in use."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} CPU thread(s)"
+
+
+def _generate(
+    engine: Engine, plan: Plan, samples: Sequence[Sample], folder: Path
+) -> list[Generation]:
+    sampling = SamplingParams(max_tokens=plan.config.max_new_tokens)
+    generations = []
+    for sample in samples:
+        prompt = _prompt(engine, plan, sample, folder)
+        text = generate_text(engine, prompt, sampling).text.strip()
+        generations.append(Generation(image=sample.image, reference=sample.answer, text=text))
+    return generations
+
+
+def _prompt(engine: Engine, plan: Plan, sample: Sample, folder: Path) -> Prompt:
+    image = open_image(folder / "images" / sample.image, max_pixels=plan.max_image_pixels)
+    return make_prompt(engine, sample.question, [image], system=plan.system_prompt)
+
+
+def _open(plan: Plan, variant: Variant, folder: Path, context: int) -> Engine:
+    from llava_ray.quantize.registry import spec_for
+
+    spec = spec_for(variant.slug)
+    return spec.open_engine(folder, device=plan.device, slots=1, context=context)
+
+
+def _context(plan: Plan, baseline_folder: Path, dataset: DatasetRecord) -> int:
+    """Return the tokens that the longest sample and answer need, by the baseline's tokenizer."""
+    config = plan.config
+    samples = held_out(local_folder(dataset), max(config.fidelity_samples, config.caption_samples))
+    tokens_per_image = vision_shape(baseline_folder).tokens_per_image
+    longest = longest_sample(baseline_folder, samples, plan, tokens_per_image)
+    return longest + max(config.max_new_tokens, config.decode_tokens + 1)
+
+
+def _parents(
+    plan: Plan, variant: Variant, baseline: Variant, dataset: DatasetRecord
+) -> tuple[str, ...]:
+    return (variant.id, dataset.id, reference_id(plan, baseline, dataset))
+
+
+def _set_threads(plan: Plan) -> None:
+    import torch
+
+    if plan.device == "cpu":
+        torch.set_num_threads(max(1, int(plan.num_cpus)))
+
+
+def _versions(method: str) -> dict[str, str]:
+    names = ("torch", "transformers", *PACKAGES.get(method, ()))
+    return {name: importlib.metadata.version(name) for name in names}

@@ -1,0 +1,141 @@
+"""The baseline's log probabilities, computed once and read by every variant's measurement.
+
+Half precision is enough: normalized again, a stored row is within about 1e-6 nats of the original.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llava_ray.artifacts import (
+    ArtifactStore,
+    DatasetRecord,
+    ReferenceScores,
+    Variant,
+    artifact_id,
+    local_folder,
+)
+from llava_ray.benchmark.plan import Plan, held_out
+from llava_ray.conversation import Sample, encode_sample
+from llava_ray.errors import DataError
+from llava_ray.images import open_image, square_pixels
+from llava_ray.serving.engine import Engine, Prompt
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceSample:
+    """One sample's prompt, its caption's tokens and the baseline's view of them."""
+
+    prompt: Prompt
+    continuation: tuple[int, ...]
+    """Ends with the end-of-sequence token unless the sample was cut."""
+    log_probs: "torch.Tensor"
+    """float16 [len(continuation), vocab]."""
+    top1: "torch.Tensor"
+    """The likeliest tokens before rounding, int64 [len(continuation)]."""
+
+
+def reference_id(plan: Plan, baseline: Variant, dataset: DatasetRecord) -> str:
+    """Return the artifact's id."""
+    parents = (baseline.id, dataset.id)
+    return artifact_id(ReferenceScores.kind, plan.reference_settings(), parents)
+
+
+def encode(
+    tokenizer: object, sample: Sample, plan: Plan, *, tokens_per_image: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids of the prompt and of the caption.
+
+    Raises DataError where no token of the caption fits into `max_length`.
+    """
+    ids, labels = encode_sample(
+        tokenizer,
+        sample,
+        tokens_per_image=tokens_per_image,
+        max_length=plan.max_length,
+        system=plan.system_prompt,
+    )
+    start = next((i for i, label in enumerate(labels) if label >= 0), len(ids))
+    if start == len(ids):
+        raise DataError(
+            f"sample {sample.id}: its prompt fills train.max_length={plan.max_length} tokens"
+        )
+    return tuple(ids[:start]), tuple(ids[start:])
+
+
+def longest_sample(folder: Path, samples: list[Sample], plan: Plan, tokens_per_image: int) -> int:
+    """Return the context that the samples need, by the tokenizer in a variant's folder."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return max(
+        len(prompt) + len(caption)
+        for prompt, caption in (
+            encode(tokenizer, sample, plan, tokens_per_image=tokens_per_image) for sample in samples
+        )
+    )
+
+
+def write_reference(
+    engine: Engine, plan: Plan, baseline: Variant, dataset: DatasetRecord, device: str
+) -> ReferenceScores:
+    """Score the held-out captions with the baseline and store everything a variant needs."""
+    settings, parents = plan.reference_settings(), (baseline.id, dataset.id)
+    source = local_folder(dataset)
+    samples = held_out(source, plan.config.fidelity_samples)
+    store, tokens = ArtifactStore(plan.storage_uri), 0
+    name = reference_id(plan, baseline, dataset)
+    with store.build(ReferenceScores, name, settings=settings, parents=parents) as build:
+        for index, sample in enumerate(samples):
+            logger.info("%s: baseline scores sample %d of %d", name, index + 1, len(samples))
+            tokens += _write_sample(
+                engine, sample, plan, source / "images", build.folder / f"{index:06d}.safetensors"
+            )
+        return build.finish(
+            ReferenceScores, device=device, num_samples=len(samples), num_tokens=tokens
+        )
+
+
+def _write_sample(engine: Engine, sample: Sample, plan: Plan, images: Path, path: Path) -> int:
+    import torch
+    from safetensors.torch import save_file
+
+    prompt_ids, continuation = encode(
+        engine.tokenizer, sample, plan, tokens_per_image=engine.tokens_per_image
+    )
+    image = open_image(images / sample.image, max_pixels=plan.max_image_pixels)
+    prompt = Prompt(prompt_ids, (square_pixels(image, engine.image_size),))
+    log_probs = torch.log_softmax(engine.score(prompt, continuation).float(), dim=-1)
+    save_file(
+        {
+            "log_probs": log_probs.half(),
+            "top1": log_probs.argmax(dim=-1),
+            "prompt_ids": torch.tensor(prompt_ids),
+            "continuation": torch.tensor(continuation),
+            "pixels": torch.tensor(prompt.images[0]),
+        },
+        path,
+    )
+    return len(continuation)
+
+
+def read_reference(record: ReferenceScores) -> Iterator[ReferenceSample]:
+    """Yield the samples one by one, in the order of the held-out split."""
+    from safetensors.torch import load_file
+
+    folder = local_folder(record)
+    for name in sorted(record.files):
+        tensors = load_file(folder / name)
+        yield ReferenceSample(
+            prompt=Prompt(tuple(tensors["prompt_ids"].tolist()), (tensors["pixels"].numpy(),)),
+            continuation=tuple(tensors["continuation"].tolist()),
+            log_probs=tensors["log_probs"],
+            top1=tensors["top1"],
+        )

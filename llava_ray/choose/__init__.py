@@ -1,0 +1,54 @@
+"""Choose the variant to serve, and write the report beside the choice."""
+
+from collections.abc import Sequence
+
+from llava_ray.artifacts import (
+    ArtifactStore,
+    ChosenVariant,
+    Scorecard,
+    VariantFailure,
+    artifact_id,
+)
+from llava_ray.choose.decision import Limits, decide
+from llava_ray.config import RunConfig
+
+
+def run(
+    config: RunConfig, scorecards: Sequence[Scorecard], failures: Sequence[VariantFailure]
+) -> ChosenVariant:
+    """Return the winner's record; report.html, report.md and cards/ lie in its folder.
+
+    Raises ConfigError with every variant's reason when none keeps the limits.
+    """
+    from llava_ray.report import Findings, write_report
+
+    decision = decide(scorecards, failures, Limits(config.benchmark.baseline, config.choose))
+    store = ArtifactStore(config.storage.uri)
+    settings = {
+        **config.choose.model_dump(mode="json"),
+        "baseline": config.benchmark.baseline,
+        "failures": {failure.slug: failure.reason for failure in failures},
+    }
+    parents = tuple(sorted(card.id for card in scorecards))
+    name = artifact_id(ChosenVariant.kind, settings, parents)
+    found = store.find(ChosenVariant, name)
+    if found is not None:
+        return found
+    with store.build(ChosenVariant, name, settings=settings, parents=parents) as build:
+        findings = Findings(
+            config=config,
+            scorecards=tuple(scorecards),
+            failures=tuple(failures),
+            winner=decision.winner.slug,
+            reasons=decision.reasons,
+            against=decision.against,
+        )
+        write_report(build.folder, findings)
+        return build.finish(
+            ChosenVariant,
+            device=decision.winner.device,
+            slug=decision.winner.slug,
+            variant_uri=decision.winner.variant_uri,
+            reasons=decision.reasons,
+            against=decision.against,
+        )

@@ -1,0 +1,218 @@
+"""Find what would go wrong with a cluster YAML and a job on it, without starting anything."""
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llava_ray import __version__
+from llava_ray.cluster.demand import Demand, demands_of
+from llava_ray.cluster.groups import Cluster, NodeGroup, read_groups, strings_of
+from llava_ray.cluster.local import WORKER_PORTS
+from llava_ray.config import RunConfig
+from llava_ray.errors import ConfigError
+
+WORKING_DIR_LIMIT_BYTES = 100 * 2**20
+"""Ray uploads larger folders too, but each node downloads them before a job starts."""
+
+_PLACEHOLDER = re.compile(
+    r"\b(PROJECT|BUCKET|REGISTRY|VARIANT)\b|OWNER/NAME|203\.0\.113\.\d+", re.ASCII
+)
+_OPEN = ("0.0.0.0/0", "::/0")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check; `problems` is empty where all is well."""
+
+    check: str
+    problems: tuple[str, ...]
+
+
+def examine(path: Path, config: RunConfig, working_dir: Path, runtime_env: Path) -> list[Finding]:
+    """Run all checks.
+
+    Raises ConfigError for a YAML that Ray's own schema refuses.
+    """
+    cluster = read_groups(path)
+    demands = demands_of(config, gpu=any(group.gpus for group in cluster.workers))
+    checks: dict[str, Callable[[], Iterator[str]]] = {
+        "authentication": lambda: _authentication(cluster),
+        "open ports": lambda: _open_ports(cluster),
+        "versions": lambda: _versions(cluster),
+        "driver": lambda: _driver(cluster),
+        "spot fallback": lambda: _spot_fallback(cluster),
+        "capacity": lambda: _capacity(cluster, demands),
+        "storage": lambda: _storage(cluster, config),
+        "working_dir": lambda: _working_dir(working_dir, runtime_env),
+        "placeholders": lambda: _placeholders(cluster, config),
+    }
+    return [Finding(name, tuple(check())) for name, check in checks.items()]
+
+
+def _authentication(cluster: Cluster) -> Iterator[str]:
+    if cluster.kuberay:
+        mode = (cluster.spec.get("authOptions") or {}).get("mode")
+        if mode != "token":
+            yield f"authOptions.mode is {mode!r}: set it to token"
+        return
+    for command in _start_commands(cluster.tree):
+        if "RAY_AUTH_MODE=token" not in command:
+            yield f"{_shorten(command)!r}: put RAY_AUTH_MODE=token before 'ray start'"
+    mounts = cluster.tree.get("file_mounts") or {}
+    if cluster.workers and not any(path.endswith(".ray/auth_token") for path in mounts):
+        yield "file_mounts has no .ray/auth_token: nodes would not know the token"
+
+
+def _open_ports(cluster: Cluster) -> Iterator[str]:
+    if cluster.kuberay:
+        head = cluster.spec["headGroupSpec"]
+        kind = head.get("serviceType", "ClusterIP")
+        if kind != "ClusterIP":
+            yield f"headGroupSpec.serviceType {kind} opens the job API: use ClusterIP"
+        if head.get("enableIngress"):
+            yield "headGroupSpec.enableIngress opens the job API: leave it out"
+        return
+    for command in _start_commands(cluster.tree):
+        host = re.search(r"--dashboard-host[= ](\S+)", command)
+        if host and host[1] not in ("127.0.0.1", "localhost", "::1"):
+            yield f"--dashboard-host={host[1]}: use 127.0.0.1 and 'ray dashboard' (ssh)"
+        for port in re.findall(r"--(?:dashboard-)?port[= ](\d+)", command):
+            if int(port) in WORKER_PORTS:
+                yield f"port {port}: Ray's workers use 10002-19999"
+    yield from _open_to_all(cluster.tree["provider"])
+
+
+def _open_to_all(provider: dict[str, Any]) -> Iterator[str]:
+    if provider["type"] != "aws":
+        return
+    rules = (provider.get("security_group") or {}).get("IpPermissions")
+    if rules is None:
+        yield "provider.security_group is missing: Ray would open port 22 to all addresses"
+    for rule in rules or []:
+        ranges = [r.get("CidrIp") for r in rule.get("IpRanges", [])]
+        ranges += [r.get("CidrIpv6") for r in rule.get("Ipv6Ranges", [])]
+        for cidr in ranges:
+            if cidr in _OPEN:
+                yield f"security_group: port {rule.get('FromPort', 'any')} is open to {cidr}"
+
+
+def _versions(cluster: Cluster) -> Iterator[str]:
+    import ray
+
+    for text in strings_of(cluster.tree):
+        for name, wanted in (("rayproject/ray", ray.__version__), ("llava-ray", __version__)):
+            image = re.fullmatch(rf"(?:\S+/)?{re.escape(name)}:(\S+)", text)
+            if image and image[1].partition("-")[0] != wanted:
+                yield f"image {text}: this environment has {name.rpartition('/')[2]} {wanted}"
+    if cluster.kuberay and cluster.spec.get("rayVersion") != ray.__version__:
+        yield f"rayVersion {cluster.spec.get('rayVersion')!r}: this environment has " + (
+            ray.__version__
+        )
+
+
+def _driver(cluster: Cluster) -> Iterator[str]:
+    if cluster.head is not None and cluster.head.spot:
+        yield "the head is on spot: the job's driver would vanish with it"
+    if cluster.workers and cluster.head is not None and cluster.head.cpus:
+        yield f"the head offers {cluster.head.cpus:g} CPUs: tasks would crowd the driver, offer 0"
+
+
+def _spot_fallback(cluster: Cluster) -> Iterator[str]:
+    for group in cluster.workers:
+        if group.spot and not any(_is_fallback(group, other) for other in cluster.workers):
+            yield f"{group.name}: no group on demand with the same resources and a lower priority"
+
+
+def _is_fallback(spot: NodeGroup, other: NodeGroup) -> bool:
+    return (
+        not other.spot
+        and other.priority < spot.priority
+        and other.max_count > 0
+        and (other.cpus, other.gpus) >= (spot.cpus, spot.gpus)
+    )
+
+
+def _capacity(cluster: Cluster, demands: list[Demand]) -> Iterator[str]:
+    if cluster.head is None:
+        return  # Known only once Ray runs there.
+    for demand in demands:
+        fitting = [group for group in cluster.workers if demand.per_node(group) > 0]
+        if not fitting:
+            yield (
+                f"{demand.what} asks for {demand.describe()}: no node group has that "
+                f"({', '.join(map(_describe, cluster.workers)) or 'no workers'})"
+            )
+            continue
+        # Groups on spot and their fallback stand for the same nodes.
+        room = max(demand.per_node(group) * group.max_count for group in fitting)
+        if room < demand.count:
+            asked = f"{demand.count} times {demand.describe()}"
+            yield f"{demand.what} asks for {asked}: room for {room}"
+
+
+def _storage(cluster: Cluster, config: RunConfig) -> Iterator[str]:
+    uri = config.storage.uri
+    if cluster.workers and "://" not in uri:
+        yield f"storage.uri {uri!r} is a path that nodes do not share: use s3:// or gs://"
+
+
+def _working_dir(folder: Path, runtime_env: Path) -> Iterator[str]:
+    size, largest = working_dir_size(folder, runtime_env)
+    if size > WORKING_DIR_LIMIT_BYTES:
+        named = ", ".join(f"{path} {bytes_ / 2**20:.0f} MiB" for bytes_, path in largest)
+        yield (
+            f"{folder} is {size / 2**20:.0f} MiB, above {WORKING_DIR_LIMIT_BYTES / 2**20:.0f}: "
+            f"add to excludes in {runtime_env} ({named})"
+        )
+
+
+def working_dir_size(folder: Path, runtime_env: Path) -> tuple[int, list[tuple[int, str]]]:
+    """Return the bytes that would travel with a job, and the largest entries.
+
+    Raises ConfigError when the runtime_env cannot be read.
+    """
+    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
+
+    try:
+        excludes = (yaml.safe_load(runtime_env.read_text("utf-8")) or {}).get("excludes", [])
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise ConfigError(f"{runtime_env}: no runtime_env YAML ({error})") from error
+    sizes: dict[str, int] = {}
+
+    def add(path: Path) -> None:
+        if path.is_file():
+            top = path.relative_to(folder).parts[0]
+            sizes[top] = sizes.get(top, 0) + path.stat().st_size
+
+    # Ray's own walk, so that .gitignore and excludes count as they will.
+    quiet = logging.getLogger(f"{__name__}.walk")
+    quiet.setLevel(logging.WARNING)
+    excluded = [_get_excludes(folder, excludes)]
+    _dir_travel(folder, excluded, add, include_gitignore=True, logger=quiet)
+    largest = sorted(((size, name) for name, size in sizes.items()), reverse=True)[:3]
+    return sum(sizes.values()), largest
+
+
+def _placeholders(cluster: Cluster, config: RunConfig) -> Iterator[str]:
+    texts = [*strings_of(cluster.tree), config.storage.uri, config.data.source]
+    found = dict.fromkeys(match[0] for text in texts for match in _PLACEHOLDER.finditer(text))
+    if found:
+        yield f"replace {', '.join(found)}"
+
+
+def _start_commands(tree: dict[str, Any]) -> list[str]:
+    keys = ("head_start_ray_commands", "worker_start_ray_commands")
+    return [c for key in keys for c in tree.get(key) or [] if "ray start" in c]
+
+
+def _describe(group: NodeGroup) -> str:
+    return f"{group.name}: {group.cpus:g} CPUs, {group.gpus:g} GPUs"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,161 @@
+"""Node groups of a cluster YAML: what a node of each has, how many there can be, on what market."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llava_ray.cluster.schema import read_cluster
+from llava_ray.errors import ConfigError
+
+Tree = dict[str, Any]
+
+_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 1e3, "M": 1e6, "G": 1e9}
+
+
+@dataclass(frozen=True)
+class NodeGroup:
+    """Nodes of one kind."""
+
+    name: str
+    cpus: float
+    gpus: float
+    memory_bytes: float
+    min_count: int
+    max_count: int
+    priority: int
+    spot: bool
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster YAML, of Ray's launcher or of KubeRay."""
+
+    path: Path
+    tree: Tree
+    kuberay: bool
+    head: NodeGroup | None
+    """None where Ray finds out by itself what the head has (provider local)."""
+    workers: tuple[NodeGroup, ...]
+    max_workers: int
+
+    @property
+    def spec(self) -> Tree:
+        """The RayCluster's spec, for KubeRay."""
+        return ray_cluster_spec(self.tree)
+
+
+def read_groups(path: Path) -> Cluster:
+    """Read the node groups of a cluster YAML.
+
+    Raises ConfigError for a file that is neither Ray's launcher's nor KubeRay's.
+    """
+    tree = _read_manifest(path)
+    if tree is not None:
+        groups = [_pod_group(group) for group in ray_cluster_spec(tree)["workerGroupSpecs"]]
+        head = _pod_group({"groupName": "head", **ray_cluster_spec(tree)["headGroupSpec"]})
+        total = sum(group.max_count for group in groups)
+        return Cluster(path, tree, True, head, tuple(groups), total)
+    tree = read_cluster(path)
+    if tree["provider"]["type"] == "local":
+        return Cluster(path, tree, False, None, (), int(tree.get("max_workers", 0)))
+    types = tree.get("available_node_types") or {}
+    head_name = str(tree.get("head_node_type"))
+    if head_name not in types:
+        raise ConfigError(
+            f"{path}: head_node_type {head_name!r} is not among {', '.join(types) or 'no types'}"
+        )
+    max_workers = int(tree.get("max_workers", 0))
+    groups = [
+        _node_group(name, node, max_workers) for name, node in types.items() if name != head_name
+    ]
+    head = _node_group(head_name, types[head_name], 1)
+    return Cluster(path, tree, False, head, tuple(groups), max_workers)
+
+
+def ray_cluster_spec(tree: Tree) -> Tree:
+    """Return the RayCluster spec inside a RayCluster, RayJob or RayService."""
+    spec = tree["spec"]
+    inner = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}.get(tree["kind"])
+    return dict(spec[inner] if inner else spec)
+
+
+def _read_manifest(path: Path) -> Tree | None:
+    """Return the ray.io object of a Kubernetes manifest, None for another YAML."""
+    try:
+        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"no cluster YAML at {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    objects = [d for d in documents if isinstance(d, dict) and "apiVersion" in d]
+    if not objects:
+        return None
+    for tree in objects:
+        if str(tree["apiVersion"]).startswith("ray.io/"):
+            return tree
+    raise ConfigError(f"{path}: Kubernetes objects, but none of ray.io")
+
+
+def _node_group(name: str, node: Tree, max_workers: int) -> NodeGroup:
+    resources = node.get("resources") or {}
+    return NodeGroup(
+        name=name,
+        cpus=resources.get("CPU", 0),
+        gpus=resources.get("GPU", 0),
+        memory_bytes=resources.get("memory", 0),
+        min_count=node.get("min_workers", 0),
+        max_count=min(node.get("max_workers", max_workers), max_workers),
+        priority=node.get("priority", 0),
+        spot=_is_spot_instance(node.get("node_config") or {}),
+    )
+
+
+def _is_spot_instance(config: Tree) -> bool:
+    scheduling = config.get("scheduling") or []
+    parts = scheduling if isinstance(scheduling, list) else [scheduling]
+    return (config.get("InstanceMarketOptions") or {}).get("MarketType") == "spot" or any(
+        part.get("preemptible") or part.get("provisioningModel") == "SPOT" for part in parts
+    )
+
+
+def _pod_group(group: Tree) -> NodeGroup:
+    pod = group["template"]["spec"]
+    limits = (pod["containers"][0].get("resources") or {}).get("limits") or {}
+    given = (group.get("rayStartParams") or {}).get("num-cpus")
+    selector = pod.get("nodeSelector") or {}
+    return NodeGroup(
+        name=group["groupName"],
+        cpus=quantity(limits.get("cpu", 0)) if given is None else float(given),
+        gpus=quantity(limits.get("nvidia.com/gpu", 0)),
+        memory_bytes=quantity(limits.get("memory", 0)),
+        min_count=group.get("minReplicas", 1),
+        max_count=group.get("maxReplicas", 1),
+        priority=group.get("priority", 0),
+        spot=any("spot" in f"{key}={value}".lower() for key, value in selector.items()),
+    )
+
+
+def quantity(value: str | float) -> float:
+    """Read a Kubernetes quantity such as 140Gi or 250m."""
+    text = str(value)
+    if text.endswith("m"):
+        return float(text[:-1]) / 1000
+    for unit, factor in _UNITS.items():
+        if text.endswith(unit):
+            return float(text[: -len(unit)]) * factor
+    return float(text)
+
+
+def strings_of(node: Any) -> Iterator[str]:
+    """Yield every string inside a tree."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, dict):
+        for value in node.values():
+            yield from strings_of(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from strings_of(value)

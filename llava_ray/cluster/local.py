@@ -1,0 +1,284 @@
+"""Start, find and stop the head of a cluster YAML on this machine, without ssh.
+
+Surprising: `ray stop` ends every Ray of the user. Here each head's processes carry an id in their
+environment, and only those are stopped.
+"""
+
+import json
+import logging
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_ray.cluster.schema import read_cluster
+from llava_ray.errors import ConfigError, ResourceError
+from llava_ray.storage import cache_folder, disk_errors
+
+if TYPE_CHECKING:
+    import psutil
+
+logger = logging.getLogger(__name__)
+
+MARK = "LLAVA_RAY_CLUSTER_ID"
+WORKER_PORTS = range(10002, 20000)
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 5.0
+
+_VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
+_PORT_OPTION = re.compile(r"--(port|dashboard-port|ray-client-server-port)[= ](\S+)")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head that was started on this machine."""
+
+    cluster_id: str
+    address: str
+    """host:port for ray.init."""
+    dashboard: str
+    """URL for `ray job submit`."""
+    token_path: str
+    log_path: str
+
+    def environment(self) -> dict[str, str]:
+        """Return what a client's environment needs."""
+        return {
+            "RAY_ADDRESS": self.address,
+            "RAY_API_SERVER_ADDRESS": self.dashboard,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": self.token_path,
+        }
+
+
+def up(path: Path) -> Head:
+    """Run the YAML's head_start_ray_commands, or return the head that already runs.
+
+    Raises ConfigError for a YAML that is not for this machine, ResourceError when a port is in use
+    or the head does not start.
+    """
+    tree = read_cluster(path)
+    commands = _commands(path, tree)
+    found = running(path)
+    if found:
+        return found
+    ports = _check_ports(commands)
+    folder = _folder(tree)
+    with disk_errors(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        head = Head(
+            cluster_id=secrets.token_hex(8),
+            address=f"{tree['provider']['head_ip']}:{ports['port']}",
+            dashboard=f"http://{tree['provider']['head_ip']}:{ports['dashboard-port']}",
+            token_path=str(_token(folder)),
+            log_path=str(folder / "head.log"),
+        )
+        try:
+            _start(head, commands)
+        except BaseException:
+            _stop(head)
+            raise
+        (folder / "head.json").write_text(json.dumps(asdict(head), indent=1), encoding="utf-8")
+    return head
+
+
+def down(path: Path) -> int:
+    """Stop the head of a YAML with all it started; return how many processes that were."""
+    tree = read_cluster(path)
+    head = _remembered(tree)
+    if head is None:
+        return 0
+    stopped = _stop(head)
+    (_folder(tree) / "head.json").unlink(missing_ok=True)
+    return stopped
+
+
+def running(path: Path) -> Head | None:
+    """Return the head of a YAML if it runs and answers."""
+    head = _remembered(read_cluster(path))
+    if head is None or not processes_of(head.cluster_id):
+        return None
+    return head if _answer(head) == 200 else None
+
+
+def processes_of(cluster_id: str) -> list["psutil.Process"]:
+    """Return the live processes that a head started, itself included."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        try:
+            alive = process.status() != psutil.STATUS_ZOMBIE
+            if alive and process.environ().get(MARK) == cluster_id:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def exit_code_of_job(job: str) -> int:
+    """Return the exit code of a finished job's driver; 1 where Ray recorded none."""
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        info = JobSubmissionClient().get_job_info(job)
+    except (RuntimeError, ConnectionError) as error:
+        raise ResourceError(f"job {job!r}: {str(error).splitlines()[0]}") from error
+    return 1 if info.driver_exit_code is None else int(info.driver_exit_code)
+
+
+def _commands(path: Path, tree: dict[str, Any]) -> list[str]:
+    provider = tree["provider"]
+    if provider["type"] != "local" or provider.get("head_ip") not in ("127.0.0.1", "localhost"):
+        raise ConfigError(
+            f"{path}: provider is {provider['type']!r} with head_ip {provider.get('head_ip')!r}; "
+            "this starts heads on 127.0.0.1 only, use 'ray up' for others"
+        )
+    commands = tree.get("head_start_ray_commands") or []
+    if not any("ray start" in command for command in commands):
+        raise ConfigError(f"{path}: head_start_ray_commands has no 'ray start'")
+    if any("ray stop" in command for command in commands):
+        raise ConfigError(f"{path}: 'ray stop' would end every Ray of this user; leave it out")
+    return list(commands)
+
+
+def _check_ports(commands: list[str]) -> dict[str, int]:
+    """Return the ports by option name, all of them free."""
+    ports = {"port": 6379, "dashboard-port": 8265, "ray-client-server-port": 10001}
+    variables: dict[str, str] = {}
+    for command in commands:
+        for option, text in _PORT_OPTION.findall(command):
+            variable = _VARIABLE.search(text)
+            variables[option] = variable[1] if variable else f"--{option}"
+            ports[option] = _port(variables[option], _expand(text))
+    for option, port in ports.items():
+        cure = f"set {variables.get(option, f'--{option}')} to a free one"
+        if port in WORKER_PORTS:
+            raise ConfigError(f"port {port}: Ray's workers use 10002-19999; {cure} outside of that")
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise ResourceError(
+                    f"port {port} is in use ({error.strerror}): {cure} outside 10002-19999, "
+                    "or stop what listens there"
+                ) from error
+    return ports
+
+
+def _port(name: str, text: str) -> int:
+    if not text.isdecimal() or not 1024 <= int(text) <= 65535:
+        raise ConfigError(f"{name}={text!r}: not a port between 1024 and 65535")
+    return int(text)
+
+
+def _expand(command: str) -> str:
+    return _VARIABLE.sub(lambda match: os.environ.get(match[1]) or match[2], command)
+
+
+def _start(head: Head, commands: list[str]) -> None:
+    environment = {**os.environ, **head.environment(), MARK: head.cluster_id}
+    # RAY_AUTH_TOKEN would win over the file; the addresses would make `ray start` join another.
+    for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        environment.pop(name, None)
+    # The `ray` beside this Python, whether or not its environment is activated.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    deadline = time.monotonic() + START_TIMEOUT_S
+    log = Path(head.log_path)
+    with log.open("wb") as stream:
+        for command in commands:
+            try:
+                done = subprocess.run(
+                    ["bash", "-c", _expand(command)],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    timeout=START_TIMEOUT_S,
+                )
+            except subprocess.TimeoutExpired as error:
+                raise _not_started(log, f"not done after {START_TIMEOUT_S:.0f} s") from error
+            if done.returncode:
+                raise _not_started(log, f"exit code {done.returncode}")
+    while (answer := _answer(head)) != 200:
+        if time.monotonic() > deadline:
+            raise _not_started(log, f"its job API answers {answer or 'nothing'}")
+        time.sleep(0.3)
+
+
+def _not_started(log: Path, reason: str) -> ResourceError:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    said = [line.strip() for line in lines if "rror" in line]
+    return ResourceError(
+        f"the Ray head did not start ({reason}): {said[-1] if said else 'see its log'}; log: {log}"
+    )
+
+
+def _answer(head: Head) -> int | None:
+    """Return the HTTP status of the head's job API asked with its token, None for no answer."""
+    try:
+        token = Path(head.token_path).read_text(encoding="utf-8").strip()
+        request = urllib.request.Request(
+            f"{head.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token}"}
+        )
+        # Without proxies: a proxy of the environment does not know this machine's loopback.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=5) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+def _stop(head: Head) -> int:
+    import psutil
+
+    stopped: set[int] = set()
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    # Again until none is left: a raylet may start a worker while it is being stopped.
+    while processes := processes_of(head.cluster_id):
+        kill = time.monotonic() > deadline
+        for process in processes:
+            stopped.add(process.pid)
+            try:
+                process.kill() if kill else process.terminate()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(processes, timeout=3)
+    return len(stopped)
+
+
+def _token(folder: Path) -> Path:
+    """Return the file with the cluster's token, made once and readable by its owner alone."""
+    path = folder / "auth_token"
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        path.chmod(0o600)
+        return path
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(secrets.token_hex(32))
+    return path
+
+
+def _folder(tree: dict[str, Any]) -> Path:
+    return cache_folder().expanduser().absolute() / "cluster" / str(tree["cluster_name"])
+
+
+def _remembered(tree: dict[str, Any]) -> Head | None:
+    path = _folder(tree) / "head.json"
+    try:
+        return Head(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None

@@ -1,0 +1,43 @@
+"""Read a cluster YAML and check it against the schema of the installed Ray."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llava_ray.errors import ConfigError
+
+
+def read_cluster(path: Path) -> dict[str, Any]:
+    """Return the tree of a Ray cluster YAML.
+
+    Raises ConfigError with every mistake when Ray's launcher would refuse it.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"no cluster YAML at {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    mistakes = schema_mistakes(tree)
+    if mistakes:
+        raise ConfigError(f"{path}: {'; '.join(mistakes)}")
+    return dict(tree)
+
+
+def schema_mistakes(tree: Any) -> list[str]:
+    """Return what Ray's own schema has against a cluster's tree."""
+    from jsonschema import Draft7Validator
+
+    errors = Draft7Validator(_ray_schema()).iter_errors(tree)
+    return [f"{'.'.join(map(str, error.path)) or 'the file'}: {error.message}" for error in errors]
+
+
+@cache
+def _ray_schema() -> dict[str, Any]:
+    import ray.autoscaler
+
+    path = Path(ray.autoscaler.__file__).parent / "ray-schema.json"
+    return dict(json.loads(path.read_text(encoding="utf-8")))

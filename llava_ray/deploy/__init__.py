@@ -1,0 +1,64 @@
+"""Serve the chosen variant: start or update the Serve application, and ask it one real question."""
+
+import json
+import os
+
+from llava_ray.artifacts import (
+    ArtifactStore,
+    ChosenVariant,
+    DeploymentRecord,
+    artifact_id,
+    local_folder,
+)
+from llava_ray.config import RunConfig
+from llava_ray.deploy.application import APP_NAME, Target, ensure_served
+from llava_ray.deploy.probe import MAX_TOKENS, ask, curl_command, probe_request
+
+
+def run(config: RunConfig, chosen: ChosenVariant) -> DeploymentRecord:
+    """Return the running endpoint, which outlives this job; one that runs already is reused.
+
+    Raises ResourceError when the port is taken or no replica fits the cluster, ConfigError when
+    the endpoint would be open to others without an API key.
+    """
+    store = ArtifactStore(config.storage.uri)
+    settings = {
+        **config.serve.model_dump(mode="json"),
+        "system_prompt": config.model.system_prompt,
+    }
+    name = artifact_id(DeploymentRecord.kind, settings, [chosen.id])
+    target = Target(config, chosen, store, deployment_id=name)
+    key = os.environ.get(config.serve.api_key_env)
+    found = store.find(DeploymentRecord, name)
+    if found is not None:
+        ensure_served(target)
+        request = (local_folder(found) / "request.json").read_bytes()
+        ask(found.url, request, key)
+        return found
+    with store.build(DeploymentRecord, name, settings=settings, parents=[chosen.id]) as build:
+        device = ensure_served(target)
+        request = probe_request(
+            store,
+            chosen,
+            target.model_name,
+            config.data.question,
+            max_tokens=min(MAX_TOKENS, config.serve.max_new_tokens),
+        )
+        (build.folder / "request.json").write_bytes(request)
+        answer = ask(target.url, request, key)
+        (build.folder / "answer.json").write_text(json.dumps(answer, indent=1), encoding="utf-8")
+        return build.finish(
+            DeploymentRecord,
+            device=device,
+            slug=chosen.slug,
+            variant_uri=chosen.variant_uri,
+            url=target.url,
+            app_name=APP_NAME,
+            model_name=target.model_name,
+            curl=curl_command(
+                target.url,
+                request,
+                store.storage.join(f"{DeploymentRecord.kind}/{name}/request.json"),
+                key_env=config.serve.api_key_env if key else None,
+            ),
+        )

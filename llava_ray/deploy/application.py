@@ -1,0 +1,276 @@
+"""Starting and updating the Serve application on the running cluster."""
+
+import json
+import logging
+import os
+import socket
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llava_ray.artifacts import ArtifactStore, ChosenVariant, Scorecard
+from llava_ray.config import RunConfig
+from llava_ray.errors import ConfigError, ResourceError
+from llava_ray.serving.settings import AppArgs, CanaryArgs, ModelArgs
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "llava_ray"
+_START_TIMEOUT_S = 1800
+_LOG_EVERY_S = 10
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be served, and where."""
+
+    config: RunConfig
+    chosen: ChosenVariant
+    store: ArtifactStore
+    deployment_id: str
+
+    @property
+    def model_name(self) -> str:
+        """What clients put into `model`."""
+        return self.config.serve.model_name or self.chosen.slug
+
+    @property
+    def root_url(self) -> str:
+        """The endpoint as this machine reaches it."""
+        host = self.config.serve.host
+        if host in ("0.0.0.0", "::"):
+            host = "127.0.0.1"
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.config.serve.port}"
+
+    @property
+    def url(self) -> str:
+        """The base URL for an OpenAI client."""
+        return f"{self.root_url}/v1"
+
+
+def ensure_served(target: Target) -> str:
+    """Start or update the application unless it runs already; return its device.
+
+    Raises ResourceError when the port is taken, no replica fits or it does not become healthy.
+    """
+    gpus = _gpus_per_replica(target.config)
+    device = "cuda" if gpus else "cpu"
+    if _running_deployment(target) == target.deployment_id:
+        logger.info("%s is served at %s already", target.chosen.slug, target.url)
+        return device
+    application = _build(_app_args(target, gpus))
+    _start_serve(target)
+    _run_application(application)
+    _wait_until_running(target)
+    return device
+
+
+def _build(args: AppArgs) -> "Application":
+    try:
+        from serve.app import build
+    except ModuleNotFoundError as error:
+        if error.name not in ("serve", "serve.app"):
+            raise
+        raise ConfigError(
+            "serve/app.py is not on the path: run from the repository's root, or submit the job "
+            "with --working-dir ."
+        ) from error
+    return build(args)
+
+
+def _app_args(target: Target, gpus: float) -> AppArgs:
+    """Put the winner first and the variants beside it after.
+
+    Raises ConfigError for a variant that was not measured with the winner.
+    """
+    serve, chosen = target.config.serve, target.chosen
+    found = (target.store.find(Scorecard, parent) for parent in chosen.parents)
+    cards = {card.slug: card for card in found if card is not None}
+    for slug in serve.beside:
+        if slug not in cards or slug == chosen.slug:
+            others = ", ".join(sorted(set(cards) - {chosen.slug})) or "none"
+            raise ConfigError(
+                f"serve.beside: no variant {slug!r} beside the winner; there: {others}"
+            )
+    count = 1 + len(serve.beside)
+    surge = _fit_beside(count * serve.cpus_per_replica, count * gpus)
+
+    def model(slug: str, uri: str, name: str) -> ModelArgs:
+        return ModelArgs(
+            variant_uri=uri,
+            name=name,
+            scorecard_uri=cards[slug].uri if slug in cards else None,
+            min_replicas=serve.min_replicas,
+            max_replicas=max(serve.min_replicas, serve.max_replicas),
+            cpus_per_replica=serve.cpus_per_replica,
+            gpus_per_replica=gpus,
+            surge=surge,
+        )
+
+    canary = None
+    if serve.canary is not None:
+        canary = CanaryArgs(model=serve.canary, share=serve.canary_share)
+    return AppArgs(
+        models=(
+            model(chosen.slug, chosen.variant_uri, target.model_name),
+            *(model(slug, cards[slug].variant_uri, slug) for slug in serve.beside),
+        ),
+        canary=canary,
+        deployment_id=target.deployment_id,
+        system_prompt=target.config.model.system_prompt,
+        **serve.model_dump(
+            include=set(AppArgs.model_fields) & set(type(serve).model_fields) - {"canary"}
+        ),
+    )
+
+
+def _gpus_per_replica(config: RunConfig) -> float:
+    """Return the GPUs of one replica; variants side by side share one by default.
+
+    Raises ResourceError when the cluster has not what the replicas need.
+    """
+    import ray
+
+    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    replicas = config.serve.min_replicas * (1 + len(config.serve.beside))
+    wanted = config.serve.gpus_per_replica
+    gpus = wanted if wanted is not None else min(1.0, cluster.get("GPU", 0) / replicas)
+    for name, each in (("CPU", config.serve.cpus_per_replica), ("GPU", gpus)):
+        there = cluster.get(name, 0)
+        if each * replicas > there:
+            raise ResourceError(
+                f"{replicas} replica(s) with {each:g} {name}s each, and the cluster has {there:g}: "
+                f"lower serve.{name.lower()}s_per_replica or add a node"
+            )
+    return gpus
+
+
+def _fit_beside(cpus: float, gpus: float) -> bool:
+    """Say whether new replicas have room while the old ones still run."""
+    import ray
+
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    return free.get("CPU", 0) >= cpus and free.get("GPU", 0) >= gpus
+
+
+def _running_deployment(target: Target) -> str | None:
+    """Return the id of the deployment that answers at the target's URL, if one does."""
+    headers = {}
+    if key := os.environ.get(target.config.serve.api_key_env):
+        headers["Authorization"] = f"Bearer {key}"
+    try:
+        _get(f"{target.root_url}/health", headers)
+        models = json.loads(_get(f"{target.url}/models", headers))
+        deployment = models["data"][0]["deployment"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return str(deployment)
+
+
+def _start_serve(target: Target) -> None:
+    """Start Serve's controller and proxy, unless this cluster has them at the same address.
+
+    Raises ResourceError when another process has the port, or Serve listens elsewhere.
+    """
+    from ray import serve
+
+    host, port = target.config.serve.host, target.config.serve.port
+    if _serve_is_up():
+        if not _is_proxy(target.root_url):
+            raise ResourceError(
+                f"this cluster's Ray Serve does not listen at {target.root_url}: give its "
+                "serve.host and serve.port, or end it with 'serve shutdown'"
+            )
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+        except OSError as error:
+            raise ResourceError(
+                f"port {port} of {host} cannot be had ({error.strerror}): set serve.port to a free "
+                "one or end what listens there"
+            ) from error
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+
+
+def _serve_is_up() -> bool:
+    import ray
+
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
+def _is_proxy(root_url: str) -> bool:
+    try:
+        return _get(f"{root_url}/-/healthz", {}) == b"success"
+    except urllib.error.HTTPError as error:
+        # A proxy whose applications are still starting says so with this status.
+        return error.code == 503
+    except OSError:
+        return False
+
+
+def _run_application(application: "Application") -> None:
+    from ray import serve
+
+    serve.run_many(
+        [serve.RunTarget(application, name=APP_NAME, route_prefix="/")],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+
+
+def _wait_until_running(target: Target) -> None:
+    start = logged = time.monotonic()
+    while (state := _application_state())[0] != "RUNNING":
+        status, message = state
+        waited = time.monotonic() - start
+        if status in ("DEPLOY_FAILED", "UNHEALTHY") or waited > _START_TIMEOUT_S:
+            raise ResourceError(
+                f"{target.chosen.slug} is not served after {waited:.0f} s ({status}): {message}"
+            )
+        if time.monotonic() - logged > _LOG_EVERY_S:
+            logged = time.monotonic()
+            logger.info("deploy: %s for %.0f s; %s", status, waited, message)
+        time.sleep(0.2)
+    while _running_deployment(target) != target.deployment_id:
+        if time.monotonic() - start > _START_TIMEOUT_S:
+            raise ResourceError(f"{target.chosen.slug} runs but does not answer at {target.url}")
+        time.sleep(0.2)
+
+
+def _application_state() -> tuple[str, str]:
+    """Return the application's status and, in one line, why it is not running."""
+    from ray import serve
+
+    application: Any = serve.status().applications.get(APP_NAME)
+    if application is None:
+        return "NOT_STARTED", ""
+    messages = [application.message, *(d.message for d in application.deployments.values())]
+    return application.status.value, _last_line(messages)
+
+
+def _last_line(messages: list[str]) -> str:
+    """Return the last line of the longest message: where a traceback has its error."""
+    longest = max(messages, key=len, default="")
+    lines = [line.strip() for line in longest.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def _get(url: str, headers: dict[str, str]) -> bytes:
+    request = urllib.request.Request(url, headers=headers)
+    # No proxy of the environment stands between this machine and itself.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=10) as response:
+        body: bytes = response.read()
+        return body

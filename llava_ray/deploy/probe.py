@@ -1,0 +1,99 @@
+"""One real question about a held-out image: proof of a deployment, and its user's first command."""
+
+import base64
+import io
+import json
+import shlex
+import urllib.error
+import urllib.request
+from typing import Any
+
+from PIL import Image
+
+from llava_ray.artifacts import (
+    ArtifactStore,
+    ChosenVariant,
+    DatasetRecord,
+    Scorecard,
+    local_folder,
+)
+from llava_ray.conversation import read_samples
+from llava_ray.errors import ArtifactError, ResourceError
+
+_SIDE = 336
+"""Longest side of the image sent: what LLaVA-1.5 sees."""
+MAX_TOKENS = 96
+
+
+def probe_request(
+    store: ArtifactStore,
+    chosen: ChosenVariant,
+    model_name: str,
+    question: str,
+    *,
+    max_tokens: int,
+) -> bytes:
+    """Return a chat completions body about the first held-out image.
+
+    Raises ArtifactError when the data set that the choice rests on is gone.
+    """
+    folder = local_folder(_dataset(store, chosen))
+    sample = read_samples(folder / "test.json")[0]
+    with Image.open(folder / "images" / sample.image) as image:
+        small = image.convert("RGB")
+        small.thumbnail((_SIDE, _SIDE))
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", quality=90)
+    url = f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    content = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": question},
+    ]
+    body = {
+        "model": model_name,
+        "temperature": 0,
+        "max_tokens": max_tokens,
+        "messages": [{"role": "user", "content": content}],
+    }
+    return json.dumps(body).encode()
+
+
+def ask(url: str, request: bytes, key: str | None) -> dict[str, Any]:
+    """Send a request and return the answer.
+
+    Raises ResourceError with the endpoint's own words when it refuses.
+    """
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    post = urllib.request.Request(f"{url}/chat/completions", request, headers)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(post, timeout=300) as response:
+            answer: dict[str, Any] = json.load(response)
+    except urllib.error.HTTPError as error:
+        reason = error.read(2000).decode(errors="replace")
+        raise ResourceError(f"{url} refused a question ({error.code}): {reason}") from error
+    except OSError as error:
+        raise ResourceError(f"{url} does not answer: {error}") from error
+    return answer
+
+
+def curl_command(url: str, request: bytes, request_uri: str, *, key_env: str | None) -> str:
+    """Return a command that sends the request, from its file where that is on this machine."""
+    parts = ["curl", "-s", f"{url}/chat/completions", "-H", "content-type: application/json"]
+    data = request.decode() if "://" in request_uri else f"@{request_uri}"
+    command = shlex.join([*parts, "-d", data])
+    # In double quotes, so that the shell puts the key in and the command does not show it.
+    return f'{command} -H "authorization: Bearer ${key_env}"' if key_env else command
+
+
+def _dataset(store: ArtifactStore, chosen: ChosenVariant) -> DatasetRecord:
+    for parent in chosen.parents:
+        card = store.find(Scorecard, parent)
+        for grandparent in card.parents if card is not None else ():
+            if grandparent.startswith(f"{DatasetRecord.kind}-"):
+                dataset = store.find(DatasetRecord, grandparent)
+                if dataset is not None:
+                    return dataset
+    raise ArtifactError(f"{chosen.id}: its data set is not at {store.storage.uri} any more")

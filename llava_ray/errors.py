@@ -1,0 +1,36 @@
+"""Every failure that is the user's to mend, each in one line.
+
+LlavaRayError
+├── ConfigError      a key or value in a config, an override or a job's arguments
+├── DataError        captions or images that cannot be used
+├── ArtifactError    an artifact that is missing, unfinished or differs from its manifest
+├── ResourceError    the cluster or machine lacks what a stage asks for
+└── VariantError     one quantization method failed; the others go on
+
+A message says what is wrong, the value seen and what to do. Each class takes only its
+message, so that it survives pickling across Ray processes.
+"""
+
+
+class LlavaRayError(Exception):
+    """Root of all expected failures; job scripts print it in one line and exit with 2."""
+
+
+class ConfigError(LlavaRayError):
+    """A key or value in a config, an override or an argument is wrong."""
+
+
+class DataError(LlavaRayError):
+    """Captions or images cannot be used."""
+
+
+class ArtifactError(LlavaRayError):
+    """An artifact is missing, unfinished or differs from its manifest."""
+
+
+class ResourceError(LlavaRayError):
+    """The cluster or machine lacks what a stage asks for."""
+
+
+class VariantError(LlavaRayError):
+    """One quantization method failed."""

@@ -1,0 +1,76 @@
+"""Fold an adapter into its base in fp32 and measure what that changes."""
+
+import logging
+
+from llava_ray.artifacts import (
+    AdapterCheckpoint,
+    ArtifactStore,
+    DatasetRecord,
+    MergedModel,
+    artifact_id,
+    read_record,
+)
+from llava_ray.config import RunConfig
+from llava_ray.errors import LlavaRayError, ResourceError
+from llava_ray.merge.fold import MergeTask, merge_task
+from llava_ray.models import model_folder
+
+logger = logging.getLogger(__name__)
+
+_MEMORY_PER_WEIGHT_BYTES = 5
+"""fp32, and room for the logits and the copy that is written."""
+
+
+def run(config: RunConfig, adapter: AdapterCheckpoint) -> MergedModel:
+    """Merge in a Ray task on a machine with enough memory, and return the plain model.
+
+    Raises ResourceError when no machine of the cluster has that memory, ArtifactError when the
+    base is not the one that the adapter was trained on.
+    """
+    import ray
+
+    store = ArtifactStore(config.storage.uri)
+    settings = config.merge.model_dump(mode="json")
+    id = artifact_id(MergedModel.kind, settings, [adapter.id])
+    found = store.find(MergedModel, id)
+    if found is not None:
+        logger.info("merge: %s is there already", id)
+        return found
+    task = MergeTask(
+        id=id,
+        storage_uri=store.storage.uri,
+        merge=config.merge,
+        model=config.model,
+        adapter=adapter,
+        dataset=read_record(DatasetRecord, adapter.dataset_uri),
+        max_image_pixels=config.data.max_image_pixels,
+    )
+    remote = ray.remote(merge_task).options(**_resources(config), max_retries=1)
+    try:
+        record: MergedModel = ray.get(remote.remote(task))
+    except LlavaRayError as error:
+        # Ray's wrapper prints the task's traceback; its cause is the error itself.
+        raise getattr(error, "cause", None) or error from None
+    logger.info(
+        "merge: largest logit difference %.2e in fp32, %.2e once rounded to %s",
+        record.max_logit_difference, record.rounded_max_logit_difference, config.merge.dtype,
+    )  # fmt: skip
+    return record
+
+
+def _resources(config: RunConfig) -> dict[str, float]:
+    import ray
+
+    folder = model_folder(config.model)
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 2
+    memory = weights * _MEMORY_PER_WEIGHT_BYTES
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+    largest = max((node.get("memory", 0) for node in nodes), default=0)
+    if largest < memory:
+        raise ResourceError(
+            f"merging in fp32 needs {memory / 2**30:.1f} GiB of memory on one machine; the "
+            f"cluster's largest has {largest / 2**30:.1f} GiB"
+        )
+    cpus = max((node.get("CPU", 0) for node in nodes), default=1)
+    # Half of a machine: a waiting replica or trial may hold the rest.
+    return {"num_cpus": max(1, min(8, cpus // 2)), "memory": memory}

@@ -1,0 +1,159 @@
+"""The merge itself, as a Ray task.
+
+In fp32, because merging in bf16 or fp16 rounds small LoRA updates away.
+"""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from llava_ray.artifacts import (
+    AdapterCheckpoint,
+    ArtifactStore,
+    DatasetRecord,
+    MergedModel,
+    local_folder,
+)
+from llava_ray.config import MergeConfig, ModelConfig
+from llava_ray.conversation import encode_sample, read_samples
+from llava_ray.errors import ArtifactError
+from llava_ray.images import normalize, open_image, square_pixels
+from llava_ray.models import model_folder, vision_shape, weights_sha256
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+_CARRIED = ("*.json", "*.jinja", "*.model", "*.txt")
+"""Tokenizer, processor, chat template and generation config of the base."""
+
+
+class MergeTask(BaseModel):
+    """All that the task needs to know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    storage_uri: str
+    merge: MergeConfig
+    model: ModelConfig
+    adapter: AdapterCheckpoint
+    dataset: DatasetRecord
+    max_image_pixels: int
+
+
+def merge_task(task: MergeTask) -> MergedModel:
+    """Merge, compare logits before and after, and write a plain Hugging Face folder."""
+    import torch
+
+    base = model_folder(task.model)
+    _check_base(task, base)
+    store = ArtifactStore(task.storage_uri)
+    settings = task.merge.model_dump(mode="json")
+    with (
+        torch.inference_mode(),
+        store.build(MergedModel, task.id, settings=settings, parents=[task.adapter.id]) as build,
+    ):
+        probe = list(_probe(task, base))
+        adapted = adapted_model(base, local_folder(task.adapter))
+        before = [_logits(adapted, inputs) for inputs in probe]
+        logger.info("merge: folding the adapter in")
+        merged = adapted.merge_and_unload() if hasattr(adapted, "peft_config") else adapted
+        exact = _differences(merged, probe, before)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        merged.to(dtype[task.merge.dtype]).save_pretrained(build.folder)
+        rounded = _differences(merged.float(), probe, before)
+        _carry(base, build.folder)
+        return build.finish(
+            MergedModel,
+            device="cpu",
+            base_model=task.model.path,
+            base_model_sha256=task.adapter.base_model_sha256,
+            max_logit_difference=exact[0],
+            mean_logit_difference=exact[1],
+            rounded_max_logit_difference=rounded[0],
+        )
+
+
+def adapted_model(base: Path, adapter: Path) -> Any:
+    """Return the base in fp32 with the trained weights over it, not merged yet."""
+    import torch
+    from peft import PeftModel
+    from transformers import LlavaForConditionalGeneration
+
+    model: Any = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    for name in (AdapterCheckpoint.projector_file, AdapterCheckpoint.language_model_file):
+        if (adapter / name).is_file():
+            _load_over(model, adapter / name)
+    if (adapter / AdapterCheckpoint.peft_folder).is_dir():
+        model = PeftModel.from_pretrained(model, adapter / AdapterCheckpoint.peft_folder)
+    return model.eval()
+
+
+def _load_over(model: Any, path: Path) -> None:
+    from safetensors.torch import load_file
+
+    _, unexpected = model.load_state_dict(load_file(path), strict=False)
+    if unexpected:
+        raise ArtifactError(f"{path}: the base model has no weight {unexpected[0]!r}")
+
+
+def _check_base(task: MergeTask, base: Path) -> None:
+    found, expected = weights_sha256(base), task.adapter.base_model_sha256
+    if found != expected:
+        raise ArtifactError(
+            f"model.path {task.model.path!r} has weights {found[:12]}, but {task.adapter.id} was "
+            f"trained on {expected[:12]} ({task.adapter.base_model}): train again, or set "
+            "model.path and model.revision to that base"
+        )
+
+
+def _probe(task: MergeTask, base: Path) -> Iterator[dict[str, "torch.Tensor"]]:
+    """Give the first held-out samples (training ones where none is held out) as model inputs."""
+    import torch
+    from transformers import AutoTokenizer
+
+    data = local_folder(task.dataset)
+    samples = read_samples(data / "test.json") or read_samples(data / "train.json")
+    tokenizer, shape = AutoTokenizer.from_pretrained(base), vision_shape(base)
+    for sample in samples[: task.merge.probe_samples]:
+        ids, _ = encode_sample(
+            tokenizer, sample, tokens_per_image=shape.tokens_per_image, max_length=2048,
+            system=task.model.system_prompt,
+        )  # fmt: skip
+        image = open_image(data / "images" / sample.image, max_pixels=task.max_image_pixels)
+        pixels = normalize(square_pixels(image, shape.image_size))
+        yield {"input_ids": torch.tensor([ids]), "pixel_values": pixels[None]}
+
+
+def _logits(model: Any, inputs: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+    logits: torch.Tensor = model(**inputs, use_cache=False).logits
+    return logits
+
+
+def _differences(
+    model: Any, probe: list[dict[str, "torch.Tensor"]], before: list["torch.Tensor"]
+) -> tuple[float, float]:
+    """Return the largest and the mean |difference| of logits over the probe."""
+    gaps = [(_logits(model, inputs) - old).abs() for inputs, old in zip(probe, before, strict=True)]
+    count = sum(gap.numel() for gap in gaps)
+    return max(float(gap.max()) for gap in gaps), sum(float(gap.sum()) for gap in gaps) / count
+
+
+def _carry(base: Path, folder: Path) -> None:
+    """Copy what belongs to the base beside its weights."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    written = {"config.json"}
+    for pattern in _CARRIED:
+        for path in base.glob(pattern):
+            if path.name not in written and not path.name.endswith(".index.json"):
+                shutil.copy(path, folder / path.name)
+    if not (folder / "preprocessor_config.json").is_file():
+        # transformers 4 and the GGUF and AWQ tools read only this name.
+        CLIPImageProcessorPil.from_pretrained(base).save_pretrained(folder)

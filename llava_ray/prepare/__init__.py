@@ -1,0 +1,194 @@
+"""Turn captions and images into LLaVA JSON with a fixed split."""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import llava_ray.tiny
+from llava_ray.artifacts import ArtifactStore, DatasetRecord, artifact_id
+from llava_ray.config import DataConfig, RunConfig
+from llava_ray.conversation import IMAGE_TOKEN
+from llava_ray.errors import ConfigError, DataError
+from llava_ray.prepare.pictures import StoredRow, hash_image_files, store_images
+from llava_ray.prepare.rows import Rejection, RowReader
+from llava_ray.prepare.split import split_rows
+from llava_ray.prepare.tables import Table, open_file, open_table
+
+logger = logging.getLogger(__name__)
+
+SCENE_TEXT = "scene-text"
+SCENE_TEXT_ROWS = 240
+SCENE_TEXT_CODE = ("captions", "draw", "fonts", "scene", "scene_text", "words")
+SHOWN_REJECTIONS = 5
+
+
+def run(config: RunConfig) -> DatasetRecord:
+    """Write train.json, test.json, images/ and rejected.jsonl from what data.source names.
+
+    Raises ConfigError for a source or columns that are not there, DataError when more rows are
+    rejected than data.max_rejected_share or fewer than two are left.
+    """
+    if IMAGE_TOKEN in config.data.question:
+        raise ConfigError(f"data.question {config.data.question!r}: leave {IMAGE_TOKEN} out")
+    store = ArtifactStore(config.storage.uri)
+    if config.data.source == SCENE_TEXT:
+        # Drawing takes seconds, so an existing artifact is looked for by what shapes the drawing.
+        settings = _settings(config.data, _scene_text_sha256())
+        found = store.find(DatasetRecord, artifact_id(DatasetRecord.kind, settings))
+        if found:
+            return found
+    with _opened(config.data) as (table, folder):
+        reader = RowReader(table, config.data)
+        if config.data.source != SCENE_TEXT:
+            settings = _settings(config.data, _content_sha256(table, reader, folder))
+        identity = artifact_id(DatasetRecord.kind, settings)
+        return store.find(DatasetRecord, identity) or _build(
+            store, identity, settings, config.data, table, reader, folder
+        )
+
+
+def _build(
+    store: ArtifactStore,
+    identity: str,
+    settings: dict[str, Any],
+    config: DataConfig,
+    table: Table,
+    reader: RowReader,
+    folder: Path | None,
+) -> DatasetRecord:
+    num_rows = min(table.num_rows, config.limit or table.num_rows)
+    with store.build(DatasetRecord, identity, settings=settings) as build:
+        checked = store_images(
+            reader,
+            source=folder,
+            target=build.folder / "images",
+            max_pixels=config.max_image_pixels,
+            num_rows=num_rows,
+        )
+        rows: list[StoredRow] = []
+        rejections: list[Rejection] = []
+        for result in checked:
+            if isinstance(result, Rejection):
+                rejections.append(result)
+            else:
+                rows.append(result)
+        counts = Counter(rejection.reason for rejection in rejections)
+        _check_counts(config, rows, rejections, counts)
+        train, test = split_rows(rows, test_share=config.test_share, seed=config.seed)
+        _write_llava_json(train, build.folder / "train.json")
+        _write_llava_json(test, build.folder / "test.json")
+        _write_rejections(rejections, build.folder / "rejected.jsonl")
+        left_out = sum(stored.row.further_exchanges for stored in rows)
+        if left_out:
+            logger.warning("prepare: %d further exchanges of conversations left out", left_out)
+        logger.info(
+            "prepare: %d train and %d test rows, %d rejected", len(train), len(test), counts.total()
+        )
+        return build.finish(
+            DatasetRecord,
+            device="cpu",
+            source=config.source,
+            num_train=len(train),
+            num_test=len(test),
+            rejected=dict(sorted(counts.items())),
+            further_exchanges=left_out,
+        )
+
+
+@contextmanager
+def _opened(config: DataConfig) -> Iterator[tuple[Table, Path | None]]:
+    """Give the table and the folder of its images, drawing them first if they are generated."""
+    if config.source != SCENE_TEXT:
+        table = open_table(config)
+        folder = Path(config.images).expanduser() if config.images else table.folder
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"data.images {config.images!r}: no such folder")
+        yield table, folder
+        return
+    from llava_ray.tiny.scene_text import write_scene_text
+
+    with TemporaryDirectory(prefix="llava_ray-scene-text-") as scratch:
+        count = config.limit or SCENE_TEXT_ROWS
+        captions = write_scene_text(Path(scratch), count=count, seed=config.seed)
+        yield open_file(captions), captions.parent / "images"
+
+
+def _settings(config: DataConfig, content_sha256: str) -> dict[str, Any]:
+    return {**config.model_dump(mode="json"), "content_sha256": content_sha256}
+
+
+def _content_sha256(table: Table, reader: RowReader, folder: Path | None) -> str:
+    if folder is None or not reader.has_image_files:
+        return table.sha256
+    images = hash_image_files(reader, folder)
+    return hashlib.sha256(f"{table.sha256} {images}".encode()).hexdigest()
+
+
+def _scene_text_sha256() -> str:
+    """Hash the code that draws: the pictures follow from it, the count and the seed."""
+    folder = Path(llava_ray.tiny.__file__).parent
+    digest = hashlib.sha256()
+    for name in SCENE_TEXT_CODE:
+        digest.update((folder / f"{name}.py").read_bytes())
+    return digest.hexdigest()
+
+
+def _check_counts(
+    config: DataConfig,
+    rows: Sequence[StoredRow],
+    rejections: Sequence[Rejection],
+    counts: Counter[str],
+) -> None:
+    total = len(rows) + len(rejections)
+    for rejection in rejections[:SHOWN_REJECTIONS]:
+        logger.warning(
+            "prepare: row %d (%s) rejected, %s: %s",
+            rejection.row, rejection.id, rejection.reason, rejection.detail,
+        )  # fmt: skip
+    by_reason = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    share = len(rejections) / total
+    if share > config.max_rejected_share:
+        first = rejections[0]
+        raise DataError(
+            f"data.source {config.source!r}: {len(rejections)} of {total} rows rejected "
+            f"({by_reason}), more than data.max_rejected_share={config.max_rejected_share:g}; "
+            f"first: row {first.row} {first.id!r}: {first.reason} {first.detail}"
+        )
+    if len(rows) < 2:
+        raise DataError(
+            f"data.source {config.source!r}: {len(rows)} usable rows of {total}"
+            f"{f' ({by_reason})' if by_reason else ''}, at least 2 are needed (train and test)"
+        )
+
+
+def _write_llava_json(rows: Sequence[StoredRow], path: Path) -> None:
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    content = [
+        {
+            "id": stored.row.id,
+            "image": stored.image,
+            "conversations": [
+                {"from": "human", "value": f"{IMAGE_TOKEN}\n{stored.row.question}"},
+                {"from": "gpt", "value": stored.row.caption},
+            ],
+        }
+        for stored in rows
+    ]
+    # One batch: datasets writes a JSON list only whole.
+    Dataset.from_list(content).to_json(
+        path, lines=False, indent=1, force_ascii=False, batch_size=len(content)
+    )
+
+
+def _write_rejections(rejections: Sequence[Rejection], path: Path) -> None:
+    lines = [json.dumps(asdict(rejection), ensure_ascii=False) for rejection in rejections]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

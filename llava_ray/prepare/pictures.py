@@ -1,0 +1,144 @@
+"""Check images in parallel and copy the good ones; hash those that lie apart from the table."""
+
+import hashlib
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_ray.errors import DataError
+from llava_ray.images import open_image
+from llava_ray.prepare.rows import Rejection, Row, RowProblem
+
+logger = logging.getLogger(__name__)
+
+HASHED_BYTES = 64 * 1024
+LOG_EVERY_S = 10.0
+_SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"BM": ".bmp"}
+
+
+@dataclass(frozen=True)
+class StoredRow:
+    """A row whose image lies in the artifact."""
+
+    row: Row
+    image: str
+    """Relative to images/."""
+
+
+def store_images(
+    rows: Iterable[Row | Rejection],
+    *,
+    source: Path | None,
+    target: Path,
+    max_pixels: int,
+    num_rows: int,
+) -> Iterator[StoredRow | Rejection]:
+    """Decode every image once and copy the good ones below `target`; the order is kept.
+
+    Decoding releases Python's lock, so threads are enough.
+    """
+
+    def check(row: Row) -> StoredRow | Rejection:
+        try:
+            return _store(row, source, target, max_pixels)
+        except RowProblem as problem:
+            return Rejection(row.number, row.id, problem.reason, problem.detail)
+
+    threads = min(16, os.cpu_count() or 1)
+    progress = _Progress(num_rows)
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[StoredRow | Rejection] | Rejection] = deque()
+        for row in rows:
+            waiting.append(row if isinstance(row, Rejection) else pool.submit(check, row))
+            # Bounded, so that image bytes of a large table do not pile up.
+            if len(waiting) >= 8 * threads:
+                yield _done(waiting.popleft(), progress)
+        while waiting:
+            yield _done(waiting.popleft(), progress)
+
+
+def hash_image_files(rows: Iterable[Row | Rejection], source: Path) -> str:
+    """Hash names, sizes, first and last 64 KiB of the files that rows name.
+
+    Whole files are not read: that would take as long as the stage itself.
+    """
+    names = [row.image for row in rows if isinstance(row, Row) and isinstance(row.image, str)]
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for part in pool.map(lambda name: _ends_of_file(source / name), names):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _ends_of_file(path: Path) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
+            digest = hashlib.sha256(f"{path.name} {size} ".encode())
+            digest.update(stream.read(HASHED_BYTES))
+            stream.seek(max(0, size - HASHED_BYTES))
+            digest.update(stream.read(HASHED_BYTES))
+    except OSError as error:
+        return f"{path.name} {type(error).__name__}".encode()
+    return digest.digest()
+
+
+def _store(row: Row, source: Path | None, target: Path, max_pixels: int) -> StoredRow:
+    content, name = _content(row.image, source)
+    try:
+        open_image(content, max_pixels=max_pixels)
+    except DataError as error:
+        raise RowProblem("unusable_image", str(error)) from error
+    path = target / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return StoredRow(row, name)
+
+
+def _content(image: str | bytes, source: Path | None) -> tuple[bytes, str]:
+    if isinstance(image, bytes):
+        suffix = next((s for magic, s in _SUFFIXES.items() if image.startswith(magic)), ".webp")
+        return image, hashlib.sha256(image).hexdigest()[:16] + suffix
+    if source is None:
+        raise RowProblem("missing_file", f"{image}: data.images names no folder")
+    path = source / image
+    try:
+        # A folder or a pipe is no image file either.
+        if not path.is_file():
+            raise RowProblem("missing_file", image)
+        return path.read_bytes(), image
+    except OSError as error:
+        raise RowProblem("unusable_image", f"{image}: {error.strerror}") from error
+
+
+def _done(
+    result: Future[StoredRow | Rejection] | Rejection, progress: "_Progress"
+) -> StoredRow | Rejection:
+    progress.step()
+    return result if isinstance(result, Rejection) else result.result()
+
+
+class _Progress:
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = 0
+        self._start = self._logged = time.monotonic()
+
+    def step(self) -> None:
+        self._done += 1
+        now = time.monotonic()
+        if now - self._logged < LOG_EVERY_S:
+            return
+        self._logged = now
+        rate = self._done / (now - self._start)
+        left_s = (self._total - self._done) / rate
+        logger.info(
+            "prepare: %d of %d rows, %.0f per s, about %.0f s left",
+            self._done, self._total, rate, left_s,
+        )  # fmt: skip

@@ -1,0 +1,110 @@
+"""Make every variant asked for, each in a Ray task of its own; one that fails stops no other."""
+
+import logging
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from llava_ray.artifacts import (
+    ArtifactStore,
+    DatasetRecord,
+    MergedModel,
+    QuantizationRun,
+    Variant,
+    VariantFailure,
+    artifact_id,
+)
+from llava_ray.config import RunConfig
+from llava_ray.errors import LlavaRayError
+from llava_ray.quantize.tasks import Job, reason, run_remotely
+
+logger = logging.getLogger(__name__)
+
+Outcome = Variant | VariantFailure
+
+
+def run(config: RunConfig, merged: MergedModel, dataset: DatasetRecord) -> list[Outcome]:
+    """Return a record per slug of quantize.variants, in that order.
+
+    Finished variants are found, failed ones tried again. Raises ConfigError for an unknown slug.
+    """
+    slugs = tuple(dict.fromkeys(config.quantize.variants))
+    jobs = {slug: Job.plan(config, slug, merged, dataset) for slug in slugs}
+    store = ArtifactStore(config.storage.uri)
+    outcomes: dict[str, Outcome] = {}
+    for slug, job in jobs.items():
+        found = store.find(Variant, job.artifact_id)
+        if found is not None:
+            logger.info("%s: found, made before", slug)
+            outcomes[slug] = found
+    missing = [job for slug, job in jobs.items() if slug not in outcomes]
+    if missing:
+        outcomes |= _make_all(config, store, missing)
+    return [outcomes[slug] for slug in slugs]
+
+
+def _make_all(config: RunConfig, store: ArtifactStore, jobs: list[Job]) -> dict[str, Outcome]:
+    """Run the jobs in parallel and record how long they took together and apart."""
+    slugs = [job.slug for job in jobs]
+    settings = {"variants": slugs}
+    run_id = artifact_id(QuantizationRun.kind, settings, [jobs[0].merged.id])
+    with store.build(
+        QuantizationRun, run_id, settings=settings, parents=[jobs[0].merged.id]
+    ) as build:
+        outcomes: dict[str, Outcome] = {}
+        start = time.monotonic()
+        for outcome in _outcomes(config, jobs):
+            outcomes[outcome.slug] = outcome
+            _log_progress(outcome, len(outcomes), len(jobs), time.monotonic() - start)
+        made = [outcome for outcome in outcomes.values() if isinstance(outcome, Variant)]
+        record = build.finish(
+            QuantizationRun,
+            device=made[0].device if made else "none",
+            variant_wall_s={variant.slug: variant.wall_s for variant in made},
+            failures=tuple(o for o in outcomes.values() if isinstance(o, VariantFailure)),
+        )
+    logger.info(
+        "%d variants in %.1f s; one after the other they take %.1f s",
+        len(made),
+        record.wall_s,
+        record.sum_s,
+    )
+    return outcomes
+
+
+def _outcomes(config: RunConfig, jobs: list[Job]) -> Iterator[Outcome]:
+    """Yield each job's outcome as it comes."""
+    import ray
+
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    gpu = total.get("GPU", 0) > 0
+    with ThreadPoolExecutor(config.quantize.max_parallel or len(jobs)) as pool:
+        futures = {
+            pool.submit(
+                run_remotely,
+                job,
+                gpu=gpu,
+                placement_timeout_s=config.quantize.placement_timeout_s,
+            ): job
+            for job in jobs
+        }
+        for future in as_completed(futures):
+            slug = futures[future].slug
+            error = future.exception()
+            if error is None:
+                yield future.result()
+            elif isinstance(error, ray.exceptions.RayError | LlavaRayError):
+                yield VariantFailure(slug=slug, reason=reason(error))
+            else:
+                raise error
+
+
+def _log_progress(outcome: Outcome, done: int, total: int, elapsed_s: float) -> None:
+    if isinstance(outcome, VariantFailure):
+        logger.warning("%s failed: %s", outcome.slug, outcome.reason)
+    else:
+        size, wall_s = outcome.size_bytes / 1e6, outcome.wall_s
+        logger.info("%s: %.1f MB in %.1f s", outcome.slug, size, wall_s)
+    if done < total:
+        left_s = elapsed_s / done * (total - done)
+        logger.info("%d of %d variants, about %.0f s left", done, total, left_s)

@@ -1,0 +1,320 @@
+"""What runs in AutoAWQ's own environment (transformers 4.51): calibrate, search, pack, write.
+
+Surprising: AutoAWQ knows only text and drops long samples. Here the decoder is fed embeddings,
+each image's features in place of its tokens, padded to one length; padding counts for nothing.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from awq.models.llava import LlavaAWQForCausalLM
+from awq.quantize.quantizer import AwqQuantizer
+from torch import nn
+
+from llava_ray.conversation import encode_sample, read_samples
+from llava_ray.errors import DataError, VariantError
+from llava_ray.images import normalize, open_image, square_pixels
+from llava_ray.models import vision_shape
+from llava_ray.quantize import llava_folder
+from llava_ray.quantize.awq import AwqSpec
+from llava_ray.quantize.awq_linear import AwqLinear, pack
+from llava_ray.quantize.spec import Calibration
+
+logger = logging.getLogger(__name__)
+
+_MAX_TOKENS = 1024
+"""Longer calibration samples are cut; LLaVA-1.5's images take 576."""
+_ROWS_AT_ONCE = 16
+"""Samples that run through a layer together."""
+_SKIPPED = ["vision_tower", "multi_modal_projector", "lm_head"]
+
+
+def quantize_with_autoawq(
+    spec: AwqSpec, merged: Path, out: Path, calibration: Calibration, device: str
+) -> None:
+    """Write AutoAWQ's GEMM checkpoint, which vLLM and transformers read too.
+
+    Raises VariantError where there are no calibration samples.
+    """
+    # fp16 products of many rows are slow, and for some shapes missing, on CPUs.
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    model = _load(merged, dtype)
+    with torch.no_grad():
+        samples = _embedded_samples(spec, model, merged, calibration, device)
+        quantizer = _Quantizer(spec, model, samples, out.name, device)
+        quantizer.quantize()
+    _write(spec, model, merged, out)
+
+
+class _Quantizer(AwqQuantizer):  # type: ignore[misc]
+    """AutoAWQ's search, on embeddings instead of text and on one device."""
+
+    def __init__(
+        self, spec: AwqSpec, model: Any, samples: list[torch.Tensor], name: str, device: str
+    ) -> None:
+        self._samples = samples
+        self._name = name
+        self._device = device
+        self._start = time.monotonic()
+        self._layers_done = 0
+        self.inps: torch.Tensor
+        super().__init__(
+            awq_model=LlavaAWQForCausalLM(model, "llava", False, model.config, None, None),
+            model=model,
+            tokenizer=None,
+            w_bit=4,
+            group_size=spec.group_size,
+            zero_point=spec.zero_point,
+            version="gemm",
+            calib_data=None,
+            split=None,
+            text_column=None,
+            duo_scaling=True,
+            n_parallel_calib_samples=_ROWS_AT_ONCE,
+        )
+
+    def init_quant(
+        self, n_samples: int = 0, max_seq_len: int = 0
+    ) -> tuple[nn.ModuleList, dict[str, Any], torch.Tensor]:
+        """Return the layers, what they are called with, and their input [samples, tokens, hidden].
+
+        Padding stands at the end, where causal attention keeps it from the real tokens.
+        """
+        longest = max(len(sample) for sample in self._samples)
+        inputs = nn.utils.rnn.pad_sequence(self._samples, batch_first=True)
+        lengths = torch.tensor([len(sample) for sample in self._samples])
+        self._real = (torch.arange(longest) < lengths[:, None])[:, :, None].to(self._device)
+        positions = torch.arange(longest, device=self._device)[None]
+        decoder = self.model.language_model.model
+        decoder.rotary_emb.to(self._device)
+        kwargs = {
+            "attention_mask": None,
+            "position_ids": positions,
+            "position_embeddings": decoder.rotary_emb(inputs[:1], positions),
+            "use_cache": False,
+        }
+        return self.awq_model.get_model_layers(self.model), kwargs, inputs
+
+    def _get_input_feat(
+        self, layer: nn.Module, named_linears: dict[str, nn.Module]
+    ) -> dict[str, torch.Tensor]:
+        """Run the layer and return what each linear saw, padding zeroed, on the layer's device.
+
+        A zero row changes neither a loss nor, after AutoAWQ's normalization, a scale.
+        """
+        seen: dict[str, list[torch.Tensor]] = {name: [] for name in named_linears}
+
+        def keep(name: str) -> Callable[..., None]:
+            return lambda module, args, output: seen[name].append(args[0])
+
+        handles = [
+            linear.register_forward_hook(keep(name)) for name, linear in named_linears.items()
+        ]
+        self.inps = self._module_forward(self.inps, layer, self.module_kwargs)
+        for handle in handles:
+            handle.remove()
+        self._say_progress()
+        return {name: torch.cat(parts) * self._real for name, parts in seen.items()}
+
+    def _module_forward(
+        self, x: torch.Tensor, module: nn.Module, module_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Run a module over all samples, part by part, and zero what it says of padding."""
+        parts = []
+        for rows in torch.split(x, _ROWS_AT_ONCE):
+            output = module(rows, **module_kwargs)
+            parts.append(output[0] if isinstance(output, tuple) else output)
+        return torch.cat(parts) * self._real
+
+    def _compute_best_clip(
+        self, w: torch.Tensor, input_feat: torch.Tensor, n_grid: int = 20, max_shrink: float = 0.5
+    ) -> torch.Tensor:
+        """Return the clipping value of each group, [out, groups, 1].
+
+        AutoAWQ's error, the mean of ((clipped - w) @ x) ** 2 over tokens, as the quadratic form
+        d @ mean(x xT) @ dT: it takes all tokens and hundreds of times fewer operations.
+        """
+        rows = input_feat.reshape(-1, w.shape[1] // self.group_size, self.group_size)
+        rows = rows.to(w.device).float().transpose(0, 1)
+        moments = rows.transpose(1, 2) @ rows / rows.shape[1]
+        groups = w.view(w.shape[0], -1, self.group_size)
+        largest = groups.abs().amax(dim=-1, keepdim=True)
+        best, least = largest.clone(), torch.full_like(largest, torch.inf, dtype=torch.float32)
+        for step in range(int(max_shrink * n_grid)):
+            limit = largest * (1 - step / n_grid)
+            clipped = groups.clamp(-limit, limit).view_as(w)
+            rounded = self.pseudo_quantize_tensor(clipped)[0].view_as(groups)
+            change = (rounded.float() - groups.float()).transpose(0, 1)
+            error = ((change @ moments) * change).sum(dim=-1, keepdim=True).transpose(0, 1)
+            better = error < least
+            best[better], least[better] = limit[better], error[better]
+        return best
+
+    def _apply_quant(self, module: nn.Module, named_linears: dict[str, nn.Linear]) -> None:
+        """Round and pack the linears; same integers as AutoAWQ's, which loops over columns."""
+        for name, linear in named_linears.items():
+            weight = linear.weight.data.to(self._device).half()
+            rounded, scales, zeros = self.pseudo_quantize_tensor(weight)
+            # Without a zero point the middle of 0 to 15 stands for it.
+            offsets = torch.full_like(scales, 8) if zeros is None else zeros
+            levels = rounded.float().view(*scales.shape, -1) / scales.float()[:, :, None]
+            steps = (levels.round() + offsets.float()[:, :, None]).clamp(0, 15).view_as(rounded)
+            packed = AwqLinear(
+                qweight=pack(steps.T.contiguous()),
+                qzeros=pack(offsets.T.contiguous()),
+                scales=scales.T.contiguous(),
+                bias=None if linear.bias is None else linear.bias.data.half(),
+            )
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, packed.cpu())
+        # What is done leaves the device: one layer at a time lies there.
+        module.cpu()
+
+    def _say_progress(self) -> None:
+        done, total = self._layers_done, len(self.modules)
+        self._layers_done += 1
+        if done and (self._device == "cpu" or done % 4 == 0):
+            each_s = (time.monotonic() - self._start) / done
+            left_s = each_s * (total - done)
+            logger.info("%s: layer %d of %d, about %.0f s left", self._name, done, total, left_s)
+
+
+def _load(merged: Path, dtype: torch.dtype) -> Any:
+    """Build transformers 4.51's LLaVA and fill it by the names that it uses."""
+    from accelerate import init_empty_weights
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig.from_dict(old_config(merged))
+    with init_empty_weights(include_buffers=False):
+        model: Any = LlavaForConditionalGeneration(config)
+    stored_names = {
+        old_name(llava_folder.module_name(name)) for name in llava_folder.weight_shapes(merged)
+    }
+    missing = sorted({name for name, _ in model.named_parameters()} - stored_names)
+    if missing:
+        raise VariantError(f"{merged}: {len(missing)} weights are missing, first {missing[0]!r}")
+    for stored, value in llava_folder.tensors(merged):
+        name = old_name(llava_folder.module_name(stored))
+        parent, _, leaf = name.rpartition(".")
+        parameter = nn.Parameter(value.to(dtype), requires_grad=False)
+        setattr(model.get_submodule(parent), leaf, parameter)
+    return model.eval()
+
+
+def old_name(name: str) -> str:
+    """Turn a transformers 5 module's parameter name into the one of 4.51 (and of vLLM)."""
+    if name.startswith("lm_head."):
+        return f"language_model.{name}"
+    name = name.removeprefix("model.")
+    if name.startswith("vision_tower."):
+        return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    if name.startswith("language_model."):
+        return name.replace("language_model.", "language_model.model.", 1)
+    return name
+
+
+def old_config(folder: Path) -> dict[str, Any]:
+    """Return config.json with the keys that transformers 4.51 reads (and 5 still does)."""
+    tree: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for part in (tree, tree["text_config"], tree["vision_config"]):
+        part.pop("dtype", None)
+        part["torch_dtype"] = "float16"
+    if "image_token_id" in tree:
+        tree["image_token_index"] = tree.pop("image_token_id")
+    text = tree["text_config"]
+    rope = text.pop("rope_parameters", None)
+    if rope:
+        text["rope_theta"] = rope.pop("rope_theta")
+        if rope.get("rope_type", "default") != "default":
+            text["rope_scaling"] = rope
+    return tree
+
+
+def _embedded_samples(
+    spec: AwqSpec, model: Any, merged: Path, calibration: Calibration, device: str
+) -> list[torch.Tensor]:
+    """Return each sample as the decoder's input, [tokens, hidden]."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = calibration.dataset_folder
+    samples = read_samples(folder / "train.json")[: calibration.num_samples]
+    if not samples:
+        raise VariantError(f"variant {spec.slug!r}: no training samples to calibrate on")
+    # The class that tokenizer_config.json names may exist only in transformers 5.
+    files = {"tokenizer_file": str(merged / "tokenizer.json")}
+    tokenizer: Any = PreTrainedTokenizerFast(**files)  # type: ignore[no-untyped-call]
+    shape = vision_shape(merged)
+    vision = nn.ModuleList([model.vision_tower, model.multi_modal_projector]).to(device)
+    embed = model.get_input_embeddings()
+    embedded = []
+    for sample in samples:
+        ids, _ = encode_sample(
+            tokenizer,
+            sample,
+            tokens_per_image=shape.tokens_per_image,
+            max_length=_MAX_TOKENS,
+            system=calibration.system_prompt,
+        )
+        tokens = torch.tensor(ids)
+        is_image = tokens == shape.image_token_id
+        hidden = embed(tokens.masked_fill(is_image, 0)).to(device)
+        if spec.images:
+            path = folder / "images" / sample.image
+            hidden[is_image.to(device)] = _features(model, path, shape.image_size, hidden)
+        else:
+            hidden = hidden[~is_image.to(device)]
+        embedded.append(hidden)
+    vision.cpu()
+    logger.info("%d samples, %d tokens to calibrate on", len(embedded), sum(map(len, embedded)))
+    return embedded
+
+
+def _features(model: Any, path: Path, size: int, like: torch.Tensor) -> torch.Tensor:
+    """Return an image's features, [tokens per image, hidden]."""
+    pixels = normalize(square_pixels(open_image(path, max_pixels=10**9), size))
+    features: torch.Tensor = model.get_image_features(
+        pixel_values=pixels[None].to(like),
+        vision_feature_layer=model.config.vision_feature_layer,
+        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+    )
+    if features.shape[0] != 1:
+        raise DataError(f"{path}: {features.shape[0]} images' features for one image")
+    return features[0]
+
+
+def _write(spec: AwqSpec, model: Any, merged: Path, out: Path) -> None:
+    """Write weights, config, tokenizer and both generations' processor files."""
+    writer = llava_folder.ShardWriter(out)
+    for name, value in model.state_dict().items():
+        writer.add({name: value.half() if value.is_floating_point() else value})
+    writer.finish()
+    llava_folder.copy_sidecars(merged, out)
+    _write_preprocessor_config(out)
+    config = old_config(merged)
+    config["quantization_config"] = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": spec.group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": _SKIPPED,
+    }
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (out / "config.json").write_text(text, encoding="utf-8")
+
+
+def _write_preprocessor_config(out: Path) -> None:
+    """Write preprocessor_config.json, which transformers 4 reads, from transformers 5's file."""
+    path, newer = out / "preprocessor_config.json", out / "processor_config.json"
+    if path.is_file() or not newer.is_file():
+        return
+    tree = json.loads(newer.read_text(encoding="utf-8"))
+    images = tree.get("image_processor")
+    if images:
+        images.setdefault("image_processor_type", "CLIPImageProcessor")
+        path.write_text(json.dumps(images, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,195 @@
+"""GGUF: llama.cpp's formats, as a pair of files that llama.cpp's own tools open.
+
+A variant's folder holds `llava-<type>.gguf`, `mmproj-<f16 or f32>.gguf`, and config.json and the
+tokenizer's files of the merged model, so that prompts become the same ids as everywhere else.
+"""
+
+import ctypes
+import logging
+import math
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGUFReader
+from numpy.typing import NDArray
+
+from llava_ray.errors import VariantError
+from llava_ray.quantize import llava_folder
+from llava_ray.quantize.gguf_parity import check_parity, check_tokenization
+from llava_ray.quantize.gguf_types import (
+    FILE_TYPES,
+    NEEDS_IMATRIX,
+    PLAIN,
+    PREFIX,
+    expected_bits,
+    head_bits,
+    main_type,
+)
+from llava_ray.quantize.gguf_writer import Checkpoint, write_pair
+from llava_ray.quantize.spec import Calibration, QuantizationSpec, Resources, process_memory
+
+if TYPE_CHECKING:
+    from llava_ray.serving.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+Importance = Mapping[str, NDArray[np.float32]]
+"""Weights of a tensor's columns, by the tensor's name in the text GGUF."""
+
+GATED_BYTES = 2**30
+"""Merged models up to this size are compared with their F32 pair before each quantization."""
+
+
+@dataclass(frozen=True)
+class GgufSpec(QuantizationSpec):
+    """One of llama.cpp's file types, such as q4_k_m, for the text model."""
+
+    method: ClassVar[str] = "gguf"
+    extra: ClassVar[str | None] = "gguf"
+
+    name: str
+
+    @classmethod
+    def parse(cls, slug: str) -> Self | None:
+        """Read `gguf-<file type>` of a type that needs no importance matrix."""
+        name = slug.removeprefix(PREFIX)
+        possible = name in FILE_TYPES and name not in NEEDS_IMATRIX
+        return cls(slug, name) if slug.startswith(PREFIX) and possible else None
+
+    @classmethod
+    def known_slugs(cls) -> tuple[str, ...]:
+        """Return all of llama.cpp's file types that need no importance matrix."""
+        return tuple(PREFIX + name for name in FILE_TYPES if name not in NEEDS_IMATRIX)
+
+    def resources(self, model_bytes: int, *, gpu: bool) -> Resources:
+        """Ask for CPUs only: llama.cpp quantizes there, several rows of a tensor at a time."""
+        return Resources(num_cpus=2, memory_bytes=process_memory(model_bytes))
+
+    def bits_per_weight(self) -> float:
+        """Return the expected mean; `measured_bits_per_weight` reads a file's own."""
+        return expected_bits(self.name)
+
+    def estimated_bytes(self, merged: Path) -> int:
+        """Estimate the pair's size: embeddings and head are quantized too, CLIP is not."""
+        bits = 0.0
+        for stored, shape in llava_folder.weight_shapes(merged).items():
+            name = llava_folder.module_name(stored)
+            if name == "lm_head.weight":
+                each = head_bits(self.name)
+            elif name.startswith("model.language_model."):
+                each = expected_bits(self.name)
+            else:
+                each = 32 if self.name == "f32" else 16
+            bits += math.prod(shape) * each
+        return int(bits / 8)
+
+    def quantize(self, merged: Path, out: Path, calibration: Calibration, device: str) -> None:
+        """Write the pair in full precision, compare it with the merged model, then quantize."""
+        self._check(merged)
+        llava_folder.copy_sidecars(merged, out)
+        shutil.copyfile(merged / "config.json", out / "config.json")
+        text = out / f"llava-{self.name}.gguf"
+        mmproj = out / f"mmproj-{'f32' if self.name == 'f32' else 'f16'}.gguf"
+        if self.name in PLAIN:
+            write_pair(merged, text, mmproj, precision=self.name)
+        with tempfile.TemporaryDirectory(dir=out) as scratch:
+            self._gate(merged, out, Path(scratch))
+            if self.name not in PLAIN:
+                source = Path(scratch) / "source.gguf"
+                precision = Checkpoint(merged).lossless_precision()
+                write_pair(merged, source, mmproj, precision=precision)
+                importance = self._importance(merged, calibration, device)
+                quantize_file(source, text, FILE_TYPES[self.name], importance)
+        self._report(text)
+
+    def open_engine(self, folder: Path, *, device: str, slots: int, context: int) -> "Engine":
+        """Load the variant's folder for generation."""
+        from llava_ray.serving.llama_engine import LlamaCppEngine
+
+        return LlamaCppEngine(folder, device=device, slots=slots, context=context)
+
+    def _importance(self, merged: Path, calibration: Calibration, device: str) -> Importance | None:
+        """Return what weighs the rounding; None weighs all columns alike."""
+        return None
+
+    def _check(self, merged: Path) -> None:
+        """Raise VariantError for rows that llama.cpp would quietly write as another type."""
+        block = GGML_QUANT_SIZES[main_type(self.name)][0]
+        columns = {
+            shape[1]
+            for name, shape in llava_folder.weight_shapes(merged).items()
+            if self.quantizes(llava_folder.module_name(name.removesuffix(".weight")))
+        }
+        if columns and all(count % block for count in columns):
+            raise VariantError(
+                f"variant {self.slug!r}: rows of {sorted(columns)} weights do not divide by "
+                f"{block}, so llama.cpp would write other types; use gguf-q8_0 or gguf-q4_0"
+            )
+
+    def _gate(self, merged: Path, out: Path, scratch: Path) -> None:
+        """Compare the F32 pair with the merged model: always for f32, else where it is cheap."""
+        size_bytes = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
+        if self.name == "f32":
+            difference = check_parity(merged, out)
+        elif size_bytes <= GATED_BYTES:
+            pair = scratch / "f32"
+            pair.mkdir()
+            llava_folder.copy_sidecars(merged, pair)
+            shutil.copyfile(merged / "config.json", pair / "config.json")
+            text, mmproj = pair / "llava-f32.gguf", pair / "mmproj-f32.gguf"
+            write_pair(merged, text, mmproj, precision="f32")
+            difference = check_parity(merged, pair)
+        else:
+            logger.info("%s: parity is checked by gguf-f32 for a model of this size", self.slug)
+            return
+        logger.info("%s: the F32 pair's logits differ by at most %.1e", self.slug, difference)
+
+    def _report(self, text: Path) -> None:
+        check_tokenization(text)
+        counts = Counter(tensor.tensor_type.name for tensor in GGUFReader(text).tensors)
+        types = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+        bits = measured_bits_per_weight(text)
+        logger.info("%s: %.2f bits per weight of the linears; %s", self.slug, bits, types)
+
+
+def quantize_file(
+    source: Path, target: Path, file_type: int, importance: Importance | None = None
+) -> None:
+    """Quantize a text GGUF by llama.cpp's own llama_model_quantize.
+
+    Raises VariantError with llama.cpp's reason.
+    """
+    import torch
+
+    from llava_ray.serving.llama_native import last_error, load_llama_cpp
+
+    llama_cpp = load_llama_cpp()
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = file_type, torch.get_num_threads()
+    if importance:
+        # One entry more, whose name is null, ends the list.
+        matrix = (llama_cpp.llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
+        for entry, (name, values) in zip(matrix, importance.items(), strict=False):
+            entry.name, entry.size = name.encode(), values.size
+            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        params.imatrix = ctypes.cast(matrix, type(params.imatrix))
+    paths = str(source).encode(), str(target).encode()
+    if llama_cpp.llama_model_quantize(*paths, ctypes.byref(params)) != 0:
+        raise VariantError(f"llama.cpp cannot write {target.name}: {last_error()}")
+
+
+def measured_bits_per_weight(text: Path) -> float:
+    """Return the mean bits of the language model's linear weights in a text GGUF."""
+    linears = [
+        tensor
+        for tensor in GGUFReader(text).tensors
+        if tensor.name.startswith("blk.") and len(tensor.shape) == 2
+    ]
+    weights = sum(math.prod(int(size) for size in tensor.shape) for tensor in linears)
+    return 8 * sum(int(tensor.n_bytes) for tensor in linears) / weights

@@ -1,0 +1,131 @@
+"""Whether a GGUF pair computes what its Hugging Face folder does: logits, and cuts of text."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llava_ray.conversation import Turn, encode_prompt
+from llava_ray.errors import VariantError
+from llava_ray.images import Pixels, normalize
+
+if TYPE_CHECKING:
+    import torch
+
+    from llava_ray.serving.engine import Prompt
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-2
+QUESTION = "Describe this image in detail."
+ANSWER = 'A red sign above the door reads "Café 42 – OPEN".'
+
+TEXTS = (
+    "USER: <image>\nDescribe this image in detail. ASSISTANT:",
+    ANSWER,
+    "  two  spaces,\ttabs\nand\n\nnew lines  ",
+    "https://example.org/a_b-c?d=1&e=%20 (1,234.50 €)",
+    "Ünïcödé, 漢字, العربية, emoji 🦙🏽 and \u2060 joiners",
+    "<s>USER: hi</s>USER: again <unk> <0x41>",
+    "aaaaaaaaaaaaaaaa THE THE the tHe 0000000",
+    "\n",
+    " ",
+)
+"""What both tokenizers are to cut alike."""
+
+
+def check_parity(merged: Path, pair: Path, *, tolerance: float = TOLERANCE) -> float:
+    """Return the largest difference of logits between a folder in fp32 and its F32 GGUF pair.
+
+    Both see the same pixels and a teacher-forced answer. Raises VariantError above `tolerance`.
+    """
+    from llava_ray.serving.engine import Prompt
+    from llava_ray.serving.llama_engine import LlamaCppEngine
+
+    engine = LlamaCppEngine(pair, device="cpu", slots=1, context=_context(pair))
+    try:
+        turns = [Turn(QUESTION, num_images=1)]
+        ids = encode_prompt(engine.tokenizer, turns, tokens_per_image=engine.tokens_per_image)
+        answer = engine.tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
+        prompt = Prompt(tuple(ids), (probe_pixels(engine.image_size),))
+        found = engine.score(prompt, answer)
+    finally:
+        engine.close()
+    difference = float((found - reference_logits(merged, prompt, answer)).abs().max())
+    if not difference <= tolerance:
+        raise VariantError(
+            f"the GGUF pair's logits differ from the merged model's by {difference:.3g}, more "
+            f"than {tolerance:g}: the conversion does not fit this model"
+        )
+    return difference
+
+
+def reference_logits(merged: Path, prompt: "Prompt", answer: list[int]) -> "torch.Tensor":
+    """Return transformers' fp32 logits [len(answer), vocab] that predict the answer."""
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    model: Any = LlavaForConditionalGeneration.from_pretrained(merged, dtype=torch.float32)
+    model.eval()
+    pixels = normalize(np.stack(prompt.images))
+    with torch.no_grad():
+        ids = torch.tensor([[*prompt.input_ids, *answer]])
+        logits: torch.Tensor = model(input_ids=ids, pixel_values=pixels).logits[0]
+    return logits[len(prompt.input_ids) - 1 : -1]
+
+
+def probe_pixels(size: int) -> Pixels:
+    """Return a picture whose every patch differs: coloured noise over a gradient."""
+    noise = np.random.default_rng(0).integers(0, 128, (size, size, 3))
+    slope = np.linspace(0, 127, size).astype(np.int64)
+    return (noise + slope[:, None, None]).astype(np.uint8)
+
+
+def check_tokenization(text: Path) -> list[str]:
+    """Return those of TEXTS that llama.cpp cuts differently from the tokenizer beside the file.
+
+    They are logged too. The engine is not touched by them, for it passes ids; llama.cpp's own
+    tools are.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(text.parent / "tokenizer.json"))
+    differing = []
+    for sample, found in zip(TEXTS, llama_tokenize(text, TEXTS), strict=True):
+        expected = tokenizer.encode(sample).ids
+        if found != expected:
+            differing.append(sample)
+            logger.warning("llama.cpp cuts %r into %s, not %s", sample, found, expected)
+    return differing
+
+
+def llama_tokenize(text: Path, samples: tuple[str, ...]) -> list[list[int]]:
+    """Cut samples by llama.cpp's tokenizer, reading special tokens as such."""
+    from llava_ray.serving.llama_native import last_error, load_llama_cpp
+
+    llama = load_llama_cpp()
+    params = llama.llama_model_default_params()
+    params.vocab_only = True
+    model = llama.llama_model_load_from_file(str(text).encode(), params)
+    if not model:
+        raise VariantError(f"llama.cpp cannot open {text.name}: {last_error()}")
+    try:
+        vocab = llama.llama_model_get_vocab(model)
+        return [_tokenize(llama, vocab, sample.encode()) for sample in samples]
+    finally:
+        llama.llama_model_free(model)
+
+
+def _tokenize(llama: Any, vocab: Any, sample: bytes) -> list[int]:
+    room = 2 * len(sample) + 8
+    ids = (llama.llama_token * room)()
+    count = llama.llama_tokenize(vocab, sample, len(sample), ids, room, True, True)
+    assert count >= 0, f"{-count} tokens of {len(sample)} bytes"
+    return list(ids[:count])
+
+
+def _context(pair: Path) -> int:
+    from llava_ray.models import vision_shape
+
+    return vision_shape(pair).tokens_per_image + 256

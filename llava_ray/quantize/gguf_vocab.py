@@ -1,0 +1,172 @@
+"""A Hugging Face tokenizer.json as llama.cpp's SentencePiece-style vocabulary.
+
+llama.cpp joins the neighbours whose token has the highest score, leftmost first; BPE joins those
+of the lowest merge rank. With score = -rank both cut text the same way.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter, TokenType
+
+from llava_ray.errors import VariantError
+
+logger = logging.getLogger(__name__)
+
+SPACE = "▁"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'USER: ' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' }}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}{{ '<image>\n' }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ '</s>' }}{% else %}{{ ' ' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""Vicuna's format, as `conversation.prompt_text` writes it.
+
+llama.cpp's tools pass a message's content as one string, of which the template of
+llava-hf/llava-1.5-7b-hf would print nothing.
+"""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens by id, with llama.cpp's scores and types."""
+
+    tokens: list[str]
+    scores: list[float]
+    types: list[int]
+    special_ids: dict[str, int]
+    """By name: bos, eos, unk, pad."""
+    add_bos: bool
+    add_space_prefix: bool
+
+
+def read_vocabulary(folder: Path, size: int) -> Vocabulary:
+    """Read tokenizer.json and pad it to `size`, the rows of the embedding.
+
+    Raises VariantError for a tokenizer that is not Llama's kind: BPE with byte fallback over
+    text whose spaces are '▁'.
+    """
+    tree = _read_tree(folder)
+    model = tree["model"]
+    tokens = [f"[PAD{index}]" for index in range(size)]
+    types = [int(TokenType.UNUSED)] * size
+    for token, index in model["vocab"].items():
+        tokens[index], types[index] = token, int(_type_of(token))
+    for added in tree.get("added_tokens", []):
+        index = added["id"]
+        if index >= size:
+            raise VariantError(
+                f"token {added['content']!r} has id {index}, but the embedding has {size} rows"
+            )
+        tokens[index] = added["content"]
+        types[index] = int(TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
+    special_ids = _special_ids(folder, {token: index for index, token in enumerate(tokens)})
+    if "unk" in special_ids:
+        types[special_ids["unk"]] = int(TokenType.UNKNOWN)
+    return Vocabulary(
+        tokens=tokens,
+        scores=_scores(tokens, types, model["merges"]),
+        types=types,
+        special_ids=special_ids,
+        add_bos=_adds_bos(folder, special_ids.get("bos")),
+        add_space_prefix=_adds_space(tree),
+    )
+
+
+def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
+    """Add the vocabulary's keys to a text model's header."""
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_scores(vocabulary.scores)
+    writer.add_token_types(vocabulary.types)
+    for name, index in vocabulary.special_ids.items():
+        getattr(writer, f"add_{name}_token_id")(index)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _read_tree(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise VariantError(f"no tokenizer.json in {folder}: GGUF needs the fast tokenizer's file")
+    tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    model = tree["model"]
+    if model.get("type") != "BPE" or not model.get("byte_fallback"):
+        raise VariantError(
+            f"tokenizer.json holds {model.get('type')} with byte_fallback "
+            f"{model.get('byte_fallback')}: GGUF needs Llama's BPE with byte fallback"
+        )
+    return tree
+
+
+def _type_of(token: str) -> TokenType:
+    is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+    return TokenType.BYTE if is_byte else TokenType.NORMAL
+
+
+def _scores(tokens: list[str], types: list[int], merges: list[Any]) -> list[float]:
+    """Return minus the rank of the first merge that makes each token; letters come last."""
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        ranks.setdefault(left + right, rank)
+    scores, unreachable = [], []
+    for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        normal = kind == TokenType.NORMAL
+        if normal and len(token) > 1 and token not in ranks:
+            unreachable.append(token)
+        scores.append(-float(ranks.get(token, len(merges) + index)) if normal else 0.0)
+    if unreachable:
+        logger.warning(
+            "%d tokens are made by no merge, such as %r: llama.cpp may use them where the "
+            "tokenizer does not",
+            len(unreachable),
+            unreachable[0],
+        )
+    return scores
+
+
+def _special_ids(folder: Path, ids: dict[str, int]) -> dict[str, int]:
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = {}
+    for name in ("bos", "eos", "unk", "pad"):
+        token = config.get(f"{name}_token")
+        text = token["content"] if isinstance(token, dict) else token
+        if text in ids:
+            found[name] = ids[text]
+    return found
+
+
+def _adds_bos(folder: Path, bos: int | None) -> bool:
+    from tokenizers import Tokenizer
+
+    encoded = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a").ids
+    return bos is not None and encoded[:1] == [bos]
+
+
+def _adds_space(tree: dict[str, Any]) -> bool:
+    parts = [tree.get("normalizer"), tree.get("pre_tokenizer")]
+    flat = [step for part in parts if part for step in _steps(part)]
+    return any(
+        (step["type"] == "Prepend" and step["prepend"] == SPACE)
+        or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+        for step in flat
+    )
+
+
+def _steps(part: dict[str, Any]) -> list[dict[str, Any]]:
+    return part.get("normalizers") or part.get("pretokenizers") or [part]

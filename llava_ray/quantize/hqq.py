@@ -1,0 +1,140 @@
+"""HQQ: half-quadratic quantization, which needs no calibration.
+
+A linear is stored as `hqq.core.quantize.HQQLinear.state_dict` has it, in safetensors, so the
+folder reloads to the same bits without quantizing again (hqq's own `save_quantized` pickles).
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from llava_ray.errors import VariantError
+from llava_ray.quantize import llava_folder
+from llava_ray.quantize.spec import Calibration, QuantizationSpec, Resources, process_memory
+
+if TYPE_CHECKING:
+    import torch
+
+    from llava_ray.serving.engine import Engine
+
+_SLUG = re.compile(r"hqq-w([84321])-g(16|32|64|128|256)(-vision)?")
+_BITS = (8, 4, 3, 2, 1)
+_GROUPS = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class HqqSpec(QuantizationSpec):
+    """Integers of 8, 4, 3, 2 or 1 bits, with an fp16 scale and zero point per group."""
+
+    method: ClassVar[str] = "hqq"
+
+    bits: int
+    group_size: int
+    vision: bool
+    """Whether the vision tower and the projector are quantized too."""
+
+    @classmethod
+    def parse(cls, slug: str) -> Self | None:
+        """Read `hqq-w<bits>-g<group size>`, then `-vision` if wanted."""
+        match = _SLUG.fullmatch(slug)
+        if not match:
+            return None
+        return cls(slug, int(match[1]), int(match[2]), vision=bool(match[3]))
+
+    @classmethod
+    def known_slugs(cls) -> tuple[str, ...]:
+        """Return all bits with all group sizes."""
+        return tuple(f"hqq-w{bits}-g{group}" for bits in _BITS for group in _GROUPS)
+
+    def resources(self, model_bytes: int, *, gpu: bool) -> Resources:
+        """Ask for a quarter of a GPU: only one layer at a time lies on it."""
+        return Resources(num_gpus=0.25 if gpu else 0, memory_bytes=process_memory(model_bytes))
+
+    def bits_per_weight(self) -> float:
+        """Return the bits of a weight with its share of scale and zero point.
+
+        Ten 3-bit weights lie in an int32.
+        """
+        return (3.2 if self.bits == 3 else self.bits) + 32 / self.group_size
+
+    def quantizes(self, module: str) -> bool:
+        """Say whether a module is quantized."""
+        return llava_folder.is_linear(module, vision=self.vision)
+
+    def quantize(self, merged: Path, out: Path, calibration: Calibration, device: str) -> None:
+        """Quantize each linear by itself."""
+        llava_folder.rewrite(
+            merged,
+            out,
+            dtype=llava_folder.storage_dtype(merged),
+            device=device,
+            pack=self._pack,
+            quantizes=self.quantizes,
+            quantization_config={
+                "quant_method": "hqq",
+                "quant_config": self._config(),
+                "skip_modules": ["lm_head"] if self.vision else ["lm_head", "vision_tower"],
+            },
+        )
+
+    def load(self, folder: Path, device: str) -> Any:
+        """Return the model with HQQ's linears, bit for bit as they were stored."""
+        model = llava_folder.empty_model(folder)
+        names = [name for name, _ in model.named_modules() if self.quantizes(name)]
+        for name in names:
+            # Its weight is packed; its bias, if any, is an ordinary parameter.
+            model.get_submodule(name).weight = None
+        dtype = llava_folder.compute_dtype(llava_folder.storage_dtype(folder), device)
+        packed = llava_folder.fill_model(model, folder, device, dtype)
+        states: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
+        for stored, value in packed.items():
+            name, _, key = stored.rpartition(".")
+            states[name][key] = value
+        for name, state in states.items():
+            bias = model.get_submodule(name).bias
+            model.set_submodule(name, _linear(state, bias, device, dtype))
+        return model
+
+    def open_engine(self, folder: Path, *, device: str, slots: int, context: int) -> "Engine":
+        """Load the variant's folder for generation."""
+        from llava_ray.serving.torch_engine import TorchEngine
+
+        model = self.load(folder, device)
+        return TorchEngine(model, folder=folder, device=device, slots=slots, context=context)
+
+    def _config(self) -> dict[str, Any]:
+        from hqq.core.quantize import BaseQuantizeConfig
+
+        config: dict[str, Any] = BaseQuantizeConfig(
+            nbits=self.bits, group_size=self.group_size, axis=1
+        )
+        return config
+
+    def _pack(self, name: str, weight: "torch.Tensor") -> "dict[str, torch.Tensor]":
+        from hqq.core.quantize import HQQLinear
+
+        rows, columns = weight.shape
+        per_byte = 1 if self.bits == 3 else 8 // self.bits
+        if columns % self.group_size or (weight.numel() // self.group_size) % per_byte:
+            raise VariantError(
+                f"variant {self.slug!r}: {name} is {rows}x{columns}, which groups of "
+                f"{self.group_size} weights at {self.bits} bits do not divide: use a smaller group"
+            )
+        linear = HQQLinear.from_weights(
+            weight, None, self._config(), compute_dtype=weight.dtype, device=str(weight.device)
+        )
+        return {key: value.data for key, value in linear.state_dict().items()}
+
+
+def _linear(
+    state: "dict[str, torch.Tensor]", bias: Any, device: str, dtype: "torch.dtype"
+) -> "torch.nn.Module":
+    from hqq.core.quantize import HQQLinear
+
+    linear: torch.nn.Module = HQQLinear(
+        None, None, compute_dtype=dtype, device=device, initialize=False
+    )
+    linear.load_state_dict(dict(state))
+    linear.bias = bias
+    return linear

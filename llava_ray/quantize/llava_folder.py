@@ -1,0 +1,257 @@
+"""Read and write LLaVA folders tensor by tensor, so that no method holds a whole model in memory.
+
+Surprising: names differ between transformers' generations. Files carry `language_model.model.*`
+or `model.language_model.*`; modules carry the latter. `module_name` maps both to the modules'.
+"""
+
+import json
+import logging
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_ray.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+SHARD_BYTES = 4 * 2**30
+
+Pack = Callable[[str, "torch.Tensor"], "dict[str, torch.Tensor]"]
+"""From a linear's name (without `.weight`) and weight to the tensors stored in its place."""
+
+_RENAMES = (
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^language_model\.model\."), "model.language_model."),
+    (re.compile(r"^(model\.)?vision_tower\.(vision_model\.)?"), "model.vision_tower."),
+    (re.compile(r"^multi_modal_projector\."), "model.multi_modal_projector."),
+)
+_LANGUAGE_LINEAR = re.compile(
+    r"^model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj$"
+)
+_VISION_LINEAR = re.compile(
+    r"^model\.(vision_tower\.encoder\.layers\.\d+\.(self_attn|mlp)\.([qkv]_proj|out_proj|fc[12])"
+    r"|multi_modal_projector\.linear_[12])$"
+)
+_REWRITTEN = {"config.json", "manifest.json"}
+
+
+def module_name(name: str) -> str:
+    """Return the name that a stored tensor has as a parameter of the transformers 5 model."""
+    for pattern, replacement in _RENAMES:
+        name, count = pattern.subn(replacement, name, count=1)
+        if count:
+            break
+    return name
+
+
+def is_linear(module: str, *, vision: bool) -> bool:
+    """Say whether a module is a linear that methods quantize; `vision` adds tower and projector."""
+    return bool(_LANGUAGE_LINEAR.match(module) or (vision and _VISION_LINEAR.match(module)))
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shape of every stored tensor from the headers, by its name in the files."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in _shards(folder):
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items()}
+    return shapes
+
+
+def tensors(folder: Path, device: str = "cpu") -> Iterator[tuple[str, "torch.Tensor"]]:
+    """Yield every stored tensor with its name in the files."""
+    from safetensors import safe_open
+
+    for path in _shards(folder):
+        with safe_open(path, framework="pt", device=device) as shard:
+            for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
+                yield name, shard.get_tensor(name)
+
+
+def rewrite(
+    merged: Path,
+    out: Path,
+    *,
+    dtype: "torch.dtype",
+    device: str,
+    quantizes: Callable[[str], bool] = lambda module: False,
+    pack: Pack | None = None,
+    quantization_config: dict[str, Any] | None = None,
+) -> None:
+    """Copy a model folder, casting all floating weights and packing the modules of `quantizes`.
+
+    The result is complete: config, tokenizer and processor files lie beside the safetensors.
+    """
+    total = len(weight_shapes(merged))
+    writer = ShardWriter(out)
+    last_said = time.monotonic()
+    for number, (name, value) in enumerate(tensors(merged), start=1):
+        stem = name.removesuffix(".weight")
+        if pack and stem != name and quantizes(module_name(stem)):
+            packed = pack(stem, value.to(device, dtype))
+            writer.add({f"{stem}.{key}": tensor for key, tensor in packed.items()})
+        else:
+            writer.add({name: value.to(dtype) if value.is_floating_point() else value})
+        if time.monotonic() - last_said > 10:
+            last_said = time.monotonic()
+            logger.info("%s: %d of %d tensors written", out.name, number, total)
+    writer.finish()
+    copy_sidecars(merged, out)
+    write_config(merged, out, dtype=dtype, quantization_config=quantization_config)
+
+
+def copy_sidecars(merged: Path, out: Path) -> None:
+    """Copy tokenizer, processor and generation files."""
+    for path in sorted(merged.iterdir()):
+        wanted = path.suffix in (".json", ".jinja", ".model") and path.name not in _REWRITTEN
+        if path.is_file() and wanted and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, out / path.name)
+
+
+def write_config(
+    merged: Path,
+    out: Path,
+    *,
+    dtype: "torch.dtype",
+    quantization_config: dict[str, Any] | None,
+) -> None:
+    """Write config.json with the dtype of the weights and what says how they are quantized."""
+    tree = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    tree.pop("torch_dtype", None)
+    name = str(dtype).removeprefix("torch.")
+    tree["dtype"] = name
+    for part in ("text_config", "vision_config"):
+        for key in ("torch_dtype", "dtype"):
+            if key in tree[part]:
+                tree[part][key] = name
+    if quantization_config is not None:
+        tree["quantization_config"] = quantization_config
+    text = json.dumps(tree, indent=2, sort_keys=True) + "\n"
+    (out / "config.json").write_text(text, encoding="utf-8")
+
+
+def storage_dtype(merged: Path) -> "torch.dtype":
+    """Return the 2-byte dtype that unquantized weights are stored in: bf16 stays, else fp16."""
+    import torch
+
+    tree = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    stored = tree.get("dtype") or tree.get("torch_dtype")
+    return torch.bfloat16 if stored == "bfloat16" else torch.float16
+
+
+def compute_dtype(stored: "torch.dtype", device: str) -> "torch.dtype":
+    """Return the dtype to run in: the stored one on a GPU, fp32 on a CPU.
+
+    PyTorch's fp16 products for a prompt's many rows are about five times slower on CPUs without
+    fp16 units than fp32.
+    """
+    import torch
+
+    return torch.float32 if device == "cpu" else stored
+
+
+class ShardWriter:
+    """Write safetensors of at most SHARD_BYTES each, with an index where there are several."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._total_bytes = 0
+        self._names: list[list[str]] = []
+
+    def add(self, values: "dict[str, torch.Tensor]") -> None:
+        """Take tensors by their names in the files."""
+        for name, value in values.items():
+            size = value.numel() * value.element_size()
+            if self._pending and self._pending_bytes + size > SHARD_BYTES:
+                self._flush()
+            self._pending[name] = value.cpu().contiguous()
+            self._pending_bytes += size
+
+    def finish(self) -> None:
+        """Write the last shard, the final names and the index."""
+        self._flush()
+        count = len(self._names)
+        if count == 1:
+            self._temporary(0).rename(self._out / "model.safetensors")
+            return
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._names):
+            final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._temporary(number).rename(self._out / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        path = self._out / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
+
+    def _temporary(self, number: int) -> Path:
+        return self._out / f"shard-{number}.partial"
+
+    def _flush(self) -> None:
+        from safetensors.torch import save_file
+
+        save_file(self._pending, self._temporary(len(self._names)), metadata={"format": "pt"})
+        self._names.append(list(self._pending))
+        self._total_bytes += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+
+def empty_model(folder: Path) -> Any:
+    """Build the folder's LlavaForConditionalGeneration with real buffers and no weights yet."""
+    from accelerate import init_empty_weights
+    from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        # transformers would look for its own loader of the method.
+        del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        model: Any = LlavaForConditionalGeneration(config)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def fill_model(model: Any, folder: Path, device: str, dtype: "torch.dtype") -> "dict[str, Any]":
+    """Give a model its unquantized weights; return the stored tensors that are no parameters.
+
+    Raises ArtifactError when a parameter has no stored tensor.
+    """
+    from torch import nn
+
+    wanted = {name for name, value in model.named_parameters() if value.is_meta}
+    packed: dict[str, Any] = {}
+    for stored, value in tensors(folder, device):
+        name = module_name(stored)
+        if name not in wanted:
+            packed[name] = value
+            continue
+        wanted.remove(name)
+        parent, _, leaf = name.rpartition(".")
+        module = model.get_submodule(parent)
+        setattr(module, leaf, nn.Parameter(value.to(dtype), requires_grad=False))
+    if wanted:
+        raise ArtifactError(
+            f"{folder}: {len(wanted)} weights are missing, first {sorted(wanted)[0]!r}; "
+            "delete the folder and quantize again"
+        )
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    return packed
+
+
+def _shards(folder: Path) -> list[Path]:
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise ArtifactError(f"{folder}: no .safetensors files there; run the stage again")
+    return paths

@@ -1,0 +1,107 @@
+"""What a quantization method must say and do; one file beside this one per method."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from llava_ray.quantize import llava_folder
+
+if TYPE_CHECKING:
+    from llava_ray.serving.engine import Engine
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one task needs, in Ray's terms."""
+
+    num_cpus: float = 1
+    num_gpus: float = 0
+    memory_bytes: int = 0
+
+
+def process_memory(model_bytes: int) -> int:
+    """Return the bytes of a process that writes a model shard by shard, libraries included."""
+    return 2**30 + min(model_bytes, 2 * llava_folder.SHARD_BYTES)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Training samples for the methods that look at activations."""
+
+    dataset_folder: Path
+    """Holds train.json and images/."""
+    num_samples: int
+    system_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class QuantizationSpec(ABC):
+    """One variant, fully described by its slug, such as `hqq-w4-g64`."""
+
+    method: ClassVar[str]
+    extra: ClassVar[str | None] = None
+    """The package extra that the method needs."""
+    calibrated: ClassVar[bool] = False
+    """Whether the result depends on the calibration samples."""
+
+    slug: str
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, slug: str) -> Self | None:
+        """Return the spec of a slug of this method, or None if it is not one."""
+
+    @classmethod
+    @abstractmethod
+    def known_slugs(cls) -> tuple[str, ...]:
+        """Return the slugs worth listing; `parse` may take more."""
+
+    @abstractmethod
+    def resources(self, model_bytes: int, *, gpu: bool) -> Resources:
+        """Return what quantizing a model of that size needs, with or without a GPU at hand."""
+
+    def runtime_env(self) -> dict[str, Any]:
+        """Return the Ray runtime_env of the task that quantizes; default: the job's own."""
+        return {}
+
+    @abstractmethod
+    def bits_per_weight(self) -> float:
+        """Return the bits a quantized weight takes, scales and zero points counted in."""
+
+    def quantizes(self, module: str) -> bool:
+        """Say whether the module of that name is quantized; default: the language model's linears.
+
+        The name is that of transformers 5, such as `model.language_model.layers.0.mlp.up_proj`.
+        """
+        return llava_folder.is_linear(module, vision=False)
+
+    def other_bits_per_weight(self) -> float:
+        """Return the bits of a weight that stays unquantized: embeddings, head, vision tower."""
+        return 16
+
+    def estimated_bytes(self, merged: Path) -> int:
+        """Estimate the variant's size on disk from the shapes in the merged model's headers.
+
+        Good to a few percent; a method whose layout differs overrides it.
+        """
+        bits = 0.0
+        for name, shape in llava_folder.weight_shapes(merged).items():
+            module = llava_folder.module_name(name.removesuffix(".weight"))
+            quantized = name.endswith(".weight") and self.quantizes(module)
+            each = self.bits_per_weight() if quantized else self.other_bits_per_weight()
+            bits += math.prod(shape) * each
+        others = (p for p in merged.iterdir() if p.suffix in (".json", ".jinja", ".model"))
+        return int(bits / 8) + sum(path.stat().st_size for path in others)
+
+    @abstractmethod
+    def quantize(self, merged: Path, out: Path, calibration: Calibration, device: str) -> None:
+        """Read the merged model's folder and write the variant's folder.
+
+        Raises VariantError where the model's shapes do not allow the scheme.
+        """
+
+    @abstractmethod
+    def open_engine(self, folder: Path, *, device: str, slots: int, context: int) -> "Engine":
+        """Load the variant's folder for generation."""

@@ -1,0 +1,218 @@
+"""One variant in a Ray task: what it is told, what it does, and how a failure is told.
+
+Surprising: workers are reused for several variants, so their peak memory is reset before each.
+"""
+
+import logging
+import platform
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_ray.artifacts import (
+    ArtifactStore,
+    DatasetRecord,
+    MergedModel,
+    Variant,
+    artifact_id,
+    local_folder,
+)
+from llava_ray.config import RunConfig
+from llava_ray.errors import LlavaRayError
+from llava_ray.quantize.registry import spec_for
+from llava_ray.quantize.spec import Calibration, Resources
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 5.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One variant to make."""
+
+    slug: str
+    merged: MergedModel
+    dataset: DatasetRecord
+    storage_uri: str
+    settings: dict[str, Any]
+    parents: tuple[str, ...]
+
+    @classmethod
+    def plan(
+        cls, config: RunConfig, slug: str, merged: MergedModel, dataset: DatasetRecord
+    ) -> "Job":
+        """Collect what shapes the variant; calibration counts only where a method looks at it."""
+        settings: dict[str, Any] = {"slug": slug}
+        parents: tuple[str, ...] = (merged.id,)
+        if spec_for(slug).calibrated:
+            settings["calibration_samples"] = config.quantize.calibration_samples
+            settings["system_prompt"] = config.model.system_prompt
+            parents = (merged.id, dataset.id)
+        return cls(slug, merged, dataset, config.storage.uri, settings, parents)
+
+    @property
+    def artifact_id(self) -> str:
+        """The variant's id."""
+        return artifact_id(Variant.kind, self.settings, self.parents)
+
+
+def make_variant(job: Job) -> Variant:
+    """Quantize in this process and seal the variant's folder."""
+    device = _device()
+    spec = spec_for(job.slug)
+    merged = local_folder(job.merged)
+    calibration = Calibration(
+        dataset_folder=local_folder(job.dataset) if spec.calibrated else Path(),
+        num_samples=job.settings.get("calibration_samples", 0),
+        system_prompt=job.settings.get("system_prompt", ""),
+    )
+    logger.info(
+        "%s: starts on %s, about %.1f MB at %.2f bits per quantized weight",
+        job.slug,
+        device,
+        spec.estimated_bytes(merged) / 1e6,
+        spec.bits_per_weight(),
+    )
+    store = ArtifactStore(job.storage_uri)
+    with store.build(Variant, job.artifact_id, settings=job.settings, parents=job.parents) as build:
+        _reset_peak_memory(device)
+        start = time.monotonic()
+        spec.quantize(merged, build.folder, calibration, device)
+        quantize_s = time.monotonic() - start
+        return build.finish(
+            Variant,
+            device=_device_name(device),
+            slug=job.slug,
+            method=spec.method,
+            bits_per_weight=spec.bits_per_weight(),
+            quantize_s=round(quantize_s, 3),
+            peak_memory_bytes=_peak_memory_bytes(device),
+        )
+
+
+def run_remotely(job: Job, *, gpu: bool, placement_timeout_s: float) -> Variant:
+    """Run `make_variant` as a Ray task with the method's resources and environment.
+
+    Raises LlavaRayError, or Ray's error for a task whose process or environment failed.
+    """
+    import ray
+
+    spec = spec_for(job.slug)
+    need = fitted(spec.resources(job.merged.size_bytes, gpu=gpu), _nodes())
+    remote = ray.remote(make_variant).options(
+        name=f"quantize {job.slug}",
+        num_cpus=need.num_cpus,
+        num_gpus=need.num_gpus,
+        memory=need.memory_bytes,
+        max_retries=1,
+        runtime_env=spec.runtime_env() or None,
+    )
+    ref = remote.remote(job)
+    deadline = time.monotonic() + placement_timeout_s
+    poll_s = min(_POLL_S, placement_timeout_s / 2 + 0.1)
+    while not ray.wait([ref], timeout=poll_s)[0]:
+        lack = shortage(need, _nodes())
+        if lack and time.monotonic() > deadline:
+            ray.cancel(ref)
+            raise LlavaRayError(lack)
+    result: Variant = ray.get(ref)
+    return result
+
+
+def fitted(need: Resources, nodes: list[dict[str, float]]) -> Resources:
+    """Lower the CPUs asked for to what the largest node has: fewer CPUs only take longer."""
+    most = max((node.get("CPU", 0) for node in nodes), default=0)
+    if most < 1:
+        return need
+    return Resources(min(need.num_cpus, most), need.num_gpus, need.memory_bytes)
+
+
+def shortage(need: Resources, nodes: list[dict[str, float]]) -> str | None:
+    """Say what no node has enough of, or None where one could run the task."""
+    wanted = {"CPU": need.num_cpus, "GPU": need.num_gpus, "memory": float(need.memory_bytes)}
+    if any(all(node.get(key, 0) >= value for key, value in wanted.items()) for node in nodes):
+        return None
+    largest = max(nodes, key=lambda node: [node.get(key, 0) for key in ("GPU", "memory", "CPU")])
+    return (
+        f"no node has {_resources_text(wanted)}; the largest has {_resources_text(largest)}: "
+        "add a node or leave this variant out of quantize.variants"
+    )
+
+
+def reason(error: Exception) -> str:
+    """Say in one line why a variant does not exist."""
+    import ray
+
+    if isinstance(error, ray.exceptions.RuntimeEnvSetupError):
+        return f"its environment could not be set up: {_last_line(str(error))}"
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return "its process was ended because the node ran out of memory: use a larger node"
+    if isinstance(error, ray.exceptions.WorkerCrashedError):
+        return "its worker process died (killed, or out of memory): see the node's Ray logs"
+    # Ray wraps a task's error in a class that is also the error's own.
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, LlavaRayError):
+        return " ".join(str(cause).split())
+    return f"{type(cause).__name__}: {_last_line(str(cause))}"
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"(?i)error|.*\berror:", line)]
+    return (errors or lines or ["no message"])[-1][:500]
+
+
+def _resources_text(values: dict[str, float]) -> str:
+    memory = values.get("memory", 0) / 2**30
+    cpus, gpus = values.get("CPU", 0), values.get("GPU", 0)
+    return f"{cpus:g} CPUs, {gpus:g} GPUs and {memory:.1f} GiB of memory"
+
+
+def _nodes() -> list[dict[str, float]]:
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in nodes if node["Alive"]]
+
+
+def _device() -> str:
+    import ray
+
+    return "cuda" if ray.get_runtime_context().get_accelerator_ids().get("GPU") else "cpu"
+
+
+def _device_name(device: str) -> str:
+    if device == "cpu":
+        return platform.machine()
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def _reset_peak_memory(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return
+    # Linux: 5 resets VmHWM; elsewhere the peak is that of the whole process (proc(5)).
+    path = Path("/proc/self/clear_refs")
+    if path.exists():
+        path.write_text("5", encoding="ascii")
+
+
+def _peak_memory_bytes(device: str) -> int:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    if found:
+        return int(found[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

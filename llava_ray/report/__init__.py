@@ -1,0 +1,49 @@
+"""Write the report: one HTML file, Markdown, the data as JSON and a model card per variant."""
+
+import json
+import re
+from pathlib import Path
+
+from llava_ray.report.findings import Findings
+
+__all__ = ["Findings", "write_report"]
+
+
+def write_report(folder: Path, findings: Findings) -> None:
+    """Write report.html, report.md with its pictures, report.json, config.yaml and cards/.
+
+    Raises ArtifactError when a record that a scorecard names is gone.
+    """
+    from llava_ray.report.cards import write_card
+    from llava_ray.report.content import make_content
+    from llava_ray.report.findings import find_origins
+    from llava_ray.report.html import write_html
+    from llava_ray.report.markdown import write_markdown
+
+    origins = find_origins(findings)
+    content = make_content(findings, origins)
+    names = []
+    for plot in content.plots:
+        names.append(re.sub(r"\W+", "_", plot.title.lower()) + ".png")
+        (folder / names[-1]).write_bytes(plot.png)
+    texts = {
+        "report.html": write_html(content),
+        "report.md": write_markdown(content, names),
+        "report.json": json.dumps(
+            {
+                "winner": findings.winner,
+                "reasons": findings.reasons,
+                "rows": [row.model_dump(mode="json") for row in content.rows],
+                "conditions": dict(content.conditions),
+            },
+            indent=1,
+        ),
+        "config.yaml": content.config_yaml,
+    }
+    for card in findings.scorecards:
+        variant = origins.variants[card.slug]
+        texts[f"cards/{card.slug}/README.md"] = write_card(card, variant, origins)
+    for name, text in texts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")

@@ -1,0 +1,83 @@
+"""What a report is made from: measurements, the choice and the records behind them."""
+
+from dataclasses import dataclass
+
+from llava_ray.artifacts import (
+    ArtifactStore,
+    DatasetRecord,
+    MergedModel,
+    QuantizationRun,
+    Scorecard,
+    Variant,
+    VariantFailure,
+    read_record,
+)
+from llava_ray.benchmark.fidelity import SampleFidelity
+from llava_ray.benchmark.measure import read_fidelity
+from llava_ray.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Measurements and the choice."""
+
+    config: RunConfig
+    scorecards: tuple[Scorecard, ...]
+    failures: tuple[VariantFailure, ...]
+    winner: str
+    """Slug."""
+    reasons: tuple[str, ...]
+    against: dict[str, str]
+
+    @property
+    def baseline(self) -> Scorecard | None:
+        """Return the baseline's scorecard; None where it could not be measured."""
+        return self._card(self.config.benchmark.baseline)
+
+    @property
+    def best(self) -> Scorecard:
+        """Return the winner's scorecard."""
+        card = self._card(self.winner)
+        assert card is not None
+        return card
+
+    def _card(self, slug: str) -> Scorecard | None:
+        return next((card for card in self.scorecards if card.slug == slug), None)
+
+
+@dataclass(frozen=True)
+class Origins:
+    """The records behind the scorecards."""
+
+    dataset: DatasetRecord
+    variants: dict[str, Variant]
+    fidelity: dict[str, list[SampleFidelity]]
+    """By slug, per held-out sample."""
+    merged: MergedModel | None
+    """None where the variants were not made from a merged model of this storage."""
+    quantization: QuantizationRun | None
+    """The run that made most of them."""
+
+
+def find_origins(findings: Findings) -> Origins:
+    """Read the manifests of data set, variants and merged model.
+
+    Raises ArtifactError when one that a scorecard names is gone.
+    """
+    cards = findings.scorecards
+    variants = {card.slug: read_record(Variant, card.variant_uri) for card in cards}
+    store = ArtifactStore(findings.config.storage.uri)
+    parents = variants[findings.winner].parents
+    merged = (store.find(MergedModel, name) for name in parents if name.startswith("merged-"))
+    return Origins(
+        dataset=read_record(DatasetRecord, findings.best.dataset_uri),
+        variants=variants,
+        fidelity={card.slug: read_fidelity(card) for card in cards},
+        merged=next(merged, None),
+        quantization=_quantization(store, parents),
+    )
+
+
+def _quantization(store: ArtifactStore, parents: tuple[str, ...]) -> QuantizationRun | None:
+    runs = [run for run in store.latest(QuantizationRun) if set(run.parents) & set(parents)]
+    return max(runs, key=lambda run: len(run.variant_wall_s), default=None)

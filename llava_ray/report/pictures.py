@@ -1,0 +1,73 @@
+"""Held-out images beside what each variant says about them."""
+
+import base64
+import io
+from dataclasses import dataclass
+
+from llava_ray.artifacts import local_folder
+from llava_ray.benchmark.captions import quoted_words, words
+from llava_ray.images import open_image
+from llava_ray.report.findings import Findings, Origins
+
+THUMBNAIL_PIXELS = 360
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One variant's text, cut into words; `read` are quoted words of the reference."""
+
+    slug: str
+    parts: tuple[tuple[str, bool], ...]
+    """Text and whether it was read, in order."""
+
+    @property
+    def text(self) -> str:
+        """Return the whole answer."""
+        return "".join(part for part, _ in self.parts)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One image, its reference caption and all answers."""
+
+    image: str
+    data_uri: str
+    reference: str
+    answers: tuple[Answer, ...]
+
+
+def show(findings: Findings, origins: Origins) -> list[Shown]:
+    """Return the images that the baseline (or the winner) was shown, with all variants' answers."""
+    lead = findings.baseline or findings.best
+    images = local_folder(origins.dataset) / "images"
+    limit = findings.config.data.max_image_pixels
+    order = sorted(
+        findings.scorecards,
+        key=lambda card: (card.slug != lead.slug, card.slug != findings.winner, card.variant_bytes),
+    )
+    shown = []
+    for index, generation in enumerate(lead.generations):
+        answers = tuple(
+            mark(card.slug, card.generations[index].text, generation.reference)
+            for card in order
+            if index < len(card.generations)
+        )
+        image = open_image(images / generation.image, max_pixels=limit)
+        image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+        stream = io.BytesIO()
+        image.save(stream, "JPEG", quality=82)
+        uri = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+        shown.append(Shown(generation.image, uri, generation.reference, answers))
+    return shown
+
+
+def mark(slug: str, text: str, reference: str) -> Answer:
+    """Cut an answer into runs that are, and are not, quoted words of the reference."""
+    wanted = set(quoted_words(reference))
+    parts: list[tuple[str, bool]] = []
+    for index, word in enumerate(text.split()):
+        read = bool(wanted.intersection(words(word)))
+        if index:
+            parts.append((" ", False))
+        parts.append((word, read))
+    return Answer(slug, tuple(parts))

@@ -1,0 +1,153 @@
+"""Files under one root that is a local path or an fsspec URI such as s3:// or gs://.
+
+Surprising: object stores have no rename, so a folder there is complete only once its last
+file is; `put_folder` takes the name of that file.
+"""
+
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llava_ray.errors import ConfigError, ResourceError
+
+logger = logging.getLogger(__name__)
+
+_EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}
+
+
+@contextmanager
+def disk_errors(where: str) -> Iterator[None]:
+    """Turn a full or read-only disk into a ResourceError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"no space left at {where}: free some, or set storage.uri to another disk; "
+                "finished artifacts are kept"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise ResourceError(f"cannot write to {where}: {error.strerror}") from error
+        raise
+
+
+class Storage:
+    """Read and write folders below a root URI.
+
+    Paths given to the methods are relative to the root and use forward slashes.
+    """
+
+    def __init__(self, uri: str) -> None:
+        scheme, separator, rest = uri.partition("://")
+        self.is_local = not separator or scheme in ("file", "local")
+        if self.is_local:
+            self.root = str(Path(rest if separator else uri).expanduser().absolute())
+            self.uri = self.root
+            return
+        self.uri = uri.rstrip("/")
+        self._fs, self.root = _open_filesystem(self.uri)
+
+    def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
+        return Storage, (self.uri,)
+
+    def join(self, relative: str) -> str:
+        """Return the URI of a path below the root."""
+        return f"{self.uri}/{relative}"
+
+    def local(self, relative: str) -> Path:
+        """Return the path on this machine's disk; only for a local root."""
+        assert self.is_local, f"{self.uri} is not on a local disk"
+        return Path(self.root) / relative
+
+    def read_text(self, relative: str) -> str | None:
+        """Return a file's text, or None where there is no such file."""
+        if self.is_local:
+            path = self.local(relative)
+            return path.read_text(encoding="utf-8") if path.is_file() else None
+        path_there = f"{self.root}/{relative}"
+        if not self._fs.exists(path_there):
+            return None
+        return str(self._fs.cat_file(path_there).decode("utf-8"))
+
+    def list_folders(self, relative: str) -> list[str]:
+        """Return the sorted names of the folders directly below a path; hidden ones left out."""
+        if self.is_local:
+            base = self.local(relative)
+            names = [p.name for p in base.iterdir() if p.is_dir()] if base.is_dir() else []
+        else:
+            base_there = f"{self.root}/{relative}"
+            if not self._fs.exists(base_there):
+                return []
+            names = [
+                entry["name"].rstrip("/").rsplit("/", 1)[-1]
+                for entry in self._fs.ls(base_there, detail=True)
+                if entry["type"] == "directory"
+            ]
+        return sorted(name for name in names if not name.startswith("."))
+
+    def staging(self, name: str) -> Path:
+        """Make an empty local folder to build an artifact in, on the root's disk if it is local."""
+        base = self.local(".staging") if self.is_local else cache_folder() / "staging"
+        folder = base / f"{name}-{os.getpid()}-{os.urandom(4).hex()}"
+        with disk_errors(str(base)):
+            folder.mkdir(parents=True)
+        return folder
+
+    def put_folder(self, folder: Path, relative: str, *, last: str) -> None:
+        """Move a staged folder to its place; the file named `last` appears after all others."""
+        if self.is_local:
+            target = self.local(relative)
+            with disk_errors(str(target)):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.exists():
+                    # Only an unfinished folder can stand here, or an equal one by a racing task.
+                    shutil.rmtree(target)
+                os.replace(folder, target)
+            return
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        for path in sorted(files, key=lambda p: p.name == last):
+            there = f"{self.root}/{relative}/{path.relative_to(folder).as_posix()}"
+            self._fs.makedirs(there.rsplit("/", 1)[0], exist_ok=True)
+            self._fs.put_file(str(path), there)
+        shutil.rmtree(folder)
+
+    def get_folder(self, relative: str, target: Path) -> None:
+        """Download a folder of a remote root to a local path."""
+        assert not self.is_local
+        with disk_errors(str(target)):
+            target.mkdir(parents=True, exist_ok=True)
+            base = f"{self.root}/{relative}".rstrip("/")
+            for there in self._fs.find(base):
+                path = target / there[len(base) :].lstrip("/")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._fs.get_file(there, str(path))
+
+
+def cache_folder() -> Path:
+    """Return the folder for downloads and build caches: $LLAVA_RAY_CACHE or the XDG cache."""
+    chosen = os.environ.get("LLAVA_RAY_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_ray"
+
+
+def _open_filesystem(uri: str) -> tuple[Any, str]:
+    import fsspec
+
+    scheme = uri.partition("://")[0]
+    try:
+        filesystem, root = fsspec.core.url_to_fs(uri)
+    except ImportError as error:
+        extra = _EXTRAS.get(scheme)
+        cure = f"'pip install llava_ray[{extra}]'" if extra else "its fsspec package"
+        raise ConfigError(f"storage.uri {uri!r}: {scheme}:// needs {cure}") from error
+    except ValueError as error:
+        raise ConfigError(
+            f"storage.uri {uri!r}: unknown scheme {scheme!r}; use a path, s3:// or gs://"
+        ) from error
+    return filesystem, root.rstrip("/")

@@ -1,0 +1,212 @@
+"""Ray Tune: scheduler, search algorithm, resumption, and the table of trials."""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llava_ray.artifacts import DatasetRecord, Trial
+from llava_ray.config import RunConfig, TrainConfig
+from llava_ray.errors import ConfigError
+from llava_ray.storage import Storage
+from llava_ray.sweep.space import domains, num_samples
+from llava_ray.sweep.trial import Scorer, TrialRun, TrialTask
+from llava_ray.train.resources import Node, WorkerPlan, cluster_nodes, plan_workers, room
+
+if TYPE_CHECKING:
+    from ray import tune
+
+logger = logging.getLogger(__name__)
+
+_REPORTS = 9
+"""How often a trial is judged; with ASHA's factor 3 that makes rungs at 1/9, 1/3 and the end."""
+
+_FACTOR = 3
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search came to."""
+
+    trials: tuple[Trial, ...]
+    curves: tuple[tuple[tuple[int, float], ...], ...]
+    """By trial: (step, objective) of each report."""
+    steps_per_trial: int
+    device: str
+
+
+def search(
+    config: RunConfig, dataset: DatasetRecord, *, work_uri: str, score: Scorer | None
+) -> Search:
+    """Run the trials of a sweep, leaving out those that an earlier run below `work_uri` ended."""
+    from ray import tune
+
+    nodes = cluster_nodes()
+    plan = plan_workers(_trial_train(config.train, nodes), nodes)
+    total = total_steps(config.train, plan, dataset.num_train)
+    task = TrialTask(
+        config=config,
+        dataset=dataset,
+        num_workers=plan.num_workers,
+        cpus=plan.cpus,
+        gpus=plan.gpus,
+        work_uri=work_uri,
+        score_every_steps=max(1, total // _REPORTS),
+    )
+    # Tune gives the trial's own process no CPU: it only waits for the workers.
+    trainable = tune.with_resources(
+        tune.with_parameters(TrialRun, task=task, score=score), {"CPU": 0, "memory": 1}
+    )
+    tuner = _tuner(config, trainable, plan, nodes, total, Storage(work_uri).uri)
+    grid = tuner.fit()
+    results = [grid[index] for index in range(len(grid))]
+    return Search(
+        trials=tuple(_row(number, r, total, config) for number, r in enumerate(results)),
+        curves=tuple(_curve(result) for result in results),
+        steps_per_trial=total,
+        device=_device(results) or plan.device,
+    )
+
+
+def total_steps(train: TrainConfig, plan: WorkerPlan, num_train: int) -> int:
+    """Return the optimizer steps of a whole run."""
+    per_step = train.batch_size * train.gradient_accumulation * plan.num_workers
+    steps = max(1, math.ceil(int(train.epochs * num_train) / per_step))
+    return min(steps, train.max_steps) if train.max_steps else steps
+
+
+def concurrent_trials(plan: WorkerPlan, nodes: Sequence[Node]) -> int:
+    """Return how many trials the cluster holds; more would wait for each other's workers.
+
+    See https://github.com/ray-project/ray/issues/38505.
+    """
+    return max(1, room(plan, nodes) // plan.num_workers)
+
+
+def _trial_train(train: TrainConfig, nodes: Sequence[Node]) -> TrainConfig:
+    """On CPUs give each trial's worker one, so that several trials run beside each other."""
+    if train.cpus_per_worker is None and not any(node.gpus for node in nodes):
+        return train.model_copy(update={"cpus_per_worker": 1})
+    return train
+
+
+def _tuner(
+    config: RunConfig, trainable: Any, plan: WorkerPlan, nodes: Sequence[Node], total: int,
+    work: str,
+) -> "tune.Tuner":  # fmt: skip
+    from ray import tune
+
+    samples = num_samples(config.sweep)
+    if tune.Tuner.can_restore(f"{work}/tune"):
+        logger.info("sweep: goes on with the trials that an earlier run left")
+        return tune.Tuner.restore(f"{work}/tune", trainable, resume_unfinished=True)
+    concurrent = config.sweep.max_concurrent_trials or concurrent_trials(plan, nodes)
+    logger.info("sweep: %d trial(s) of %d steps at a time", concurrent, total)
+    return tune.Tuner(
+        trainable,
+        param_space=domains(config.sweep.space),
+        tune_config=tune.TuneConfig(
+            metric="objective",
+            mode="min",
+            num_samples=samples,
+            max_concurrent_trials=concurrent,
+            scheduler=_scheduler(config, total),
+            search_alg=_search_algorithm(config, concurrent),
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=work,
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=0),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=2, checkpoint_frequency=1),
+            callbacks=[_progress()],
+        ),
+    )
+
+
+def _scheduler(config: RunConfig, total: int) -> Any:
+    from ray.tune import schedulers
+
+    if config.sweep.scheduler == "asha":
+        return schedulers.AsyncHyperBandScheduler(
+            time_attr="step",
+            max_t=total,
+            grace_period=max(1, total // _REPORTS),
+            reduction_factor=_FACTOR,
+        )
+    if config.sweep.scheduler == "pbt":
+        return schedulers.PopulationBasedTraining(
+            time_attr="step",
+            perturbation_interval=max(1, total // _FACTOR),
+            hyperparam_mutations=domains(config.sweep.space),
+        )
+    return schedulers.FIFOScheduler()  # type: ignore[no-untyped-call]
+
+
+def _search_algorithm(config: RunConfig, concurrent: int) -> Any:
+    from ray.tune.search import BasicVariantGenerator
+
+    if config.sweep.search == "random":
+        return BasicVariantGenerator(random_state=config.sweep.seed, max_concurrent=concurrent)
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("sweep.search 'optuna': needs 'pip install llava_ray[optuna]'") from error
+    from ray.tune.search.optuna import OptunaSearch
+
+    return OptunaSearch(metric="objective", mode="min", seed=config.sweep.seed)
+
+
+def _progress() -> Any:
+    from ray.tune import Callback
+
+    class Progress(Callback):
+        def __init__(self) -> None:
+            self._began, self._done = time.monotonic(), 0
+
+        def on_trial_complete(
+            self, iteration: int, trials: list[Any], trial: Any, **_: Any
+        ) -> None:
+            self._done += 1
+            pace_s = (time.monotonic() - self._began) / self._done
+            logger.info(
+                "sweep: %d trial(s) done, %d known, about %.0f s for those left",
+                self._done, len(trials), pace_s * (len(trials) - self._done),
+            )  # fmt: skip
+
+    return Progress()
+
+
+def _device(results: Sequence[Any]) -> str | None:
+    names = [(result.metrics or {}).get("device") for result in results]
+    return next((str(name) for name in names if name), None)
+
+
+def _row(number: int, result: Any, total: int, config: RunConfig) -> Trial:
+    metrics = result.metrics or {}
+    value, steps = metrics.get("objective"), int(metrics.get("step") or 0)
+    error = " ".join(str(result.error).split())[-500:] if result.error else None
+    if error:
+        status = "failed"
+    elif value is None or not math.isfinite(value):
+        status = "diverged"
+    else:
+        status = "finished" if steps >= total else "stopped early"
+    return Trial(
+        number=number,
+        status=status,  # type: ignore[arg-type]
+        settings={key: metrics.get("config", result.config)[key] for key in config.sweep.space},
+        value=float(value) if value is not None and math.isfinite(value) else None,
+        steps=steps,
+        error=error,
+    )
+
+
+def _curve(result: Any) -> tuple[tuple[int, float], ...]:
+    frame = result.metrics_dataframe
+    if frame is None or "objective" not in frame:
+        return ()
+    rows = zip(frame["step"], frame["objective"], strict=True)
+    return tuple((int(step), float(value)) for step, value in rows if math.isfinite(value))

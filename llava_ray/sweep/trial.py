@@ -1,0 +1,171 @@
+"""One trial: a training run of its own under Ray Train, whose reports go on to Ray Tune.
+
+A class, where Ray's examples have a function with TuneReportCallback, for two reasons. Tune calls
+`cleanup` before it ends a trial early, which lets go of the workers; a function is just killed, and
+its workers' placement group then waits for a dashboard that need not be there. And checkpoints
+reach Tune too, as paths, so that population based training can start a trial from another's.
+"""
+
+import json
+import logging
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+from ray import tune
+
+from llava_ray.artifacts import DatasetRecord
+from llava_ray.config import RunConfig
+from llava_ray.errors import ConfigError
+from llava_ray.sweep.space import with_settings
+from llava_ray.train.resources import WorkerPlan
+from llava_ray.train.trainer import fit, make_trainer
+
+if TYPE_CHECKING:
+    from ray.train import Checkpoint, UserCallback
+    from ray.util.queue import Queue
+
+logger = logging.getLogger(__name__)
+
+POINTER = "checkpoint.json"
+
+_LET_GO_S = 20.0
+
+Scorer = Callable[[RunConfig, DatasetRecord, str, int], float]
+"""Takes a trial's config, the data set, a checkpoint's path and its step; smaller is better."""
+
+
+class TrialTask(BaseModel):
+    """What every trial of a sweep shares."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: RunConfig
+    dataset: DatasetRecord
+    num_workers: int
+    cpus: float
+    gpus: int
+    work_uri: str
+    score_every_steps: int
+
+
+class TrialRun(tune.Trainable):
+    """Trains with the settings that Tune drew; every result carries `objective`."""
+
+    def setup(
+        self, config: dict[str, Any], task: TrialTask | None = None, score: Scorer | None = None
+    ) -> None:
+        """Take the settings; training starts at the first step, after a checkpoint was loaded."""
+        from ray.util.queue import Queue
+
+        assert task is not None
+        self._task, self._score = task, score
+        own = {
+            "eval_every_steps": task.score_every_steps,
+            "checkpoint_every_steps": task.score_every_steps,
+            # Tune's last checkpoint of a trial may be older than the trial's own last one.
+            "checkpoints_kept": 3,
+            "trackers": (),
+        }
+        train = with_settings(task.config.train, {**config, **own})
+        self._run_config = task.config.model_copy(update={"train": train})
+        self._reports: Queue = Queue(actor_options={"num_cpus": 0})
+        self._path: str | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._controller: Any = None
+
+    def step(self) -> dict[str, Any]:
+        """Wait for the next evaluation; raises what ended the training."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._fit, daemon=True)
+            self._thread.start()
+        metrics, path, self._controller = self._next_report()
+        self._path = path or self._path
+        value = metrics["eval_loss"]
+        if self._score is not None and path is not None and math.isfinite(value):
+            value = self._score(self._run_config, self._task.dataset, path, metrics["step"])
+        last = "device" in metrics or not math.isfinite(metrics["eval_loss"])
+        if last:
+            self._finish()
+        return {**metrics, "objective": value, "done": last}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Write where the training's last checkpoint lies."""
+        text = json.dumps({"path": self._path})
+        (Path(checkpoint_dir) / POINTER).write_text(text, encoding="utf-8")
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Go on from a checkpoint, this trial's or another's."""
+        self._path = json.loads((Path(checkpoint) / POINTER).read_text(encoding="utf-8"))["path"]
+
+    def cleanup(self) -> None:
+        """Let go of the workers of a trial that Tune ends early."""
+        import ray
+
+        if self._thread is None or not self._thread.is_alive() or self._controller is None:
+            return
+        try:
+            ray.get(self._controller.abort.remote(), timeout=_LET_GO_S)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            logger.info("sweep: trial %s ended (%s)", self.trial_id, type(error).__name__)
+
+    def _fit(self) -> None:
+        # Not the trial's name alone: Ray Train would go on from this trial's own last checkpoint
+        # where population based training wants another trial's.
+        part = "start" if self._path is None else Path(self._path).name
+        trainer = make_trainer(
+            self._run_config,
+            self._task.dataset,
+            WorkerPlan(self._task.num_workers, self._task.cpus, self._task.gpus),
+            run_id=f"trial-{self.trial_id}",
+            work_uri=f"{self._task.work_uri}/trials/{self.trial_id}-{part}",
+            callbacks=[_forwarder(self._reports)],
+            start_from=self._path,
+            export_always=self._score is not None,
+        )
+        try:
+            fit(trainer, self._run_config.train)
+        except BaseException as error:
+            self._failure = error
+
+    def _next_report(self) -> tuple[dict[str, Any], str | None, Any]:
+        from ray.util.queue import Empty
+
+        assert self._thread is not None
+        while True:
+            alive = self._thread.is_alive()
+            try:
+                report: tuple[dict[str, Any], str | None, Any] = self._reports.get(timeout=1.0)
+                return report
+            except Empty:
+                if not alive:
+                    raise self._failure or RuntimeError("training ended without a report") from None
+
+    def _finish(self) -> None:
+        """Wait for the end; a loss that is not finite is a result, not an error."""
+        assert self._thread is not None
+        self._thread.join()
+        if self._failure is not None and not isinstance(self._failure, ConfigError):
+            raise self._failure
+
+
+def _forwarder(reports: "Queue") -> "UserCallback":
+    import ray
+    from ray.train import UserCallback
+
+    class Forward(UserCallback):
+        """Runs in Train's controller: sends rank 0's reports and the controller to the trial."""
+
+        def after_report(
+            self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: "Checkpoint | None"
+        ) -> None:
+            if "eval_loss" in metrics[0]:
+                controller = ray.get_runtime_context().current_actor
+                path = checkpoint.path if checkpoint else None
+                reports.put((dict(metrics[0]), path, controller))
+
+    return Forward()

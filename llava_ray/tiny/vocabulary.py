@@ -1,0 +1,131 @@
+"""The tokenizer of the embedded model: whole tokens for caption words, letters for the rest.
+
+It is a Llama tokenizer (BPE over '▁'-prefixed text with byte fallback) whose merges only ever
+extend a word's beginning: '▁s' + 'i', '▁si' + 'g', ... So a quoted word, which has no '▁' before
+it, is always spelled letter by letter, and any word can be read exactly. llama.cpp's SPM
+tokenizer, scored by merge rank, cuts text the same way.
+"""
+
+import re
+import string
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+VOCAB_SIZE = 1024
+UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+IMAGE_ID, PAD_ID = VOCAB_SIZE - 2, VOCAB_SIZE - 1
+
+SPECIAL = ("<unk>", "<s>", "</s>")
+ADDED = ("<image>", "<pad>")
+SPACE = "▁"
+FILLERS = (
+    "person people man woman child wearing holding standing sitting hand large small shows showing "
+    "written painted printed handwritten next to above below behind between under over by from for "
+    "as or be has have can into out up down light dark blurred table window door building tree car "
+    "road food bottle glass cup plate paper page book line lines number numbers time day water sky "
+    "grass house room floor part view scene photo photograph picture appears including "
+    "several some other another each both two three four one half round square metal wood stone"
+)
+"""Words of captions about photographs; they fill what generated captions leave of the tokens."""
+
+_QUOTED = re.compile(r'"[^"]*"\S*')
+CHARACTERS = SPACE + string.ascii_letters + string.digits + string.punctuation
+
+FOLDER = Path(__file__).parent / "model"
+
+
+def choose_pieces(words: Mapping[str, int]) -> list[str]:
+    """Return the multi-character tokens in the order of their merges.
+
+    words: how often each space-separated word occurs outside quotes. Words are taken by the
+    tokens they save; each needs all of its beginnings as tokens, shared with other words.
+    """
+    bytes_and_letters = len(SPECIAL) + 256 + len(CHARACTERS) + len(ADDED)
+    room = VOCAB_SIZE - bytes_and_letters
+    pieces: dict[str, None] = {}
+    gain = {
+        word: count * len(word) for word, count in words.items() if set(word) <= set(CHARACTERS)
+    }
+    for word in sorted(gain, key=lambda word: (-gain[word], word)):
+        for end in range(1, len(word) + 1):
+            if len(pieces) == room:
+                break
+            pieces.setdefault(SPACE + word[:end])
+    if len(pieces) < room:
+        raise AssertionError(f"{len(pieces)} pieces for {room} tokens: give more words")
+    return sorted(pieces, key=lambda piece: (len(piece), list(pieces).index(piece)))
+
+
+def train(words: Mapping[str, int]) -> Any:
+    """Build the tokenizers.Tokenizer with exactly VOCAB_SIZE tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+    from tokenizers.models import BPE
+
+    pieces = choose_pieces(words)
+    tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *CHARACTERS, *pieces]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    merges = [(piece[:-1], piece[-1]) for piece in pieces]
+    model = BPE(
+        vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
+    tokenizer = Tokenizer(model)
+    # The pipeline of llava-hf/llava-1.5-7b-hf's tokenizer.json.
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1, right=0),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS_ID)]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (*SPECIAL, *ADDED)]
+    )
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE
+    assert tokenizer.token_to_id("<image>") == IMAGE_ID
+    return tokenizer
+
+
+def wrap(tokenizer: Any) -> Any:
+    """Return the transformers tokenizer around a tokenizers.Tokenizer."""
+    from transformers import PreTrainedTokenizerFast
+
+    make: Any = PreTrainedTokenizerFast
+    return make(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+        add_bos_token=True,
+    )
+
+
+def load(folder: Path = FOLDER) -> Any:
+    """Load the shipped tokenizer without transformers: a tokenizers.Tokenizer."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def count_words(captions: Iterable[str]) -> dict[str, int]:
+    """Count the words of captions outside quotes, and the fillers once each.
+
+    The quote mark itself counts as a word, so that its space costs no token.
+    """
+    counts = dict.fromkeys(('"', *FILLERS.split()), 1)
+    for caption in captions:
+        for word in _QUOTED.sub(' " ', caption).split():
+            counts[word] = counts.get(word, 0) + 1
+    return counts

@@ -1,0 +1,98 @@
+"""Fine-tune LLaVA with LoRA (or whole) through Ray Train and DeepSpeed."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_ray.artifacts import AdapterCheckpoint, ArtifactStore, DatasetRecord, artifact_id
+from llava_ray.config import RunConfig
+from llava_ray.models import model_folder, weights_sha256
+from llava_ray.train.curve import draw_curve
+from llava_ray.train.resources import cluster_nodes, plan_workers
+from llava_ray.train.trackers import METRICS, check_trackers, read_metrics
+
+if TYPE_CHECKING:
+    from ray.train import Result
+
+logger = logging.getLogger(__name__)
+
+# These say how a run is carried out; the same run under others is the same artifact, and goes on
+# where it was cut off.
+_NOT_SHAPING = {
+    "cpus_per_worker", "zero_stage", "offload", "eval_batch_size", "loader_workers",
+    "log_every_steps", "eval_every_steps", "checkpoint_every_steps", "checkpoints_kept",
+    "max_failures", "trackers",
+}  # fmt: skip
+
+
+def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
+    """Train, or go on with a run that was cut off, and return the adapter.
+
+    Raises ConfigError, DataError or ResourceError for what the user can mend, a loss that is no
+    longer finite among it.
+    """
+    from llava_ray.train.trainer import fit, make_trainer
+
+    train = config.train
+    check_trackers(train)
+    store = ArtifactStore(config.storage.uri)
+    settings = shaping_settings(config)
+    id = artifact_id(AdapterCheckpoint.kind, settings, [dataset.id])
+    found = store.find(AdapterCheckpoint, id)
+    if found is not None:
+        logger.info("train: %s is there already", id)
+        return found
+    plan = plan_workers(train, cluster_nodes())
+    logger.info("train: %d worker(s), each with %s", plan.num_workers, plan.resources())
+    work = store.work_uri(id)
+    with store.build(AdapterCheckpoint, id, settings=settings, parents=[dataset.id]) as build:
+        trainer = make_trainer(config, dataset, plan, run_id=id, work_uri=work)
+        result = fit(trainer, train)
+        _collect(result, build.folder, Path(work) if store.storage.is_local else None)
+        record = build.finish(
+            AdapterCheckpoint,
+            device=str((result.metrics or {})["device"]),
+            base_model=config.model.path,
+            base_model_sha256=settings["base_model_sha256"],
+            dataset_uri=dataset.uri,
+            num_workers=plan.num_workers,
+            **_summary(build.folder, result),
+        )
+    if store.storage.is_local:
+        shutil.rmtree(work, ignore_errors=True)
+    return record
+
+
+def shaping_settings(config: RunConfig) -> dict[str, Any]:
+    """Return what of a config the trained weights depend on, the base's hash with it."""
+    return {
+        "train": config.train.model_dump(mode="json", exclude=_NOT_SHAPING),
+        "system_prompt": config.model.system_prompt,
+        "base_model_sha256": weights_sha256(model_folder(config.model)),
+    }
+
+
+def _collect(result: "Result", folder: Path, work: Path | None) -> None:
+    """Copy the last checkpoint's artifact and the trackers' files, and draw the curve."""
+    assert result.checkpoint is not None
+    with result.checkpoint.as_directory() as last:
+        shutil.copytree(Path(last) / "artifact", folder, dirs_exist_ok=True)
+        shutil.copy(Path(last) / METRICS, folder / METRICS)
+    if work is not None and (work / "tensorboard").is_dir():
+        shutil.copytree(work / "tensorboard", folder / "tensorboard")
+    draw_curve(read_metrics(folder / METRICS), folder / "curve.png")
+
+
+def _summary(folder: Path, result: "Result") -> dict[str, Any]:
+    lines = read_metrics(folder / METRICS)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    last = losses[-max(1, len(losses) // 10) :]
+    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    metrics = result.metrics or {}
+    return {
+        "steps": metrics["step"],
+        "train_loss": sum(last) / len(last),
+        "eval_loss": held_out[-1] if held_out else None,
+        "samples_per_s": metrics["samples_per_s"],
+    }

@@ -1,0 +1,103 @@
+"""Training state that any number of workers under any ZeRO stage can go on from.
+
+Every rank writes whole tensors of its share of the trained parameters: the fp32 weight and both
+moments of AdamW. DeepSpeed's own checkpoint is bound to the number of workers that wrote it.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from llava_ray.train.zero import full_weight, set_adam_step
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+STATE = "state.json"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class TrainState(BaseModel):
+    """Where a run stands."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+    """Optimizer steps done."""
+    samples: int
+    """The data cursor: samples of the stream that were seen."""
+    total_samples: int
+    group: int
+    """Samples of a step when the run began; the stream's order depends on it."""
+    train_s: float
+    """Seconds in the loop so far, those of lost work left out."""
+    loss_scale: float | None
+    """Of fp16."""
+
+
+def trained_parameters(model: "nn.Module") -> dict[str, "nn.Parameter"]:
+    """Return the trained parameters by name, in an order that is the same on every rank."""
+    return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
+
+
+def save_state(engine: Any, folder: Path, state: TrainState, *, rank: int, world_size: int) -> None:
+    """Write this rank's share into its folder; every rank must call it, rank 0 writes the state.
+
+    All ranks gather each tensor, because ZeRO spreads it over them.
+    """
+    from deepspeed.utils import safe_get_full_optimizer_state
+    from safetensors.torch import save_file
+
+    mine: dict[str, torch.Tensor] = {}
+    for index, (name, parameter) in enumerate(trained_parameters(engine.module).items()):
+        whole = {"weight": full_weight(parameter)}
+        for moment in _MOMENTS:
+            whole[moment] = safe_get_full_optimizer_state(parameter, moment).detach().cpu().clone()
+        if index % world_size == rank:
+            mine |= {f"{kind}/{name}": tensor for kind, tensor in whole.items()}
+    save_file(mine, folder / f"state_{rank:05d}.safetensors")
+    if rank == 0:
+        (folder / STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
+
+
+def read_state(folder: Path) -> TrainState:
+    """Read where the run of a checkpoint stands."""
+    return TrainState.model_validate_json((folder / STATE).read_text(encoding="utf-8"))
+
+
+def load_state(engine: Any, folder: Path, state: TrainState) -> None:
+    """Set weights, moments, step and loss scale; every rank must call it."""
+    import torch
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    from safetensors import safe_open
+
+    parameters = trained_parameters(engine.module)
+    seen: set[str] = set()
+    for path in sorted(folder.glob("state_*.safetensors")):
+        with safe_open(path, framework="pt") as tensors, torch.no_grad():
+            for key in tensors.keys():  # noqa: SIM118 (safe_open gives no iterator)
+                kind, _, name = key.partition("/")
+                value = tensors.get_tensor(key).to(engine.device)
+                if kind == "weight":
+                    safe_set_full_fp32_param(parameters[name], value)
+                    _set_model_weight(parameters[name], value)
+                    seen.add(name)
+                else:
+                    safe_set_full_optimizer_state(parameters[name], value, kind)
+    assert seen == parameters.keys(), f"checkpoint lacks {sorted(parameters.keys() - seen)[:3]}"
+    set_adam_step(engine, state.step)
+    if state.loss_scale is not None:
+        engine.optimizer.loss_scaler.cur_scale = state.loss_scale
+
+
+def _set_model_weight(parameter: "nn.Parameter", value: "torch.Tensor") -> None:
+    """Set what forward reads: DeepSpeed copies it from the fp32 weight only after a step."""
+    import deepspeed
+
+    sharded = hasattr(parameter, "ds_id")
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=sharded):
+        # Other ranks of ZeRO-3 take rank 0's value when the shards are made again.
+        if parameter.numel():
+            parameter.data.copy_(value.view_as(parameter))

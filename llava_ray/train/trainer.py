@@ -1,0 +1,90 @@
+"""The Ray Train trainer of a run, and what its failures mean."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llava_ray.artifacts import DatasetRecord
+from llava_ray.config import RunConfig, TrainConfig
+from llava_ray.errors import ConfigError, LlavaRayError
+from llava_ray.storage import Storage
+from llava_ray.train.resources import WorkerPlan
+from llava_ray.train.worker import WorkerTask, train_worker
+
+if TYPE_CHECKING:
+    from ray.train import Result
+    from ray.train.torch import TorchTrainer
+
+
+def make_trainer(
+    config: RunConfig,
+    dataset: DatasetRecord,
+    plan: WorkerPlan,
+    *,
+    run_id: str,
+    work_uri: str,
+    callbacks: Sequence[Any] = (),
+    start_from: str | None = None,
+    export_always: bool = False,
+) -> "TorchTrainer":
+    """Return a trainer that goes on from the last checkpoint below `work_uri`, if there is one.
+
+    Without one it starts at the checkpoint `start_from`, or from the base model.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    work = Storage(work_uri)
+    task = WorkerTask(
+        run_id=run_id,
+        train=config.train,
+        model=config.model,
+        dataset=dataset,
+        max_image_pixels=config.data.max_image_pixels,
+        live_folder=work.uri if work.is_local else None,
+        start_from=start_from,
+        export_always=export_always,
+    )
+    return TorchTrainer(
+        # Ray hands the worker function its config as it is; only the type hints say dict.
+        train_worker,  # type: ignore[arg-type]
+        train_loop_config=task,  # type: ignore[arg-type]
+        scaling_config=ScalingConfig(
+            num_workers=plan.num_workers,
+            use_gpu=plan.gpus > 0,
+            resources_per_worker=plan.resources(),
+        ),
+        torch_config=TorchConfig(backend="nccl" if plan.gpus else "gloo"),
+        run_config=RayRunConfig(
+            # The same name again makes Ray Train find the checkpoints of a run that was cut off.
+            name="checkpoints",
+            storage_path=work.uri,
+            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.train.checkpoints_kept),
+            callbacks=list(callbacks),
+        ),
+    )
+
+
+def fit(trainer: "TorchTrainer", train: TrainConfig) -> "Result":
+    """Run a trainer to its end.
+
+    Raises the worker's own error where it is the user's to mend, ConfigError for a loss that is
+    no longer finite.
+    """
+    from ray.train import TrainingFailedError
+
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        for failure in getattr(error, "worker_failures", {}).values():
+            if isinstance(failure, LlavaRayError):
+                raise failure from error
+        raise
+    metrics = result.metrics or {}
+    if metrics.get("diverged"):
+        raise ConfigError(
+            f"the loss is no longer a finite number at step {metrics['step']}: lower "
+            f"train.learning_rate={train.learning_rate:g} (or train.projector_learning_rate)"
+        )
+    return result

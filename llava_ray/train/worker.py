@@ -1,0 +1,394 @@
+"""The training loop of one rank, and the function by which Ray Train runs it.
+
+Learning rate, dropout and the order of the data follow from the step alone, so a resumed run
+needs only the weights, AdamW's moments and the cursor.
+"""
+
+import contextlib
+import logging
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from llava_ray.artifacts import DatasetRecord, local_folder
+from llava_ray.config import ModelConfig, TrainConfig
+from llava_ray.conversation import IGNORE_INDEX, read_samples
+from llava_ray.models import model_folder, vision_shape
+from llava_ray.train import adapt, checkpoint, export, zero
+from llava_ray.train.batches import (
+    Batch,
+    CaptionSamples,
+    RankBatches,
+    StreamOrder,
+    eval_batches,
+    text_lengths,
+    train_batches,
+)
+from llava_ray.train.checkpoint import TrainState
+from llava_ray.train.schedule import rate_factor, warmup_steps
+from llava_ray.train.trackers import METRICS, MetricsFile, Tracker, open_trackers
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+_LOG_EVERY_S = 10.0
+
+
+class WorkerTask(BaseModel):
+    """All that a worker needs to know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_id: str
+    train: TrainConfig
+    model: ModelConfig
+    dataset: DatasetRecord
+    max_image_pixels: int
+    live_folder: str | None
+    """Where trackers write while the run lasts; None: a folder of the worker."""
+    start_from: str | None = None
+    """A checkpoint of another run to begin with."""
+    export_always: bool = False
+    """Put the adapter into every checkpoint, not only into the last."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of how many ranks this is, on what device, and who is told how it goes."""
+
+    rank: int
+    world_size: int
+    device: "torch.device"
+    report: Callable[[dict[str, Any], Path | None], None]
+    """Takes values, and the folder with this rank's part of a checkpoint where one is made."""
+
+
+def train_worker(task: WorkerTask) -> None:
+    """Train to the end, from the last checkpoint if there is one; Ray Train runs this."""
+    import ray.train
+    import ray.train.torch
+
+    def report(values: dict[str, Any], folder: Path | None) -> None:
+        # Every rank reports; Ray merges the files of all into one checkpoint.
+        made = None if folder is None else ray.train.Checkpoint.from_directory(folder)
+        ray.train.report(values, checkpoint=made)
+
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    place = Place(context.get_world_rank(), context.get_world_size(), device, report)
+    start = ray.train.get_checkpoint()
+    if start is None and task.start_from is not None:
+        start = ray.train.Checkpoint(task.start_from)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(start.as_directory())) if start else None
+        loop = Loop(task, place, folder)
+        stack.callback(loop.close)
+        loop.run()
+
+
+class Loop:
+    """One rank's training loop."""
+
+    def __init__(self, task: WorkerTask, place: Place, resume_from: Path | None) -> None:
+        self.task, self.train, self.place = task, task.train, place
+        self.rank, self.world_size, self.device = place.rank, place.world_size, place.device
+        self.gpu = self.device.type == "cuda"
+        self.precision = precision_of(self.train, gpu=self.gpu)
+        zero.prepare_environment(gpu=self.gpu)
+        data = local_folder(task.dataset)
+        self.data = self._samples(data / "train.json")
+        self.held_out = self._samples(data / "test.json")
+        self.data.check_room()
+        self.engine = self._engine()
+        self.base_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
+        self.metrics = MetricsFile(resume_from / METRICS if resume_from else None)
+        self.state = self._first_state()
+        if resume_from is not None:
+            self._resume(resume_from)
+        self.total_steps = -(-self.state.total_samples // self.per_step)
+        self.live_folder = Path(task.live_folder or tempfile.mkdtemp(prefix="llava_ray_"))
+        self.trackers = self._trackers() if self.rank == 0 else []
+
+    @property
+    def per_step(self) -> int:
+        """Samples of one optimizer step on all workers."""
+        micro: int = self.train.batch_size * self.world_size
+        return micro * self.train.gradient_accumulation
+
+    def run(self) -> None:
+        """Step until the stream's last sample, then export and report the final checkpoint."""
+        batches = self._batches()
+        save_every = self.train.checkpoint_every_steps or max(1, self.total_steps // 10)
+        eval_every = self.train.eval_every_steps
+        began_at, progress = self.state.samples, _Progress()
+        while self.state.samples < self.state.total_samples:
+            lap = time.monotonic()
+            values = self._step(batches)
+            self._advance(time.monotonic() - lap)
+            step = self.state.step
+            if values is not None:
+                if not math.isfinite(values["loss"]) and self.precision != "fp16":
+                    self._report({"diverged": True, "eval_loss": math.nan})
+                    return
+                self._log(step, values)
+                if self.rank == 0:
+                    left = self.state.total_samples - self.state.samples
+                    progress.tell(step, values, self.state.samples - began_at, left)
+            evaluate = bool(eval_every and step % eval_every == 0)
+            more = self.state.samples < self.state.total_samples
+            if more and (evaluate or step % save_every == 0):
+                self._report(self._evaluate() if evaluate else {}, save=True)
+        self._report(self._evaluate(), save=True, final=True)
+
+    def close(self) -> None:
+        """Close the trackers."""
+        for tracker in self.trackers:
+            tracker.close()
+        if self.task.live_folder is None:
+            shutil.rmtree(self.live_folder, ignore_errors=True)
+
+    def _trackers(self) -> list[Tracker]:
+        return open_trackers(
+            self.train,
+            run_id=self.task.run_id,
+            folder=self.live_folder,
+            first_step=self.state.step + 1,
+        )
+
+    def _samples(self, path: Path) -> CaptionSamples:
+        from transformers import AutoTokenizer
+
+        folder = model_folder(self.task.model)
+        return CaptionSamples(
+            samples=read_samples(path),
+            images=path.parent / "images",
+            tokenizer=AutoTokenizer.from_pretrained(folder),
+            shape=vision_shape(folder),
+            max_length=self.train.max_length,
+            max_image_pixels=self.task.max_image_pixels,
+            system=self.task.model.system_prompt,
+        )
+
+    def _engine(self) -> Any:
+        import torch
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+        config = zero.zero_config(self.train, self.precision, gpu=self.gpu)
+        # While this object lives, from_pretrained shards each weight as it is read; without it
+        # every rank of ZeRO-3 would hold the whole model in RAM.
+        shards = HfDeepSpeedConfig(config) if self.train.zero_stage == 3 else None  # type: ignore[no-untyped-call]
+        torch.manual_seed(self.train.seed)
+        model = adapt.load_base(
+            model_folder(self.task.model),
+            dtype=torch_dtype(self.precision),
+            device=None if shards else str(self.device),
+            nf4=self.train.method == "qlora",
+        )
+        # Seeded again: every rank and every restart must draw the same LoRA weights.
+        torch.manual_seed(self.train.seed)
+        model = adapt.adapt(model, self.train)
+        groups = adapt.parameter_groups(model, self.train)
+        engine = zero.make_engine(adapt.loss_module(model), groups, config)
+        del shards
+        return engine
+
+    def _first_state(self) -> TrainState:
+        total = int(self.train.epochs * len(self.data))
+        if self.train.max_steps is not None:
+            total = min(total, self.train.max_steps * self.per_step)
+        return TrainState(
+            step=0, samples=0, total_samples=max(1, total), group=self.per_step, train_s=0,
+            loss_scale=None,
+        )  # fmt: skip
+
+    def _resume(self, folder: Path) -> None:
+        self.state = checkpoint.read_state(folder)
+        checkpoint.load_state(self.engine, folder, self.state)
+        if self.rank == 0:
+            logger.info("train: resumed at step %d", self.state.step)
+
+    def _batches(self) -> Iterator[Batch]:
+        order = StreamOrder(
+            lengths=text_lengths(self.data.samples),
+            seed=self.train.seed,
+            group=self.state.group,
+            by_length=self.train.group_by_modality_length,
+        )
+        return train_batches(
+            self.data,
+            RankBatches(
+                order, self.state.samples, self.train.batch_size, self.rank, self.world_size
+            ),
+            loader_workers=self.train.loader_workers,
+            pin_memory=self.gpu,
+        )
+
+    def _step(self, batches: Iterator[Batch]) -> dict[str, float] | None:
+        """Take one optimizer step; return its measurements where they are logged."""
+        import torch
+        import torch.distributed
+
+        step = self.state.step
+        factor = rate_factor(
+            # Not the step: after a resume with other workers a step has another size.
+            self.train.lr_scheduler, self.state.samples // self.per_step,
+            total_steps=self.total_steps,
+            warmup_steps=warmup_steps(self.train.warmup_ratio, self.total_steps),
+        )  # fmt: skip
+        for group, rate in zip(self.engine.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * factor
+        # Dropout follows from seed, step and rank, so a resumed run draws the same.
+        torch.manual_seed(hash((self.train.seed, step, self.rank)) & 0x7FFFFFFF)
+        began = time.monotonic()
+        micro = [next(batches) for _ in range(self.train.gradient_accumulation)]
+        counts = torch.tensor(
+            [
+                sum(_supervised(b) for b in micro),
+                sum(int(b["attention_mask"].sum()) for b in micro),
+            ],
+            device=self.device,
+        )
+        torch.distributed.all_reduce(counts)
+        supervised, tokens = counts.tolist()
+        total = torch.zeros((), device=self.device)
+        # DeepSpeed averages over workers and micro-batches; a caption's weight in the step is its
+        # number of tokens, whichever worker has it.
+        scale = self.world_size * self.train.gradient_accumulation / max(1, supervised)
+        for batch in micro:
+            loss = self.engine(**self._to_device(batch))
+            self.engine.backward(loss * scale)
+            self.engine.step()
+            total += loss.detach()
+        if (step + 1) % self.train.log_every_steps:
+            return None
+        torch.distributed.all_reduce(total)
+        norm = self.engine.get_global_grad_norm()
+        values = {
+            "loss": float(total) / max(1, supervised),
+            "lr": self.train.learning_rate * factor,
+            "projector_lr": self.train.projector_learning_rate * factor,
+            "grad_norm": float(norm) if norm is not None else 0.0,
+            "tokens": tokens,
+            "supervised_tokens": supervised,
+        }
+        return values | {"samples_per_s": self.per_step / (time.monotonic() - began)}
+
+    def _advance(self, lap_s: float) -> None:
+        fp16 = self.precision == "fp16"
+        scale = float(self.engine.optimizer.loss_scaler.cur_scale) if fp16 else None
+        self.state = self.state.model_copy(
+            update={
+                "step": self.state.step + 1,
+                "samples": self.state.samples + self.per_step,
+                "train_s": self.state.train_s + lap_s,
+                "loss_scale": scale,
+            }
+        )
+
+    def _evaluate(self) -> dict[str, float]:
+        """Return the held-out loss, in nats per supervised token over all workers."""
+        import torch
+        import torch.distributed
+
+        if not len(self.held_out):
+            return {}
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.engine.eval()
+        with torch.no_grad():
+            for batch in eval_batches(
+                self.held_out, batch_size=self.train.eval_batch_size, rank=self.rank,
+                world_size=self.world_size,
+            ):  # fmt: skip
+                sums[0] += self.engine(**self._to_device(batch)).double()
+                sums[1] += _supervised(batch)
+        self.engine.train()
+        torch.distributed.all_reduce(sums)
+        values = {"eval_loss": float(sums[0] / sums[1].clamp(min=1))}
+        self._log(self.state.step, values)
+        return values
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        self.metrics.log(step, values)
+        for tracker in self.trackers:
+            tracker.log(step, values)
+
+    def _report(self, values: dict[str, Any], *, save: bool = False, final: bool = False) -> None:
+        """Report from every rank, with this rank's part of a checkpoint if one is to be made."""
+        losses = [line["loss"] for line in self.metrics.lines if "loss" in line]
+        values = {"step": self.state.step, "loss": losses[-1] if losses else None, **values}
+        if final:
+            values["device"] = device_name(self.device)
+            values["samples_per_s"] = self.state.samples / max(self.state.train_s, 1e-9)
+        with tempfile.TemporaryDirectory(prefix="llava_ray_") as name:
+            folder = Path(name)
+            if not save:
+                self.place.report(values, None)
+                return
+            checkpoint.save_state(
+                self.engine, folder, self.state, rank=self.rank, world_size=self.world_size
+            )
+            if final or self.task.export_always:
+                export.export(
+                    self.engine, folder / "artifact", base_model=self.task.model.path,
+                    rank=self.rank,
+                )  # fmt: skip
+            if self.rank == 0:
+                self.metrics.write(folder)
+            self.place.report(values, folder)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+
+class _Progress:
+    """Says now and then how far rank 0 is."""
+
+    def __init__(self) -> None:
+        self._began = self._told = time.monotonic()
+
+    def tell(self, step: int, values: dict[str, float], done: int, left: int) -> None:
+        """Log the step, and the time that is left by the pace since the start or resume."""
+        now = time.monotonic()
+        if now - self._told < _LOG_EVERY_S:
+            return
+        self._told = now
+        logger.info(
+            "train: step %d, loss %.4f, %.2f samples/s, about %.0f s left",
+            step, values["loss"], values["samples_per_s"], (now - self._began) / done * left,
+        )  # fmt: skip
+
+
+def precision_of(train: TrainConfig, *, gpu: bool) -> zero.Precision:
+    """Resolve precision `auto`."""
+    if train.precision == "auto":
+        return "bf16" if gpu else "fp32"
+    return train.precision
+
+
+def torch_dtype(precision: zero.Precision) -> "torch.dtype":
+    """Return the dtype that weights are held in."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def device_name(device: "torch.device") -> str:
+    """Return the GPU's product name, or the processor's architecture."""
+    import platform
+
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+
+
+def _supervised(batch: Batch) -> int:
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())

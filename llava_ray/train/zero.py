@@ -1,0 +1,154 @@
+"""DeepSpeed's settings, its build cache, and engines made with both.
+
+DeepSpeed is imported only inside functions, which run in workers: importing it on the driver
+starts CUDA there (https://github.com/ray-project/ray/issues/50406).
+"""
+
+import fcntl
+import logging
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llava_ray.config import TrainConfig
+from llava_ray.errors import ResourceError
+from llava_ray.storage import cache_folder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["bf16", "fp16", "fp32"]
+
+_SETTLING_S = 30
+"""Between taking the lock and starting ninja."""
+
+
+def zero_config(train: TrainConfig, precision: Precision, *, gpu: bool) -> dict[str, Any]:
+    """Return DeepSpeed's JSON for a train section."""
+    stage: dict[str, Any] = {
+        "stage": train.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": gpu,
+    }
+    if train.offload != "none":
+        stage["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
+    if train.offload == "optimizer+weights":
+        stage["offload_param"] = {"device": "cpu", "pin_memory": gpu}
+    return {
+        "train_micro_batch_size_per_gpu": train.batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation,
+        "gradient_clipping": train.max_grad_norm,
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16", "initial_scale_power": 12},
+        "zero_optimization": stage,
+        # torch's AdamW over few trained weights needs no compiled op and is fast enough.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def prepare_environment(*, gpu: bool) -> None:
+    """Set what DeepSpeed reads at import, and clear what an earlier, killed build left behind."""
+    import torch
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives under names that torch 2.13 deprecates, at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\.")
+    folder = cache_folder() / "torch_extensions" / f"torch-{torch.__version__}"
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    clear_stale_locks(folder)
+    if not gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed.ops
+
+        # On CPUs DeepSpeed would compile shared-memory collectives (up to a minute); gloo's do.
+        deepspeed.ops.__compatible_ops__ = {}
+
+
+def clear_stale_locks(folder: Path) -> None:
+    """Delete the `lock` files of builds whose process is gone: PyTorch waits on them forever.
+
+    Raises ResourceError when one cannot be deleted.
+    """
+    with (folder / ".llava_ray_guard").open("w") as guard:
+        # Workers of one machine start together; one looks at a time.
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        for lock in folder.glob("**/lock"):
+            try:
+                age_s = time.time() - lock.stat().st_mtime
+            except FileNotFoundError:
+                continue
+            if age_s < _SETTLING_S or _builder_runs():
+                continue
+            logger.warning("removing %s: left by a build that was killed", lock)
+            try:
+                lock.unlink(missing_ok=True)
+            except OSError as error:
+                raise ResourceError(f"{lock}: stale build lock, delete it ({error})") from error
+
+
+def _builder_runs() -> bool:
+    """Say whether a ninja process runs on this machine."""
+    for name in Path("/proc").glob("[0-9]*/comm"):
+        try:
+            if name.read_text().strip() == "ninja":
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def make_engine(module: "nn.Module", groups: list[dict[str, Any]], config: dict[str, Any]) -> Any:
+    """Return a DeepSpeed engine with AdamW over the given parameter groups."""
+    import deepspeed
+    import torch
+
+    deepspeed.init_distributed()
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    _make_moments(engine)
+    return engine
+
+
+def _make_moments(engine: Any) -> None:
+    """Make AdamW's state before the first step, so that it can be read and set at any time.
+
+    ZeRO-2 else links the moments after stepping its first parameter group, when the others have
+    none yet; ZeRO-3 makes them by a step of its own, which must not count.
+    """
+    import torch
+
+    zero, stage2 = engine.optimizer, engine.zero_optimization_stage() == 2
+    flats = zero.single_partition_of_fp32_groups if stage2 else zero.fp32_partitioned_groups_flat
+    for flat in flats:
+        if not zero.optimizer.state[flat]:
+            zero.optimizer.state[flat] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+    if stage2:
+        zero._lazy_init_hp_params_optimizer_state()
+    set_adam_step(engine, 0)
+
+
+def set_adam_step(engine: Any, step: int) -> None:
+    """Set the step that AdamW corrects its moments' bias by."""
+    for state in engine.optimizer.optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(step)
+
+
+def full_weight(parameter: "nn.Parameter") -> "torch.Tensor":
+    """Return a trained parameter whole and in fp32; all ranks call this together."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    value: torch.Tensor = safe_get_full_fp32_param(parameter)
+    return value.detach().to("cpu").clone().view(getattr(parameter, "ds_shape", parameter.shape))

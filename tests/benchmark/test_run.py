@@ -1,0 +1,84 @@
+"""The stage on Ray: a process per variant, failures kept apart, finished work found."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from measured_run import make_config, make_dataset
+
+from llava_ray import benchmark
+from llava_ray.artifacts import (
+    ArtifactStore,
+    DatasetRecord,
+    ReferenceScores,
+    Scorecard,
+    Variant,
+    VariantFailure,
+)
+from llava_ray.config import RunConfig
+from llava_ray.errors import ConfigError, VariantError
+from llava_ray.models import EMBEDDED
+
+FAILED = VariantFailure(slug="awq-w4-g128", reason="quantize: no package")
+
+
+def make_variant(store: ArtifactStore, slug: str, *, whole: bool = True) -> Variant:
+    with store.build(Variant, f"variant-{slug}", settings={}) as build:
+        if whole:
+            shutil.copytree(EMBEDDED, build.folder, dirs_exist_ok=True)
+        return build.finish(
+            Variant, device="cpu", slug=slug, method=slug.partition("-")[0], bits_per_weight=16,
+            quantize_s=1, peak_memory_bytes=1,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return make_config(
+        tmp_path, "benchmark.fidelity_samples=2", "benchmark.caption_samples=2",
+        "benchmark.max_new_tokens=4", "benchmark.decode_tokens=4", "benchmark.repeats=2",
+        "benchmark.device=cpu", "benchmark.max_parallel=2",
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_each_variant_is_measured_or_fails_on_its_own(config: RunConfig) -> None:
+    store = ArtifactStore(config.storage.uri)
+    dataset = make_dataset(store)
+    variants = [
+        make_variant(store, "none-fp16"),
+        FAILED,
+        make_variant(store, "none-bf16", whole=False),
+    ]
+    card, failed, broken = benchmark.run(config, variants, dataset)
+
+    assert isinstance(card, Scorecard) and card.slug == "none-fp16"
+    assert card.top1_agreement == 1 and card.kl_divergence.high < 1e-5
+    assert card.variant_bytes == variants[0].size_bytes
+    # A process of its own: neither this one's memory nor that of the bandwidth test.
+    assert 100e6 < card.memory_bytes < 3e9
+    assert 0 < card.bandwidth_share < 10
+    assert card.wall_s > card.load_s > 0
+    assert failed == FAILED
+    assert isinstance(broken, VariantFailure) and broken.slug == "none-bf16"
+    assert broken.reason.startswith("benchmark: ") and "\n" not in broken.reason
+
+    (reference,) = store.latest(ReferenceScores)
+    assert card.parents == (variants[0].id, dataset.id, reference.id)
+    assert benchmark.run(config, variants[:1], dataset) == [card]
+
+
+def test_a_failed_baseline_ends_the_stage_with_its_reason() -> None:
+    config = RunConfig()
+    failed = VariantFailure(slug="none-fp16", reason="disk full")
+    with pytest.raises(VariantError, match="baseline 'none-fp16' failed.*disk full"):
+        benchmark.find_baseline(config, [failed])
+    with pytest.raises(VariantError, match="add it to quantize.variants"):
+        benchmark.find_baseline(config, [FAILED])
+
+
+def test_nothing_held_out_is_said_before_any_work(tmp_path: Path) -> None:
+    dataset = make_dataset(ArtifactStore(str(tmp_path))).model_copy(update={"num_test": 0})
+    assert isinstance(dataset, DatasetRecord)
+    with pytest.raises(ConfigError, match="raise data.test_share"):
+        benchmark.run(make_config(tmp_path), [], dataset)

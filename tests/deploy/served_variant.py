@@ -1,0 +1,83 @@
+"""Records of a finished run with the tiny model, made without training or measuring."""
+
+import json
+
+from PIL import Image, ImageDraw
+
+from llava_ray.artifacts import (
+    ArtifactStore,
+    ChosenVariant,
+    DatasetRecord,
+    Record,
+    Scorecard,
+    Spread,
+    Variant,
+)
+from llava_ray.config import RunConfig
+from llava_ray.models import EMBEDDED
+from llava_ray.quantize.registry import spec_for
+from llava_ray.quantize.spec import Calibration
+
+SLUG = "none-fp32"
+
+
+def make_variant(store: ArtifactStore) -> Variant:
+    spec = spec_for(SLUG)
+    with store.build(Variant, "variant-test", settings={}) as build:
+        calibration = Calibration(dataset_folder=build.folder, num_samples=0)
+        spec.quantize(EMBEDDED, build.folder, calibration, "cpu")
+        return build.finish(
+            Variant, device="cpu", slug=SLUG, method="none", bits_per_weight=32,
+            quantize_s=1.0, peak_memory_bytes=1,
+        )  # fmt: skip
+
+
+def make_chosen(config: RunConfig) -> ChosenVariant:
+    store = ArtifactStore(config.storage.uri)
+    dataset = _dataset(store)
+    variant = make_variant(store)
+    card = _scorecard(store, variant, dataset)
+    with store.build(ChosenVariant, "chosen-test", settings={}, parents=[card.id]) as build:
+        return build.finish(
+            ChosenVariant, device="cpu", slug=SLUG, variant_uri=variant.uri,
+            reasons=("fastest",), against={},
+        )  # fmt: skip
+
+
+def _dataset(store: ArtifactStore) -> DatasetRecord:
+    with store.build(DatasetRecord, "dataset-test", settings={}) as build:
+        image = Image.new("RGB", (300, 200), "white")
+        ImageDraw.Draw(image).text((100, 90), "STOP", fill="red")
+        (build.folder / "images").mkdir()
+        image.save(build.folder / "images" / "0.png")
+        turns = [
+            {"from": "human", "value": "<image>\nDescribe this image in detail."},
+            {"from": "gpt", "value": "A sign."},
+        ]
+        rows = [{"id": "0", "image": "0.png", "conversations": turns}]
+        (build.folder / "test.json").write_text(json.dumps(rows))
+        return build.finish(
+            DatasetRecord, device="cpu", source="test", num_train=0, num_test=1, rejected={}
+        )
+
+
+def _scorecard(store: ArtifactStore, variant: Variant, dataset: DatasetRecord) -> Scorecard:
+    spread = Spread(median=1.0, low=0.5, high=2.0, repeats=3)
+    fields: dict[str, object] = {}
+    for name, field in Scorecard.model_fields.items():
+        if field.is_required() and name not in Record.model_fields:
+            fields[name] = spread if field.annotation is Spread else _plain(field.annotation)
+    fields |= {"slug": SLUG, "variant_uri": variant.uri, "top1_agreement": 0.99}
+    with store.build(
+        Scorecard, "scorecard-test", settings={}, parents=[variant.id, dataset.id]
+    ) as build:
+        return build.finish(Scorecard, device="cpu", **fields)
+
+
+def _plain(annotation: object) -> object:
+    text = str(annotation)
+    if "dict" in text:
+        return {}
+    if "tuple" in text:
+        return ()
+    return {"int": 1, "float": 1.0, "str": "x", "bool": False}[getattr(annotation, "__name__", "")]

@@ -1,0 +1,67 @@
+"""What the tests of quantization share: the tiny model's folder, probes and distances."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llava_ray.models import EMBEDDED
+from llava_ray.quantize.spec import Calibration, QuantizationSpec
+from llava_ray.serving.engine import Engine, Prompt
+
+TINY = EMBEDDED
+NO_CALIBRATION = Calibration(dataset_folder=Path(), num_samples=0)
+
+
+def quantized(spec: QuantizationSpec, out: Path) -> Path:
+    """Write a variant that needs no calibration and return its folder."""
+    out.mkdir(parents=True)
+    spec.quantize(TINY, out, NO_CALIBRATION, "cpu")
+    return out
+
+
+def probe_logits(model: Any, *, images: bool = True) -> torch.Tensor:
+    """Return log probabilities [tokens, vocabulary] for fixed ids behind a fixed image."""
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    ids = torch.randint(5, 900, (1, 24), generator=generator)
+    inputs: dict[str, torch.Tensor] = {}
+    if images:
+        run = torch.full((1, config.image_seq_length), config.image_token_id)
+        ids = torch.cat([ids[:, :4], run, ids[:, 4:]], dim=1)
+        size = config.vision_config.image_size
+        pixels = torch.randn(1, 3, size, size, generator=generator)
+        inputs["pixel_values"] = pixels.to(model.model.vision_tower.dtype)
+    with torch.inference_mode():
+        logits = model(input_ids=ids, **inputs).logits
+    return logits[0].float().log_softmax(-1)
+
+
+def engine_logits(engine: Engine) -> torch.Tensor:
+    """Return log probabilities of a teacher-forced text behind an image."""
+    rng = np.random.default_rng(0)
+    size = engine.image_size
+    pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+    encode = engine.tokenizer
+    before = encode("USER: ")["input_ids"]
+    after = encode("\nDescribe this image in detail. ASSISTANT:", add_special_tokens=False)
+    image = [engine.image_token_id] * engine.tokens_per_image
+    prompt = Prompt((*before, *image, *after["input_ids"]), (pixels,))
+    answer = encode(" A red sign that says OPEN.", add_special_tokens=False)["input_ids"]
+    return engine.score(prompt, answer).log_softmax(-1)
+
+
+def kl_divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the mean of KL(reference || other) over tokens, in nats."""
+    return float((reference.exp() * (reference - other)).sum(-1).mean())
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return every stored tensor by name."""
+    from safetensors.torch import load_file
+
+    found: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found

@@ -1,0 +1,121 @@
+"""AWQ's layout and loader; what AutoAWQ itself makes is in the slow contract test."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from quantize_inputs import NO_CALIBRATION, TINY, probe_logits, tensors_of
+
+from llava_ray.errors import VariantError
+from llava_ray.quantize import llava_folder
+from llava_ray.quantize.awq import AwqSpec
+from llava_ray.quantize.awq_linear import AwqLinear, pack, unpack
+
+# Written by AutoAWQ 0.2.9: WQLinear_GEMM.from_linear and dequantize_gemm of a random 32x64
+# weight in groups of 32.
+GOLDEN = json.loads((Path(__file__).parent / "awq_golden.json").read_text())
+
+
+def spec(slug: str) -> AwqSpec:
+    found = AwqSpec.parse(slug)
+    assert found is not None
+    return found
+
+
+def golden(name: str, dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor(GOLDEN[name], dtype=torch.float64).to(dtype)
+
+
+def test_tensors_of_autoawq_are_read_to_the_same_weights() -> None:
+    linear = AwqLinear(
+        golden("qweight", torch.int32),
+        golden("qzeros", torch.int32),
+        golden("scales", torch.float16),
+    )
+    assert (linear.in_features, linear.out_features, linear.group_size) == (64, 32, 32)
+    expected = golden("dequantized", torch.float16)
+    assert torch.equal(linear.dequantize(torch.float16), expected.T)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(linear(x), x @ expected.float(), atol=1e-2)
+
+
+def test_pack_is_the_inverse_of_unpack_and_gives_autoawqs_words() -> None:
+    words = golden("qweight", torch.int32)
+    assert words.min() < 0 < words.max()
+    steps = unpack(words)
+    assert steps.min() == 0
+    assert steps.max() == 15
+    assert torch.equal(pack(steps), words)
+
+
+def packed_checkpoint(out: Path, group: int) -> dict[str, torch.Tensor]:
+    """Round the tiny model by hand, write it as AutoAWQ does; return the rounded weights."""
+    from safetensors.torch import save_file
+
+    stored, rounded = {}, {}
+    for name, value in tensors_of(TINY).items():
+        module = llava_folder.module_name(name.removesuffix(".weight"))
+        # transformers 4, whose names AutoAWQ writes, has one more level in the vision tower.
+        classic = name.replace("vision_tower.", "vision_tower.vision_model.")
+        if not spec(f"awq-w4-g{group}").quantizes(module):
+            stored[classic] = rounded[module] = value
+            continue
+        rows, columns = value.shape
+        groups = value.float().view(rows, -1, group)
+        scales = ((groups.amax(-1) - groups.amin(-1)) / 15).half().float()
+        zeros = (-groups.amin(-1) / scales).round().clamp(0, 15)
+        steps = ((groups / scales[..., None]).round() + zeros[..., None]).clamp(0, 15)
+        rounded[module] = ((steps - zeros[..., None]) * scales[..., None]).view(rows, columns)
+        stem = classic.removesuffix(".weight")
+        stored[f"{stem}.qweight"] = pack(steps.view(rows, columns).T.contiguous())
+        stored[f"{stem}.qzeros"] = pack(zeros.T.contiguous())
+        stored[f"{stem}.scales"] = scales.T.half().contiguous()
+    save_file(stored, out / "model.safetensors")
+    llava_folder.copy_sidecars(TINY, out)
+    llava_folder.write_config(
+        TINY, out, dtype=torch.float16, quantization_config={"quant_method": "awq"}
+    )
+    return rounded
+
+
+def test_a_checkpoint_runs_as_its_dequantized_weights_do(tmp_path: Path) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    rounded = packed_checkpoint(tmp_path, 64)
+    reference = LlavaForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32).eval()
+    for module, value in rounded.items():
+        if spec("awq-w4-g64").quantizes(module):
+            reference.get_submodule(module).weight.data = value
+    model = spec("awq-w4-g64").load(tmp_path, "cpu")
+    kinds = [type(child).__name__ for child in model.modules()]
+    assert kinds.count("AwqLinear") == 6 * 7
+    assert torch.allclose(probe_logits(model), probe_logits(reference), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("slug", "group", "zero_point", "images"),
+    [
+        ("awq-w4-g128", 128, True, True),
+        ("awq-w4-g64-text", 64, True, False),
+        ("awq-w4-g32-sym-text", 32, False, False),
+    ],
+)
+def test_slugs_say_group_zero_point_and_calibration(
+    slug: str, group: int, zero_point: bool, images: bool
+) -> None:
+    assert spec(slug) == AwqSpec(slug, group, zero_point, images)
+
+
+@pytest.mark.parametrize("slug", ["awq-w3-g128", "awq-w4-g16", "awq-w4-g128-text-sym", "awq"])
+def test_other_slugs_are_not_taken(slug: str) -> None:
+    assert AwqSpec.parse(slug) is None
+
+
+def test_rows_that_groups_do_not_divide_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    name = "language_model.model.layers.0.mlp.up_proj.weight"
+    save_file({name: torch.zeros(64, 96)}, tmp_path / "model.safetensors")
+    with pytest.raises(VariantError, match=r"up_proj\.weight is 64x96; rows must divide by 128"):
+        spec("awq-w4-g128").quantize(tmp_path, tmp_path, NO_CALIBRATION, "cpu")

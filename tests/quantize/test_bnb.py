@@ -1,0 +1,82 @@
+"""bitsandbytes: the same bits as transformers' own quantizer, and a folder that it reads."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quantize_inputs import TINY, probe_logits, quantized, tensors_of
+
+from llava_ray.quantize.bnb import BnbSpec
+
+LINEARS = 6 * 7
+
+
+def spec(slug: str) -> BnbSpec:
+    found = BnbSpec.parse(slug)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("slug", ["bnb-int8", "bnb-nf4", "bnb-fp4", "bnb-nf4-dq"])
+def test_tensors_are_those_of_transformers(slug: str, tmp_path: Path) -> None:
+    from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+
+    out = quantized(spec(slug), tmp_path / "out")
+    four_bit = slug != "bnb-int8"
+    config = BitsAndBytesConfig(
+        load_in_4bit=four_bit,
+        load_in_8bit=not four_bit,
+        bnb_4bit_quant_type=slug.split("-")[1] if four_bit else "fp4",
+        bnb_4bit_use_double_quant=slug.endswith("-dq"),
+        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    )
+    theirs = LlavaForConditionalGeneration.from_pretrained(
+        TINY, quantization_config=config, device_map="cpu", dtype=torch.float16
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected, written = tensors_of(tmp_path / "theirs"), tensors_of(out)
+    assert written.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(written[name], value), name
+
+
+@pytest.mark.parametrize("slug", ["bnb-int8", "bnb-nf4-dq"])
+def test_reload_gives_the_same_logits_as_transformers(slug: str, tmp_path: Path) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    out = quantized(spec(slug), tmp_path / "out")
+    theirs = LlavaForConditionalGeneration.from_pretrained(out, device_map="cpu").eval()
+    ours = spec(slug).load(out, "cpu")
+    # Theirs runs in fp16, ours in fp32.
+    assert (probe_logits(ours) - probe_logits(theirs)).abs().max() < 0.05
+
+
+def types_below(module: Any) -> dict[str, int]:
+    names = [type(child).__name__ for child in module.modules()]
+    return {name: names.count(name) for name in set(names) if "Linear" in name}
+
+
+def test_only_the_language_model_is_quantized(tmp_path: Path) -> None:
+    model = spec("bnb-nf4").load(quantized(spec("bnb-nf4"), tmp_path / "out"), "cpu")
+    assert types_below(model) == {"Linear4bit": LINEARS, "Linear": 7 * 6 + 2 + 1}
+    assert model.lm_head.weight.dtype == torch.float32
+
+
+def test_vision_is_quantized_when_asked(tmp_path: Path) -> None:
+    slug = "bnb-nf4-vision"
+    model = spec(slug).load(quantized(spec(slug), tmp_path / "out"), "cpu")
+    assert types_below(model) == {"Linear4bit": LINEARS + 7 * 6 + 2, "Linear": 1}
+
+
+@pytest.mark.parametrize(
+    ("slug", "bits"),
+    [("bnb-int8", 8), ("bnb-nf4", 4.5), ("bnb-fp4", 4.5), ("bnb-nf4-dq", 4.126953125)],
+)
+def test_bits_per_weight_count_the_scales(slug: str, bits: float) -> None:
+    assert spec(slug).bits_per_weight() == bits
+
+
+@pytest.mark.parametrize("slug", ["bnb-int8-dq", "bnb-nf5", "bnb-nf4-", "nf4", "bnb"])
+def test_other_slugs_are_not_taken(slug: str) -> None:
+    assert BnbSpec.parse(slug) is None

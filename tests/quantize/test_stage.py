@@ -1,0 +1,226 @@
+"""The stage: parallel Ray tasks, failures apart, finished work found again."""
+
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from quantize_inputs import TINY
+
+from llava_ray import quantize
+from llava_ray.artifacts import (
+    ArtifactStore,
+    DatasetRecord,
+    MergedModel,
+    QuantizationRun,
+    Variant,
+    VariantFailure,
+    verify,
+)
+from llava_ray.config import RunConfig
+from llava_ray.errors import ConfigError, VariantError
+from llava_ray.quantize import tasks
+from llava_ray.quantize.awq import AwqSpec
+from llava_ray.quantize.none import NoneSpec
+from llava_ray.quantize.spec import Resources
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def merged(store: ArtifactStore) -> MergedModel:
+    with store.build(MergedModel, "merged-0", settings={}) as build:
+        shutil.copytree(TINY, build.folder, dirs_exist_ok=True)
+        return build.finish(
+            MergedModel,
+            device="cpu",
+            base_model="embedded",
+            base_model_sha256="0" * 64,
+            max_logit_difference=0.0,
+            mean_logit_difference=0.0,
+            rounded_max_logit_difference=0.0,
+        )
+
+
+@pytest.fixture
+def dataset(store: ArtifactStore) -> DatasetRecord:
+    with store.build(DatasetRecord, "dataset-0", settings={}) as build:
+        return build.finish(
+            DatasetRecord, device="cpu", source="test", num_train=0, num_test=0, rejected={}
+        )
+
+
+def configured(store: ArtifactStore, *variants: str) -> RunConfig:
+    tree = {
+        "storage": {"uri": store.storage.uri},
+        "quantize": {"variants": ("none-fp16", *variants), "placement_timeout_s": 0},
+    }
+    return RunConfig.model_validate(tree)
+
+
+def patch_task(monkeypatch: pytest.MonkeyPatch, slug: str, instead: Callable[[], None]) -> None:
+    """Make the task of one slug do something else in its worker."""
+    real = tasks.make_variant
+
+    def patched(job: tasks.Job) -> Variant:
+        if job.slug == slug:
+            instead()
+        return real(job)
+
+    monkeypatch.setattr(tasks, "make_variant", patched)
+
+
+def test_variants_are_made_once_and_timed(
+    ray_local: None,
+    store: ArtifactStore,
+    merged: MergedModel,
+    dataset: DatasetRecord,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = configured(store, "bnb-nf4", "hqq-w4-g64")
+    with caplog.at_level(logging.INFO, logger="llava_ray"):
+        made = quantize.run(config, merged, dataset)
+    assert [record.slug for record in made] == ["none-fp16", "bnb-nf4", "hqq-w4-g64"]
+    for record in made:
+        assert isinstance(record, Variant)
+        verify(record, Path(record.uri))
+        assert record.parents == (merged.id,)
+        assert 0 < record.quantize_s <= record.wall_s
+        assert record.peak_memory_bytes > 50e6
+    assert "3 variants in" in caplog.text
+    (timing,) = store.latest(QuantizationRun)
+    assert timing.variant_wall_s == {record.slug: record.wall_s for record in made}
+    assert timing.sum_s == pytest.approx(sum(record.wall_s for record in made))
+    again = quantize.run(config, merged, dataset)
+    assert again == made
+
+
+def test_failures_are_recorded_and_tried_again(
+    ray_local: None,
+    store: ArtifactStore,
+    merged: MergedModel,
+    dataset: DatasetRecord,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> None:
+        raise VariantError("variant 'bnb-nf4': shapes do not fit")
+
+    config = configured(store, "bnb-nf4")
+    with monkeypatch.context() as patch:
+        patch_task(patch, "bnb-nf4", fail)
+        good, bad = quantize.run(config, merged, dataset)
+    assert isinstance(good, Variant)
+    assert bad == VariantFailure(slug="bnb-nf4", reason="variant 'bnb-nf4': shapes do not fit")
+    (timing,) = store.latest(QuantizationRun)
+    assert timing.failures == (bad,)
+    assert not list((Path(store.storage.uri) / ".staging").iterdir())
+    same, now_good = quantize.run(config, merged, dataset)
+    assert same == good
+    assert isinstance(now_good, Variant)
+
+
+def test_a_programming_error_and_a_killed_worker_stop_no_other(
+    ray_local: None,
+    store: ArtifactStore,
+    merged: MergedModel,
+    dataset: DatasetRecord,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def divide() -> None:
+        raise ZeroDivisionError("division by zero")
+
+    patch_task(monkeypatch, "none-bf16", divide)
+    patch_task(monkeypatch, "bnb-nf4", die)
+    config = configured(store, "none-bf16", "bnb-nf4")
+    good, broken, killed = quantize.run(config, merged, dataset)
+    assert isinstance(good, Variant)
+    assert isinstance(broken, VariantFailure)
+    assert broken.reason == "ZeroDivisionError: division by zero"
+    assert isinstance(killed, VariantFailure)
+    assert "worker process died" in killed.reason
+
+
+def test_what_no_node_can_run_fails_instead_of_waiting(
+    ray_local: None,
+    store: ArtifactStore,
+    merged: MergedModel,
+    dataset: DatasetRecord,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def too_much(self: NoneSpec, model_bytes: int, *, gpu: bool) -> Resources:
+        return Resources(num_gpus=8 if self.dtype == "fp32" else 0)
+
+    monkeypatch.setattr(NoneSpec, "resources", too_much)
+    good, bad = quantize.run(configured(store, "none-fp32"), merged, dataset)
+    assert isinstance(good, Variant)
+    assert isinstance(bad, VariantFailure)
+    assert "no node has 1 CPUs, 8 GPUs and" in bad.reason
+    assert "leave this variant out" in bad.reason
+
+
+def test_an_environment_that_cannot_be_had_is_a_failure(
+    ray_local: None,
+    store: ArtifactStore,
+    merged: MergedModel,
+    dataset: DatasetRecord,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken = {"working_dir": "file:///nowhere/at-all.zip"}
+    monkeypatch.setattr(AwqSpec, "runtime_env", lambda self: broken)
+    good, bad = quantize.run(configured(store, "awq-w4-g128"), merged, dataset)
+    assert isinstance(good, Variant)
+    assert isinstance(bad, VariantFailure)
+    assert bad.reason.startswith("its environment could not be set up: ")
+    assert "at-all.zip" in bad.reason
+
+
+def test_awq_outside_its_environment_says_so(
+    ray_local: None,
+    store: ArtifactStore,
+    merged: MergedModel,
+    dataset: DatasetRecord,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(AwqSpec, "runtime_env", lambda self: {})
+    _, bad = quantize.run(configured(store, "awq-w4-g128"), merged, dataset)
+    assert isinstance(bad, VariantFailure)
+    assert "AutoAWQ is not importable" in bad.reason
+
+
+def test_an_unknown_slug_is_refused_before_any_task(
+    store: ArtifactStore, merged: MergedModel, dataset: DatasetRecord
+) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'hqq-w4-g64'"):
+        quantize.run(configured(store, "hqq-w4-g63"), merged, dataset)
+
+
+def test_only_calibrated_variants_depend_on_the_data(
+    store: ArtifactStore, merged: MergedModel, dataset: DatasetRecord
+) -> None:
+    config = configured(store)
+    other = dataset.model_copy(update={"id": "dataset-1"})
+    plan = tasks.Job.plan
+    assert (
+        plan(config, "bnb-nf4", merged, dataset).artifact_id
+        == plan(config, "bnb-nf4", merged, other).artifact_id
+    )
+    assert (
+        plan(config, "awq-w4-g128", merged, dataset).artifact_id
+        != plan(config, "awq-w4-g128", merged, other).artifact_id
+    )
+
+
+def test_fewer_cpus_than_asked_for_are_enough() -> None:
+    nodes = [{"CPU": 2.0, "memory": 8e9}, {"CPU": 1.0, "memory": 16e9}]
+    assert tasks.fitted(Resources(num_cpus=8, memory_bytes=5), nodes).num_cpus == 2
+    assert tasks.shortage(Resources(num_cpus=2, memory_bytes=int(8e9)), nodes) is None
+    assert tasks.shortage(Resources(num_cpus=2, memory_bytes=int(9e9)), nodes) is not None

@@ -1,0 +1,165 @@
+"""The order of samples, their encoding and the learning rate."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import small_model, squares
+
+from llava_ray.conversation import IGNORE_INDEX, Sample, read_samples
+from llava_ray.errors import ConfigError, DataError
+from llava_ray.models import EMBEDDED, vision_shape
+from llava_ray.train.batches import (
+    CaptionSamples,
+    RankBatches,
+    StreamOrder,
+    collate,
+    eval_batches,
+    text_lengths,
+    train_batches,
+)
+from llava_ray.train.schedule import rate_factor, warmup_steps
+
+LENGTHS = tuple((7 * i) % 31 + 1 for i in range(50))
+
+
+def order(seed: int = 0, by_length: bool = True) -> StreamOrder:
+    return StreamOrder(LENGTHS, seed, group=4, by_length=by_length)
+
+
+@pytest.mark.parametrize("by_length", [True, False])
+def test_each_epoch_has_every_sample_once_in_another_order(by_length: bool) -> None:
+    stream = order(by_length=by_length)
+    first = [stream.at(i) for i in range(50)]
+    second = [stream.at(i) for i in range(50, 100)]
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+    assert first == [order(by_length=by_length).at(i) for i in range(50)]
+    assert first != [order(seed=1, by_length=by_length).at(i) for i in range(50)]
+
+
+def test_groups_hold_samples_of_like_length() -> None:
+    def spread(stream: StreamOrder) -> float:
+        groups = [[LENGTHS[stream.at(4 * g + i)] for i in range(4)] for g in range(12)]
+        return sum(max(group) - min(group) for group in groups) / 12
+
+    assert spread(order()) < 0.3 * spread(order(by_length=False))
+
+
+def take(batches: RankBatches, count: int) -> list[list[int]]:
+    return [indices for indices, _ in zip(batches, range(count), strict=False)]
+
+
+def test_ranks_share_the_stream_and_resume_by_position() -> None:
+    stream = order()
+    ranks = [take(RankBatches(stream, 0, 2, rank, 3), 4) for rank in range(3)]
+    merged = [index for step in zip(*ranks, strict=True) for batch in step for index in batch]
+    assert merged == [stream.at(i) for i in range(24)]
+    resumed = [take(RankBatches(stream, 12, 4, rank, 1), 3) for rank in range(1)]
+    assert [i for batch in resumed[0] for i in batch] == merged[12:]
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory: pytest.TempPathFactory) -> CaptionSamples:
+    from transformers import AutoTokenizer
+
+    root = tmp_path_factory.mktemp("captions")
+    model = small_model(root / "model")
+    data = Path(squares(root / "store", num_train=10, num_test=3).uri)
+    return CaptionSamples(
+        read_samples(data / "train.json"), data / "images", AutoTokenizer.from_pretrained(model),
+        vision_shape(model), 2048, 10**6, "",
+    )  # fmt: skip
+
+
+def test_padding_carries_no_loss_and_no_attention(captions: CaptionSamples) -> None:
+    samples = [captions[i] for i in range(6)]
+    batch = collate(samples, pad_token_id=1023)
+    assert len({len(s["input_ids"]) for s in samples}) > 1
+    for row, sample in enumerate(samples):
+        length = len(sample["input_ids"])
+        assert torch.equal(batch["input_ids"][row, :length], sample["input_ids"])
+        assert batch["attention_mask"][row].sum() == length
+        assert (batch["labels"][row, length:] == IGNORE_INDEX).all()
+        assert (batch["input_ids"][row, length:] == 1023).all()
+    assert batch["pixel_values"].shape == (6, 3, 32, 32)
+
+
+@pytest.mark.parametrize("loader_workers", [0, 2])
+def test_loader_gives_what_the_order_says(captions: CaptionSamples, loader_workers: int) -> None:
+    stream = StreamOrder(text_lengths(captions.samples), 0, 4, True)
+    batches = RankBatches(stream, 0, 2, 0, 1)
+    loader = train_batches(captions, batches, loader_workers=loader_workers, pin_memory=False)
+    for indices, batch in zip(take(batches, 3), loader, strict=False):
+        expected = collate([captions[i] for i in indices], pad_token_id=1023)
+        assert all(torch.equal(batch[name], value) for name, value in expected.items())
+
+
+def test_every_rank_evaluates_as_many_batches_and_each_sample_once(
+    captions: CaptionSamples,
+) -> None:
+    shares = [list(eval_batches(captions, batch_size=4, rank=r, world_size=2)) for r in range(2)]
+    assert [len(share) for share in shares] == [2, 2]
+    supervised = sum(int((b["labels"] != IGNORE_INDEX).sum()) for share in shares for b in share)
+    assert supervised == sum(
+        int((captions[i]["labels"] != IGNORE_INDEX).sum()) for i in range(len(captions))
+    )
+
+
+def test_a_question_that_would_be_cut_is_refused(captions: CaptionSamples) -> None:
+    captions.check_room()
+    short = CaptionSamples(
+        captions.samples, captions.images, captions.tokenizer, captions.shape, 20, 10**6, ""
+    )
+    with pytest.raises(ConfigError, match=r"train\.max_length=20 cuts the question"):
+        short.check_room()
+
+
+def test_a_missing_image_is_named(captions: CaptionSamples) -> None:
+    lost = CaptionSamples(
+        [Sample("x", "gone.png", "q", "a")], captions.images, captions.tokenizer,
+        captions.shape, 2048, 10**6, "",
+    )  # fmt: skip
+    with pytest.raises(DataError, match="gone.png"):
+        lost[0]
+
+
+def test_ids_and_labels_are_those_of_transformers_own_processor(tmp_path: Path) -> None:
+    """LlavaProcessor expands the image token; labels start where its prompt ends."""
+    from PIL import Image
+    from transformers import LlavaProcessor
+
+    data = Path(squares(tmp_path, num_train=6, num_test=1).uri)
+    processor = LlavaProcessor.from_pretrained(EMBEDDED)
+    ours = CaptionSamples(
+        read_samples(data / "train.json"), data / "images", processor.tokenizer,
+        vision_shape(EMBEDDED), 2048, 10**6, "",
+    )  # fmt: skip
+    for index, sample in enumerate(ours.samples):
+        image = Image.open(data / "images" / sample.image).convert("RGB")
+        prompt = f"USER: <image>\n{sample.question} ASSISTANT:"
+        whole = processor(images=image, text=f"{prompt} {sample.answer}</s>", return_tensors="pt")
+        asked = processor(images=image, text=prompt, return_tensors="pt")["input_ids"][0]
+        found = ours[index]
+        assert found["input_ids"].tolist() == whole["input_ids"][0].tolist()
+        assert (found["input_ids"] == processor.image_token_id).sum() == 196
+        assert (found["labels"][: len(asked)] == IGNORE_INDEX).all()
+        assert torch.equal(found["labels"][len(asked) :], whole["input_ids"][0, len(asked) :])
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_rate_is_that_of_transformers(name: str) -> None:
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    total, warmup = 40, warmup_steps(0.03, 40)
+    theirs = get_scheduler(
+        "constant_with_warmup" if name == "constant" else name, optimizer, warmup, total
+    )
+    for step in range(total):
+        ours = rate_factor(name, step, total_steps=total, warmup_steps=warmup)
+        assert math.isclose(ours, theirs.get_last_lr()[0], abs_tol=1e-9)
+        optimizer.step()
+        theirs.step()
+    assert warmup == 2

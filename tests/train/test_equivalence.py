@@ -1,0 +1,148 @@
+"""What the distributed loop computes is what plain transformers and peft compute."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava_ray.train.adapt import lora_pattern
+from llava_ray.train.batches import CaptionSamples, StreamOrder, collate, text_lengths
+from llava_ray.train.trackers import read_metrics
+
+TOLERANCE = 2e-5
+"""Of losses and gradients, whose fp32 sums are taken in another order: relative to the largest
+entry of each tensor."""
+
+WEIGHT_TOLERANCE = 2e-5
+"""Absolute, at a learning rate of 1e-2: AdamW divides by the gradient's size, so an entry whose
+gradient is all rounding moves by up to the rate's 500th part."""
+
+
+def read_step(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint by `<kind>/<name>`, of all ranks together."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in (run / f"step_{step}").glob("state_*.safetensors"):
+        tensors |= load_file(path)
+    return {name.replace("/model.", "/", 1): value for name, value in tensors.items()}
+
+
+def losses(run: Path, step: int = 3) -> list[float]:
+    return [x["loss"] for x in read_metrics(run / f"step_{step}" / "metrics.jsonl") if "loss" in x]
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Compare trained weights."""
+    assert found.keys() == expected.keys()
+    gaps = {n: float((found[n].view_as(v) - v).abs().max()) for n, v in expected.items()}
+    assert max(gaps.values()) <= WEIGHT_TOLERANCE, max(gaps, key=lambda name: gaps[name])
+
+
+def assert_gradients_close(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        gap = float((found[name].view_as(value) - value).abs().max())
+        assert gap <= TOLERANCE * float(value.abs().max()) + 1e-9, name
+
+
+@pytest.fixture(scope="module")
+def plain(bench) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Train three steps with transformers' own loss, peft and torch's AdamW alone."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer, LlavaForConditionalGeneration
+
+    from llava_ray.conversation import read_samples
+    from llava_ray.models import vision_shape
+
+    model = LlavaForConditionalGeneration.from_pretrained(bench.model, dtype=torch.float32)
+    torch.manual_seed(0)
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    model = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules=lora_pattern(targets))
+    )
+    projector, lora = [], []
+    for name, parameter in model.named_parameters():
+        if "multi_modal_projector" in name:
+            parameter.requires_grad_(True)
+            projector.append(parameter)
+        elif "lora_" in name:
+            lora.append(parameter)
+    groups = [{"params": lora, "lr": 1e-2}, {"params": projector, "lr": 1e-3}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 3)
+    data = Path(bench.dataset.uri)
+    samples = CaptionSamples(
+        read_samples(data / "train.json"), data / "images",
+        AutoTokenizer.from_pretrained(bench.model), vision_shape(bench.model), 2048, 10**6, "",
+    )  # fmt: skip
+    order = StreamOrder(text_lengths(samples.samples), seed=0, group=2, by_length=True)
+    found, gradients = [], {}
+    for step in range(3):
+        batch = collate([samples[order.at(2 * step + i)] for i in range(2)], pad_token_id=1023)
+        loss = model(**batch).loss
+        loss.backward()
+        if step == 0:
+            gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        found.append(loss.item())
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return found, gradients, weights
+
+
+@pytest.mark.parametrize("run", ["one_zero2", "one_zero3", "two_zero2", "two_zero3"])
+def test_steps_equal_plain_transformers_and_peft(runs, plain, run: str) -> None:
+    expected_losses, gradients, weights = plain
+    assert losses(runs / run) == pytest.approx(expected_losses, rel=TOLERANCE)
+    first = read_step(runs / run, 1)
+    found = {n.removeprefix("exp_avg/"): 10 * v for n, v in first.items() if "exp_avg/" in n}
+    assert_gradients_close(found, gradients)
+    last = read_step(runs / run, 3)
+    assert_close({n.removeprefix("weight/"): v for n, v in last.items() if "weight/" in n}, weights)
+    assert expected_losses[2] < expected_losses[0]
+
+
+def test_vision_tower_is_never_trained(plain) -> None:
+    _, gradients, _ = plain
+    assert not [name for name in gradients if "vision_tower" in name]
+    assert len([name for name in gradients if "projector" in name]) == 4
+
+
+def test_resume_equals_the_uninterrupted_run(runs) -> None:
+    whole, resumed = runs / "two_long", runs / "two_resumed"
+    for name in ("loss", "lr", "projector_lr", "grad_norm", "tokens"):
+        lines = [read_metrics(run / "step_4" / "metrics.jsonl") for run in (whole, resumed)]
+        of_whole, of_resumed = ([x[name] for x in part if name in x] for part in lines)
+        assert of_whole == of_resumed, name
+        assert len(of_whole) == 4
+    expected, found = read_step(whole, 4), read_step(resumed, 4)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    states = [json.loads((r / "step_4" / "state.json").read_text()) for r in (whole, resumed)]
+    assert states[0]["samples"] == states[1]["samples"] == 4 * 2 * 2
+
+
+def test_resume_with_other_workers_and_stage(runs, plain) -> None:
+    _, _, weights = plain
+    last = read_step(runs / "one_from_two", 3)
+    assert_close({n.removeprefix("weight/"): v for n, v in last.items() if "weight/" in n}, weights)
+    assert losses(runs / "one_from_two") == pytest.approx(losses(runs / "two_zero2"), rel=1e-4)
+
+
+def test_adapter_opens_with_peft(runs, bench, plain) -> None:
+    from peft import PeftModel
+    from transformers import LlavaForConditionalGeneration
+
+    _, _, weights = plain
+    folder = runs / "two_zero3" / "step_3" / "artifact"
+    base = LlavaForConditionalGeneration.from_pretrained(bench.model, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, folder / "adapter")
+    lora = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
+    assert_close(lora, {n: v for n, v in weights.items() if "lora_" in n})
+    projector = load_file(folder / "projector.safetensors")
+    assert set(projector) <= set(base.state_dict())
+    expected = {n.removeprefix("base_model.model."): v for n, v in weights.items() if "proj" in n}
+    assert_close(projector, {n: v for n, v in expected.items() if "multi_modal" in n})

@@ -1,0 +1,106 @@
+"""train.run on Ray: two workers, one of which is killed in the middle."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from llava_ray import train
+from llava_ray.artifacts import AdapterCheckpoint, local_folder
+from llava_ray.errors import ConfigError, ResourceError
+from llava_ray.train.trackers import read_metrics
+
+SLOW = pytest.mark.skipif(
+    not os.environ.get("LLAVA_RAY_SLOW"), reason="takes minutes: set LLAVA_RAY_SLOW=1"
+)
+
+
+def kill_a_worker_after_a_checkpoint(work: Path, killed: list[int]) -> None:
+    """Send SIGKILL to a training worker of this session's Ray once a checkpoint is there."""
+    import psutil
+
+    deadline = time.monotonic() + 120
+    while not list(work.glob("adapter-*/checkpoints/checkpoint_*/state.json")):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.05)
+    workers = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "RayTrainWorker" in " ".join(process.cmdline()[:1])
+    ]
+    workers[0].send_signal(signal.SIGKILL)
+    killed.append(workers[0].pid)
+
+
+def test_a_killed_worker_costs_at_most_one_checkpoint_interval(ray_local, bench, runs) -> None:
+    """The run must end where `two_long`, the same run without Ray and uninterrupted, ended."""
+    from conftest import LONG
+
+    config = bench.config(
+        *LONG, "train.num_workers=2", "train.batch_size=1", "train.trackers=[tensorboard]"
+    )
+    killed: list[int] = []
+    watch = threading.Thread(
+        target=kill_a_worker_after_a_checkpoint, args=(bench.root / "store" / "work", killed)
+    )
+    watch.start()
+    record = train.run(config, bench.dataset)
+    watch.join()
+    assert killed
+    assert isinstance(record, AdapterCheckpoint)
+    assert (record.steps, record.num_workers) == (4, 2)
+    folder = local_folder(record)
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    expected = read_metrics(runs / "two_long" / "step_4" / "metrics.jsonl")
+    assert [x["loss"] for x in lines if "loss" in x] == [x["loss"] for x in expected if "loss" in x]
+    assert record.eval_loss == expected[-1]["eval_loss"]
+    assert record.train_loss == lines[3]["loss"]
+    found = {name for name in record.files if not name.startswith("tensorboard/")}
+    assert found >= {
+        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "curve.png",
+        "metrics.jsonl", "projector.safetensors",
+    }  # fmt: skip
+    assert any("tfevents" in name for name in record.files)
+    assert not list((bench.root / "store" / "work").glob("adapter-*"))
+    assert train.run(config, bench.dataset).created == record.created
+
+
+def test_more_workers_than_the_cluster_holds_are_refused_at_once(ray_local, bench) -> None:
+    with pytest.raises(ResourceError, match=r"train\.num_workers=64"):
+        train.run(bench.config("train.num_workers=64"), bench.dataset)
+
+
+@SLOW
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_the_run_with_advice(ray_local, bench) -> None:
+    config = bench.config(
+        "train.learning_rate=1e18", "train.projector_learning_rate=1e18", "train.max_steps=6",
+        "train.warmup_ratio=0",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="lower .*learning_rate"):
+        train.run(config, bench.dataset)
+
+
+@SLOW
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "override",
+    ["train.method=qlora", "train.method=full", "train.use_dora=true", "train.use_rslora=true",
+     "train.offload=optimizer", "train.loader_workers=1"],
+)  # fmt: skip
+def test_methods_train_and_merge(ray_local, bench, override: str) -> None:
+    from llava_ray import merge
+
+    config = bench.config(
+        override, "train.max_steps=12", "train.batch_size=4", "train.learning_rate=1e-2",
+        "train.checkpoint_every_steps=12",
+    )  # fmt: skip
+    adapter = train.run(config, bench.dataset)
+    first = read_metrics(local_folder(adapter) / "metrics.jsonl")[0]["loss"]
+    assert adapter.train_loss < 0.9 * first
+    assert merge.run(config, adapter).max_logit_difference < 1e-3
