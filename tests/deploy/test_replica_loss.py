@@ -1,4 +1,4 @@
-"""An engine replica is killed while it answers: what had begun ends in an error, the rest goes on."""
+"""A replica is killed while it answers: what had begun ends in an error, the rest goes on."""
 
 import json
 import os
