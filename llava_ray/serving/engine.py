@@ -71,6 +71,9 @@ class Engine(ABC):
     def weight_bytes(self) -> int:
         """Return the bytes of weights that one decoded token reads (language model and head)."""
 
+    def warm_up(self) -> None:  # noqa: B027
+        """Compile and record what the first request would wait for; default: nothing."""
+
     def keep_prefixes(self, count: int) -> None:  # noqa: B027
         """Keep the prefill of the last `count` images where the engine can; default: none."""
 
