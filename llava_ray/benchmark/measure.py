@@ -89,13 +89,11 @@ def measure(
         (build.folder / FIDELITY_FILE).write_text(json.dumps(rows, indent=1), encoding="utf-8")
         return build.finish(
             Scorecard,
-            device=device_name(plan.device),
             slug=variant.slug,
             variant_uri=variant.uri,
             dataset_uri=dataset.uri,
             versions=_versions(variant.method),
             variant_bytes=variant.size_bytes,
-            copy_bytes_per_s=copy_bytes_per_s(plan.device),
             **fields,
         )
 
@@ -127,8 +125,10 @@ def _open_and_measure(
             "memory_bytes": memory.read(),
             "weight_bytes": engine.weight_bytes(),
         }
+        device = engine.computes_on
     finally:
         engine.close()
+    fields |= {"device": device_name(device), "copy_bytes_per_s": copy_bytes_per_s(device)}
     return fields, samples
 
 

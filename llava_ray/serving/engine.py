@@ -41,6 +41,11 @@ class Engine(ABC):
     context: int
     """Tokens that one sequence can have, prompt and answer together."""
 
+    @property
+    def computes_on(self) -> str:
+        """The device that the model runs on; `device` is where logits are."""
+        return self.device
+
     @abstractmethod
     def prefill(self, prompt: Prompt) -> tuple[int, "torch.Tensor"]:
         """Run a prompt into a free slot; return the slot and the next token's logits.
