@@ -86,7 +86,9 @@ class AwqSpec(QuantizationSpec):
         """Return 4 bits with the share of an fp16 scale and a 4-bit zero point per group."""
         return 4 + (16 + 4) / self.group_size
 
-    def quantize(self, merged: Path, out: Path, calibration: Calibration, device: str) -> None:
+    def quantize(
+        self, merged: Path, out: Path, calibration: Calibration, device: str
+    ) -> llava_folder.Phases:
         """Search scales and clipping on the calibration samples, then pack.
 
         Raises VariantError outside AutoAWQ's environment, or where groups do not divide rows.
@@ -107,7 +109,7 @@ class AwqSpec(QuantizationSpec):
             ) from error
         from llava_ray.quantize.awq_calibration import quantize_with_autoawq
 
-        quantize_with_autoawq(self, merged, out, calibration, device)
+        return quantize_with_autoawq(self, merged, out, calibration, device)
 
     def load(self, folder: Path, device: str) -> Any:
         """Return the model with packed linears; on a CPU the rest is fp32."""

@@ -36,19 +36,24 @@ _SKIPPED = ["vision_tower", "multi_modal_projector", "lm_head"]
 
 def quantize_with_autoawq(
     spec: AwqSpec, merged: Path, out: Path, calibration: Calibration, device: str
-) -> None:
+) -> llava_folder.Phases:
     """Write AutoAWQ's GEMM checkpoint, which vLLM and transformers read too.
 
     Raises VariantError where there are no calibration samples.
     """
     # fp16 products of many rows are slow, and for some shapes missing, on CPUs.
     dtype = torch.float32 if device == "cpu" else torch.float16
+    phases, watch = llava_folder.Phases(), llava_folder.Stopwatch()
     model = _load(merged, dtype)
+    phases.read_s = watch.lap()
     with torch.no_grad():
         samples = _embedded_samples(spec, model, merged, calibration, device)
         quantizer = _Quantizer(spec, model, samples, out.name, device)
         quantizer.quantize()
+    phases.quantize_s = watch.lap()
     _write(spec, model, merged, out)
+    phases.write_s = watch.lap()
+    return phases
 
 
 class _Quantizer(AwqQuantizer):  # type: ignore[misc]

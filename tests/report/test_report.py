@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from measured_run import FAILURES, SHAPES, SIGNS, make_config, make_scorecards
 
-from llava_ray import choose
+from llava_ray import article, choose
 from llava_ray.artifacts import ChosenVariant, local_folder
 from llava_ray.report.columns import number, size_text
-from llava_ray.report.rows import ARTICLE
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def test_the_winner_and_every_reason_are_in_the_record(chosen: ChosenVariant) ->
 def test_every_method_of_the_article_has_a_row_with_its_figures(chosen: ChosenVariant) -> None:
     rows = json.loads((local_folder(chosen) / "report.json").read_text(encoding="utf-8"))["rows"]
     by_slug = {row["slug"]: row for row in rows}
-    for slug, (size, rate) in ARTICLE.items():
+    for slug, (size, rate) in article.TABLE.items():
         assert by_slug[slug]["article_size_gb"] == size
         assert by_slug[slug]["article_tokens_per_s"] == rate
     assert by_slug["awq-w4-g128"]["status"] == "failed"
