@@ -127,6 +127,13 @@ class Storage:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._fs.get_file(there, str(path))
 
+    def remove(self) -> None:
+        """Delete everything below the root; for what is temporary."""
+        if self.is_local:
+            shutil.rmtree(self.root, ignore_errors=True)
+        elif self._fs.exists(self.root):
+            self._fs.rm(self.root, recursive=True)
+
 
 def cache_folder() -> Path:
     """Return the folder for downloads and build caches: $LLAVA_RAY_CACHE or the XDG cache."""

@@ -100,6 +100,19 @@ def measure(
         )
 
 
+def measure_captions(plan: Plan, variant: Variant, dataset: DatasetRecord) -> dict[str, float]:
+    """Generate for the held-out samples in this process and score the captions."""
+    _set_threads(plan)
+    variant_folder, folder = local_folder(variant), local_folder(dataset)
+    engine = _open(plan, variant, variant_folder, _context(plan, variant_folder, dataset))
+    try:
+        captioned = held_out(folder, plan.config.caption_samples)
+        generations = _generate(engine, plan, captioned, folder)
+    finally:
+        engine.close()
+    return caption_scores([g.reference for g in generations], [g.text for g in generations])
+
+
 def read_fidelity(card: Scorecard) -> list[SampleFidelity]:
     """Return the sums per held-out sample that lie beside a scorecard."""
     text = (local_folder(card) / FIDELITY_FILE).read_text(encoding="utf-8")
