@@ -70,11 +70,12 @@ def make_variant(job: Job) -> Variant:
         num_samples=job.settings.get("calibration_samples", 0),
         system_prompt=job.settings.get("system_prompt", ""),
     )
+    estimated_bytes = spec.estimated_bytes(merged)
     logger.info(
         "%s: starts on %s, about %.1f MB at %.2f bits per quantized weight",
         job.slug,
         device,
-        spec.estimated_bytes(merged) / 1e6,
+        estimated_bytes / 1e6,
         spec.bits_per_weight(),
     )
     store = ArtifactStore(job.storage_uri)
@@ -91,6 +92,7 @@ def make_variant(job: Job) -> Variant:
             bits_per_weight=spec.bits_per_weight(),
             quantize_s=round(quantize_s, 3),
             peak_memory_bytes=peak_bytes(device),
+            estimated_bytes=estimated_bytes,
         )
 
 

@@ -26,6 +26,8 @@ class Row(BaseModel):
     on_front: bool = False
     """No other variant is at least as good in size, speed and fidelity, and better in one."""
     size_bytes: int | None = None
+    estimated_bytes: int | None = None
+    """Size as it was expected before quantizing."""
     bits_per_weight: float | None = None
     quantize_s: float | None = None
     quantize_peak_memory_bytes: int | None = None
@@ -104,6 +106,7 @@ def _measured(card: Scorecard, findings: Findings, origins: Origins, front: set[
         command=command_for(card.slug, findings),
         on_front=card.slug in front,
         size_bytes=card.variant_bytes,
+        estimated_bytes=variant.estimated_bytes,
         bits_per_weight=variant.bits_per_weight,
         quantize_s=variant.quantize_s,
         quantize_peak_memory_bytes=variant.peak_memory_bytes,

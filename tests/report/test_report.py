@@ -109,11 +109,15 @@ def test_the_command_of_a_row_is_a_config_that_loads(chosen: ChosenVariant, mark
         assert config.benchmark.baseline in config.quantize.variants
 
 
-def test_every_measured_variant_gets_a_card_with_its_hashes(chosen: ChosenVariant) -> None:
+def test_every_measured_variant_gets_a_card_with_its_hashes(
+    storage: Path, chosen: ChosenVariant
+) -> None:
     for slug, *_ in SHAPES:
         card = (local_folder(chosen) / "cards" / slug / "README.md").read_text(encoding="utf-8")
         assert card.startswith("---\npipeline_tag: image-text-to-text\n")
         assert f"# {slug}\n" in card and "SHA-256 `9a129038d9a00aed" in card
+        beside = storage / "variant" / f"variant-{slug}" / "README.md"
+        assert beside.read_text(encoding="utf-8") == card
 
 
 def test_a_second_call_finds_the_first(storage: Path, chosen: ChosenVariant) -> None:
