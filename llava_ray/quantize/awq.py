@@ -86,6 +86,20 @@ class AwqSpec(QuantizationSpec):
         """Return 4 bits with the share of an fp16 scale and a 4-bit zero point per group."""
         return 4 + (16 + 4) / self.group_size
 
+    def quantization_config(self) -> dict[str, Any]:
+        """Return what config.json says of the layout, by AutoAWQ's keys.
+
+        Symmetric weights have a zero point too: the middle of 0 to 15, in every group.
+        """
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": self.group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": ["vision_tower", "multi_modal_projector", "lm_head"],
+        }
+
     def quantize(
         self, merged: Path, out: Path, calibration: Calibration, device: str
     ) -> llava_folder.Phases:

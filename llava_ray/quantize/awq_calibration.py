@@ -31,7 +31,6 @@ _MAX_TOKENS = 1024
 """Longer calibration samples are cut; LLaVA-1.5's images take 576."""
 _ROWS_AT_ONCE = 16
 """Samples that run through a layer together."""
-_SKIPPED = ["vision_tower", "multi_modal_projector", "lm_head"]
 
 
 def quantize_with_autoawq(
@@ -301,14 +300,7 @@ def _write(spec: AwqSpec, model: Any, merged: Path, out: Path) -> None:
     llava_folder.copy_sidecars(merged, out)
     _write_preprocessor_config(out)
     config = old_config(merged)
-    config["quantization_config"] = {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": spec.group_size,
-        "zero_point": True,
-        "version": "gemm",
-        "modules_to_not_convert": _SKIPPED,
-    }
+    config["quantization_config"] = spec.quantization_config()
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")
 
