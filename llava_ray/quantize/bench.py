@@ -23,7 +23,7 @@ from llava_ray import article
 from llava_ray.models import EMBEDDED
 from llava_ray.quantize import llava_folder
 from llava_ray.quantize.memory import host_peak_bytes, peak_bytes, reset_peaks
-from llava_ray.quantize.registry import spec_for
+from llava_ray.quantize.registry import known_slugs, spec_for
 from llava_ray.quantize.spec import Calibration
 
 logger = logging.getLogger(__name__)
@@ -201,6 +201,7 @@ def _save(out: Path, merged: Path, rows: list[Row]) -> None:
         "model_bytes": sum(path.stat().st_size for path in merged.glob("*.safetensors")),
         "model_tensors": len(llava_folder.weight_shapes(merged)),
         "calibration_samples": SAMPLES,
+        "estimated_bytes": {slug: spec_for(slug).estimated_bytes(merged) for slug in known_slugs()},
         "sum_s": round(sum(row.total_s for row in rows), 2),
         "rows": [asdict(row) for row in rows],
     }
