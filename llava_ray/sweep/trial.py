@@ -99,7 +99,7 @@ class TrialRun(tune.Trainable):
             judged = self._score is None or number in self._task.judged_reports
         if self._score is not None and math.isfinite(value):
             assert path is not None
-            value = self._score(self._run_config, self._task.dataset, path, metrics["step"])
+            value = self._judge(path, metrics["step"])
         if last:
             self._finish()
         return {**metrics, "objective": value, "done": last}
@@ -143,6 +143,21 @@ class TrialRun(tune.Trainable):
         except BaseException as error:
             self._failure = error
 
+    def _judge(self, path: str, step: int) -> float:
+        """Score a checkpoint in a task outside the trial's placement group.
+
+        Tasks that are started inside share its resources, and it has no CPU.
+        """
+        import ray
+
+        remote: Any = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(_score)
+        task = remote.remote(self._score, self._run_config, self._task.dataset, path, step)
+        try:
+            value: float = ray.get(task)
+        except ray.exceptions.RayTaskError as error:
+            raise getattr(error, "cause", None) or error from None
+        return value
+
     def _next_report(self) -> tuple[dict[str, Any], str | None, Any]:
         from ray.util.queue import Empty
 
@@ -162,6 +177,10 @@ class TrialRun(tune.Trainable):
         self._thread.join()
         if self._failure is not None and not isinstance(self._failure, ConfigError):
             raise self._failure
+
+
+def _score(score: Scorer, config: RunConfig, dataset: DatasetRecord, path: str, step: int) -> float:
+    return score(config, dataset, path, step)
 
 
 def _forwarder(reports: "Queue") -> "UserCallback":
