@@ -11,7 +11,7 @@ from llava_ray.artifacts import DatasetRecord
 from llava_ray.config import RunConfig
 from llava_ray.trial_score import scorer_for
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 class Bench:
