@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _NOT_SHAPING = {
     "cpus_per_worker", "zero_stage", "offload", "eval_batch_size", "loader_workers",
     "log_every_steps", "eval_every_steps", "checkpoint_every_steps", "checkpoints_kept",
-    "max_failures", "trackers",
+    "max_failures", "trackers", "fused_layers",
 }  # fmt: skip
 
 

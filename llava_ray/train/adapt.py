@@ -3,6 +3,7 @@
 Works without Ray and DeepSpeed, so the speed benchmark runs the very same model.
 """
 
+import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from llava_ray.errors import ConfigError
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+logger = logging.getLogger(__name__)
 
 QUANTIZATION_SKIPS = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 """transformers matches these from the start of a module's name."""
@@ -58,11 +61,6 @@ def adapt(model: "nn.Module", train: TrainConfig) -> "nn.Module":
     for name, parameter in model.named_parameters():
         if PROJECTOR in name:
             parameter.requires_grad_(train.projector_learning_rate > 0)
-    if train.gradient_checkpointing:
-        language_model = base_of(model).model.language_model  # type: ignore[union-attr]
-        language_model.gradient_checkpointing_enable(  # type: ignore[operator, union-attr]
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
     return model
 
 
@@ -123,11 +121,12 @@ def _is_matrix(parameter: "nn.Parameter") -> bool:
     return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
 
 
-def loss_module(model: "nn.Module") -> "nn.Module":
+def loss_module(model: "nn.Module", train: TrainConfig) -> "nn.Module":
     """Return a module whose forward gives the summed cross entropy of a batch in fp32.
 
     The head runs only on positions that carry a label: with 576 image tokens and a short caption
-    that leaves out most of the logits.
+    that leaves out most of the logits. Padding must stand at the right: under causal attention no
+    token sees it, so no mask is needed, and attention runs its fastest kernel.
     """
     import torch
     from torch import nn
@@ -137,6 +136,9 @@ def loss_module(model: "nn.Module") -> "nn.Module":
         def __init__(self, model: nn.Module) -> None:
             super().__init__()
             self.model = model
+            self.decoder = fused_decoder(model, train)
+            checkpointing = self.decoder is None and bool(train.gradient_checkpointing)
+            set_checkpointing(base_of(model), on=checkpointing)
 
         def forward(
             self,
@@ -146,15 +148,68 @@ def loss_module(model: "nn.Module") -> "nn.Module":
             pixel_values: torch.Tensor,
         ) -> torch.Tensor:
             llava: Any = base_of(self.model)
-            hidden = llava.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                pixel_values=pixel_values,
-                use_cache=False,
-            ).last_hidden_state
-            targets = labels[:, 1:]
-            chosen = targets != IGNORE_INDEX
-            logits = llava.lm_head(hidden[:, :-1][chosen])
+            targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+            # Looked up before the layers are queued: it makes the processor wait for the GPU.
+            chosen = (targets != IGNORE_INDEX).nonzero().flatten()
+            if self.decoder is None:
+                hidden = llava.model(
+                    input_ids=input_ids, pixel_values=pixel_values, use_cache=False
+                ).last_hidden_state
+            else:
+                hidden = self.decoder(_embeddings(llava, input_ids, pixel_values))
+            logits = llava.lm_head(hidden.flatten(0, 1).index_select(0, chosen))
             return functional.cross_entropy(logits.float(), targets[chosen], reduction="sum")
 
     return CaptionLoss(model)
+
+
+def fused_decoder(model: "nn.Module", train: TrainConfig) -> Any:
+    """Return the decoder with a backward of its own, or None where peft's modules must run."""
+    if not train.fused_layers or train.method != "lora" or train.zero_stage == 3:
+        return None
+    from llava_ray.train import fused
+
+    llava: Any = base_of(model)
+    reason = fused.obstacle(llava)
+    if reason is None and not isinstance(llava.config.vision_feature_layer, int):
+        reason = "several vision layers are read"
+    if reason is not None:
+        logger.info("train: layers run through transformers and peft (%s)", reason)
+        return None
+    checkpointing = train.gradient_checkpointing
+    recompute: fused.Recompute = "mlp" if checkpointing == "mlp" else "none"
+    if checkpointing is True:
+        recompute = "layer"
+    return fused.Decoder(llava.model.language_model, recompute)
+
+
+def set_checkpointing(llava: Any, *, on: bool) -> None:
+    """Let transformers compute its whole layers again in backward, or keep what they save."""
+    language_model = llava.model.language_model
+    name = (
+        "activation" if hasattr(language_model, "activation_checkpointing_enable") else "gradient"
+    )
+    if on:
+        enable = getattr(language_model, f"{name}_checkpointing_enable")
+        enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+    else:
+        getattr(language_model, f"{name}_checkpointing_disable")()
+
+
+def _embeddings(llava: Any, input_ids: "torch.Tensor", pixels: "torch.Tensor") -> "torch.Tensor":
+    """Put the projected image where the image tokens stand.
+
+    Source: transformers, models/llava/modeling_llava.py, LlavaModel.forward.
+    """
+    import torch
+
+    config = llava.config
+    with torch.no_grad():
+        vision = llava.model.vision_tower(pixels.to(llava.dtype), output_hidden_states=True)
+        features = vision.hidden_states[config.vision_feature_layer]
+        if config.vision_feature_select_strategy == "default":
+            features = features[:, 1:]
+    embeddings: torch.Tensor = llava.get_input_embeddings()(input_ids)
+    image: torch.Tensor = llava.model.multi_modal_projector(features).to(embeddings.dtype)
+    places = (input_ids == config.image_token_id)[..., None]
+    return embeddings.masked_scatter(places, image)

@@ -197,7 +197,7 @@ class Loop:
         torch.manual_seed(self.train.seed)
         model = adapt.adapt(model, self.train)
         groups = adapt.parameter_groups(model, self.train)
-        engine = zero.make_engine(adapt.loss_module(model), groups, config)
+        engine = zero.make_engine(adapt.loss_module(model, self.train), groups, config)
         del shards
         return engine
 

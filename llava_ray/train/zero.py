@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
+_BUCKET = 50_000_000
+"""Gradient entries that are sent at once."""
+
 _SETTLING_S = 30
 """Between taking the lock and starting ninja."""
 
@@ -34,6 +37,8 @@ def zero_config(train: TrainConfig, precision: Precision, *, gpu: bool) -> dict[
         "stage": train.zero_stage,
         "contiguous_gradients": True,
         "overlap_comm": gpu,
+        # DeepSpeed's default takes 2 GB for buffers that LoRA's gradients do not fill.
+        "reduce_bucket_size": _BUCKET,
     }
     if train.offload != "none":
         stage["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
@@ -111,7 +116,9 @@ def make_engine(module: "nn.Module", groups: list[dict[str, Any]], config: dict[
     import torch
 
     deepspeed.init_distributed()
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    on_gpu = all(p.is_cuda for group in groups for p in group["params"])
+    fused = on_gpu and "offload_optimizer" not in config["zero_optimization"]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=fused)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     _make_moments(engine)
     return engine
@@ -130,7 +137,8 @@ def _make_moments(engine: Any) -> None:
     for flat in flats:
         if not zero.optimizer.state[flat]:
             zero.optimizer.state[flat] = {
-                "step": torch.tensor(0.0),
+                # PyTorch's fused AdamW counts on the device.
+                "step": torch.tensor(0.0, device=flat.device),
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
             }

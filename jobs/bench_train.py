@@ -1,0 +1,36 @@
+"""Time LoRA training beside plain transformers + peft on one machine; needs no Ray, no download.
+
+python jobs/bench_train.py --out train.json
+python jobs/bench_train.py --out train.json --gpus 1,2 --only zero2-b8,loop-b8
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from llava_ray.cli import fail
+from llava_ray.errors import LlavaRayError
+from llava_ray.train.bench import run
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--only", default="", help="names of rows, separated by commas")
+    parser.add_argument("--minutes", type=float, default=5, help="after these no row is begun")
+    parser.add_argument("--gpus", default="1", help="numbers of GPUs to measure on, such as 1,2")
+    parser.add_argument("--tiny", action="store_true", help="a model that a CPU trains")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        print(
+            run(
+                arguments.out,
+                only=[name for name in arguments.only.split(",") if name],
+                minutes=arguments.minutes,
+                gpus=[int(number) for number in arguments.gpus.split(",")],
+                tiny=arguments.tiny,
+            )
+        )
+    except LlavaRayError as error:
+        fail(error)
+    print(arguments.out)

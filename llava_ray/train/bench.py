@@ -1,0 +1,225 @@
+"""Speed and memory of LoRA training beside plain transformers + peft, from one run.
+
+LLaVA-1.5-7B's shapes with random weights, r=48 on all linear layers of the language model, the
+projector trained. Rows of one kind share a process; a process that dies costs only its own rows.
+"""
+
+import json
+import logging
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from llava_ray.errors import ConfigError
+from llava_ray.train.bench_rows import Row, Task, flop_per_sample
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "liger-kernel", "triton")
+GRACE_S = 60
+"""How long after the deadline a process may finish its row."""
+
+ROWS: tuple[Row, ...] = (
+    Row("plain-b1", "plain", 1),
+    Row("plain-b4", "plain", 4),
+    Row("plain-b8", "plain", 8),
+    Row("plain-ckpt-b1", "plain", 1, True),
+    Row("plain-ckpt-b4", "plain", 4, True),
+    Row("plain-ckpt-b8", "plain", 8, True),
+    Row("zero2-b1", "zero2", 1),
+    Row("zero2-b4", "zero2", 4),
+    Row("zero2-b8", "zero2", 8),
+    Row("zero2-b16", "zero2", 16),
+    Row("zero2-mlp-b16", "zero2", 16, "mlp"),
+    Row("zero2-ckpt-b8", "zero2", 8, True),
+    Row("loop-b1", "loop", 1),
+    Row("loop-b4", "loop", 4),
+    Row("loop-b8", "loop", 8),
+    Row("loop-b16", "loop", 16),
+    Row("loop-mlp-b8", "loop", 8, "mlp"),
+    Row("loop-ckpt-b8", "loop", 8, True),
+    Row("loop-dropout-b8", "loop", 8, lora_dropout=0.05),
+)
+MORE_ROWS: tuple[Row, ...] = (
+    Row("loop-b2", "loop", 2),
+    Row("loop-b12", "loop", 12),
+    Row("loop-b24", "loop", 24),
+    Row("loop-mlp-b24", "loop", 24, "mlp"),
+    Row("loop-ckpt-b1", "loop", 1, True),
+    Row("loop-ckpt-b32", "loop", 32, True),
+    Row("loop-peft-b4", "loop", 4, fused_layers=False),
+    Row("loop-peft-b8", "loop", 8, fused_layers=False),
+    Row("loop-peft-ckpt-b8", "loop", 8, True, fused_layers=False),
+    Row("zero2-dropout-b8", "zero2", 8, lora_dropout=0.05),
+    Row("zero3-b8", "zero3", 8, fused_layers=False),
+    Row("zero3-ckpt-b8", "zero3", 8, True, fused_layers=False),
+    Row("plain-b2", "plain", 2),
+    Row("plain-b12", "plain", 12),
+    Row("plain-dropout-b8", "plain", 8, lora_dropout=0.05),
+    Row("plain-liger-b4", "plain", 4, liger=True),
+    Row("plain-liger-b8", "plain", 8, liger=True),
+    Row("plain-compile-b4", "plain", 4, compile=True),
+    Row("plain-compile-b8", "plain", 8, compile=True),
+)
+
+
+def choose_rows(only: Sequence[str], tiny: bool) -> list[Row]:
+    """Return the default rows, or those whose names are given.
+
+    Raises ConfigError for a name that no row has.
+    """
+    known = {row.name: row for row in (*ROWS, *MORE_ROWS)}
+    unknown = [name for name in only if name not in known]
+    if unknown:
+        raise ConfigError(f"--only {unknown[0]!r}: no such row; there are {', '.join(known)}")
+    chosen = [known[name] for name in only] or list(ROWS)
+    return [row for row in chosen if row.batch <= 8] if tiny else chosen
+
+
+def run(
+    out: Path, *, only: Sequence[str] = (), minutes: float = 5, gpus: Sequence[int] = (1,),
+    tiny: bool = False, tokens: int | None = None,
+) -> str:  # fmt: skip
+    """Measure, write JSON after each process and return the table as text."""
+    chosen = choose_rows(only, tiny)
+    began, rows = time.time(), list[Row]()
+    for number in gpus:
+        for group in grouped(chosen):
+            left = began + minutes * 60
+            task = Task(group, tiny, tokens or (40 if tiny else 756), "", left)
+            rows += run_group(task, number)
+            write(out, rows, task, time.time() - began)
+    return table(rows)
+
+
+def grouped(rows: Sequence[Row]) -> list[list[Row]]:
+    """Put rows together that one model can serve, in their order."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.setup(), []).append(row)
+    return list(groups.values())
+
+
+def run_group(task: Task, world: int) -> list[Row]:
+    """Run one process per GPU over a task's rows and read what they wrote."""
+    with tempfile.TemporaryDirectory(prefix="llava_ray_bench_") as name:
+        folder = Path(name)
+        lines, log = folder / "rows.jsonl", folder / "log"
+        tree = asdict(task) | {"out": str(lines)}
+        (folder / "task.json").write_text(json.dumps(tree), encoding="utf-8")
+        reason = _wait_for(folder, log, world, task.deadline + GRACE_S)
+        text = lines.read_text(encoding="utf-8") if lines.exists() else ""
+        found = [Row(**json.loads(line)) for line in text.splitlines()]
+        for row in task.rows[len(found) :]:
+            row = Row(**{**asdict(row), "failed": reason or "not measured", "gpus": world})
+            found.append(row)
+        if any(row.failed for row in found):
+            logger.warning("%s", log.read_text(encoding="utf-8", errors="replace")[-6000:])
+    for row in found:
+        logger.info("%s", json.dumps(asdict(row)))
+    return found
+
+
+def _wait_for(folder: Path, log: Path, world: int, until: float) -> str:
+    """Start the processes and wait; return why they ended early, or an empty text."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "llava_ray.train.bench_rows", str(folder / "task.json")]
+    # Row by row PyTorch would else keep pieces of memory that no longer fit together.
+    base = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ
+    base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    with log.open("w") as stream:
+        processes = [
+            subprocess.Popen(
+                command, stdout=stream, stderr=stream,
+                env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(world)
+        ]  # fmt: skip
+        try:
+            codes = [p.wait(timeout=max(1, until - time.time())) for p in processes]
+        except subprocess.TimeoutExpired:
+            return "the time given with --minutes was over"
+        finally:
+            for process in processes:
+                process.kill()
+    bad = [code for code in codes if code]
+    return f"the process ended with code {bad[0]}" if bad else ""
+
+
+def write(out: Path, rows: Sequence[Row], task: Task, seconds: float) -> None:
+    """Write all rows with what they were measured on."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    tree = {
+        "device": torch.cuda.get_device_name() if gpu else platform.processor() or "cpu",
+        "versions": {name: _version(name) for name in PACKAGES}
+        | {"python": sys.version.split()[0]},
+        "command": " ".join(["python", *sys.argv]),
+        "model": "a tiny LLaVA" if task.tiny else "LLaVA-1.5-7B shapes, random weights",
+        "lora": "r=48 on all linear layers of the language model; the projector trained",
+        "tokens": task.tokens,
+        "precision": "bf16" if gpu else "fp32",
+        "flop_per_sample": flop_per_sample(task.shapes, task.tokens, 48),
+        "seconds": seconds,
+        **verdicts(rows),
+        "rows": [asdict(row) for row in rows],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def verdicts(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the best rate of plain and of this project, their ratio, and the scaling by GPUs."""
+    single = [row for row in rows if row.gpus == 1 and not row.failed]
+    plain = max((r.samples_per_s for r in single if r.engine == "plain"), default=None)
+    ours = max((r.samples_per_s for r in single if r.engine != "plain"), default=None)
+    alone = {row.name: row.samples_per_s for row in single}
+    return {
+        "best_plain_samples_per_s": plain,
+        "best_samples_per_s": ours,
+        "speedup": ours / plain if ours and plain else None,
+        "scaling": {
+            f"{row.name} on {row.gpus} GPUs": row.samples_per_s / alone[row.name]
+            for row in rows
+            if row.gpus > 1 and row.name in alone and not row.failed
+        },
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the table as text."""
+    lines = [
+        f"{'row':20} {'GPUs':>4} {'batch':>5} {'samples/s':>9} {'min':>7} {'max':>7} "
+        f"{'GB':>6} {'TFLOP/s':>7} {'warm s':>6} {'norm':>8} losses"
+    ]
+    for row in rows:
+        start = f"{row.name:20} {row.gpus:4} {row.batch:5} "
+        if row.failed:
+            lines.append(start + row.failed)
+            continue
+        peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.1f}"
+        lines.append(
+            f"{start}{row.samples_per_s:9.2f} {row.samples_per_s_min:7.2f} "
+            f"{row.samples_per_s_max:7.2f} {peak:>6} {row.tflop_per_s:7.1f} {row.warm_up_s:6.1f} "
+            f"{row.check_grad_norm:8.4f} {' '.join(f'{x:.4f}' for x in row.check_losses)}"
+        )
+    return "\n".join(lines)
