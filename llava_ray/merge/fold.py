@@ -22,6 +22,7 @@ from llava_ray.config import MergeConfig, ModelConfig
 from llava_ray.conversation import encode_sample, read_samples
 from llava_ray.errors import ArtifactError
 from llava_ray.images import normalize, open_image, square_pixels
+from llava_ray.low_bits import rounded_base
 from llava_ray.models import model_folder, vision_shape, weights_sha256
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def merge_task(task: MergeTask) -> MergedModel:
         store.build(MergedModel, task.id, settings=settings, parents=[task.adapter.id]) as build,
     ):
         probe = list(_probe(task, base))
-        adapted = adapted_model(base, local_folder(task.adapter))
+        adapted = adapted_model(base, local_folder(task.adapter), hqq_of(task.adapter))
         before = [_logits(adapted, inputs) for inputs in probe]
         logger.info("merge: folding the adapter in")
         merged = adapted.merge_and_unload() if hasattr(adapted, "peft_config") else adapted
@@ -80,13 +81,27 @@ def merge_task(task: MergeTask) -> MergedModel:
         )
 
 
-def adapted_model(base: Path, adapter: Path) -> Any:
-    """Return the base in fp32 with the trained weights over it, not merged yet."""
+def hqq_of(adapter: AdapterCheckpoint) -> tuple[int, int] | None:
+    """Return bits and group size of the low-bit base that an adapter was trained over, if any."""
+    train = adapter.settings.get("train", {})
+    if train.get("method") != "hqq":
+        return None
+    return train["hqq_bits"], train["hqq_group_size"]
+
+
+def adapted_model(base: Path, adapter: Path, hqq: tuple[int, int] | None = None) -> Any:
+    """Return the base in fp32 with the trained weights over it, not merged yet.
+
+    Of an adapter over a low-bit base the base is rounded likewise, since LoRA makes up for that
+    rounding and would change a base without it for the worse.
+    """
     import torch
     from peft import PeftModel
     from transformers import LlavaForConditionalGeneration
 
     model: Any = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    if hqq is not None:
+        rounded_base(model, bits=hqq[0], group_size=hqq[1])
     for name in (AdapterCheckpoint.projector_file, AdapterCheckpoint.language_model_file):
         if (adapter / name).is_file():
             _load_over(model, adapter / name)

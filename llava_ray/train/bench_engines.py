@@ -15,6 +15,7 @@ from llava_ray.config import TrainConfig
 from llava_ray.conversation import IGNORE_INDEX
 from llava_ray.train import adapt, zero
 from llava_ray.train.batches import Batch
+from llava_ray.train.replica import average_gradients
 from llava_ray.train.shapes import random_model
 
 EngineName = Literal["plain", "loop", "zero2", "zero3"]
@@ -179,14 +180,3 @@ def finish(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> tor
     optimizer.step()
     optimizer.zero_grad()
     return norm
-
-
-def average_gradients(trained: list[nn.Parameter]) -> None:
-    """Average the gradients over all processes in one message."""
-    gradients = [p.grad for p in trained if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    torch.distributed.all_reduce(flat)
-    flat /= torch.distributed.get_world_size()
-    parts = torch.split(flat, [g.numel() for g in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))

@@ -104,9 +104,11 @@ def estimate(sizes: Sizes, train: TrainConfig, *, workers: int, load: Load) -> M
     workspace = 2.0 * BUCKET * width
     if train.zero_stage == 3 and workers > 1:
         workspace += min(whole - weights, LIVE_WEIGHTS * width)
-    gradients = trained * width / workers
-    # DeepSpeed keeps a copy of the weights for AdamW also where they are in fp32 already.
-    optimizer = trained * 12 / workers
+    # Beside the moments DeepSpeed keeps a copy of the weights, also where they are in fp32.
+    gradients, optimizer = trained * width / workers, trained * 12 / workers
+    if train.zero_stage == 0:
+        gradients = trained * width
+        optimizer = trained * 2 * (1 if train.optimizer == "adamw8bit" else width)
     host = 0.0
     if train.offload != "none":
         host, optimizer, gradients = optimizer + gradients, 0.0, 0.0
@@ -139,6 +141,9 @@ def _frozen_bytes(sizes: Sizes, train: TrainConfig, width: int) -> float:
 
 def base_bits(train: TrainConfig, width: int) -> float:
     """Return the bits that a frozen linear weight of the language model takes."""
+    if train.method == "hqq":
+        # An fp16 scale and zero point per group; ten 3-bit weights lie in an int32.
+        return (3.2 if train.hqq_bits == 3 else train.hqq_bits) + 32 / train.hqq_group_size
     return NF4_BITS if train.method == "qlora" else 8.0 * width
 
 
@@ -176,7 +181,7 @@ def head_bytes(sizes: Sizes, rows: int, width: int) -> float:
 def runs_fused(train: TrainConfig) -> bool:
     """Say whether layers run with a backward of their own (llava_ray/train/fused.py)."""
     plain_lora = train.method == "lora" and not train.use_dora
-    return train.fused_layers and plain_lora and train.zero_stage == 2
+    return train.fused_layers and plain_lora and train.zero_stage != 3
 
 
 def alternatives(train: TrainConfig) -> list[tuple[str, TrainConfig]]:
@@ -185,14 +190,16 @@ def alternatives(train: TrainConfig) -> list[tuple[str, TrainConfig]]:
     def but(**changes: Any) -> TrainConfig:
         return train.model_copy(update=changes)
 
-    whole: dict[str, Any] = {"method": "lora", "use_dora": False}
+    whole: dict[str, Any] = {"method": "lora", "use_dora": False, "optimizer": "adamw"}
     return [
         ("as configured", train),
         ("gradient checkpointing", but(gradient_checkpointing=True)),
         ("ZeRO-2", but(zero_stage=2, offload="none")),
         ("ZeRO-3", but(zero_stage=3, **whole)),
         ("ZeRO-3, all offloaded", but(zero_stage=3, offload="optimizer+weights", **whole)),
+        ("8-bit AdamW", but(optimizer="adamw8bit", zero_stage=0, offload="none")),
         ("nf4 base", but(method="qlora", zero_stage=2, offload="none")),
+        ("HQQ 2-bit base", but(method="hqq", hqq_bits=2, zero_stage=2, offload="none")),
         ("fp32", but(precision="fp32", **whole)),
         (f"rank {max(1, train.lora_r // 2)}", but(lora_r=max(1, train.lora_r // 2))),
         ("full fine-tune, ZeRO-3", but(method="full", zero_stage=3)),

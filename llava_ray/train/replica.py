@@ -1,0 +1,196 @@
+"""Training without DeepSpeed: each worker holds all weights and the whole optimizer.
+
+For optimizers that ZeRO cannot shard, since it flattens weights into pieces: 8-bit AdamW quantizes
+its moments in blocks of a weight, GaLore projects whole gradient matrices.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from llava_ray.config import TrainConfig
+from llava_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_BASIS = "ortho_matrix"
+"""GaLore's projection, which its optimizer keeps in an object of its own."""
+
+
+class ReplicaEngine:
+    """What the training loop uses of a DeepSpeed engine, by plain PyTorch."""
+
+    def __init__(
+        self, module: "nn.Module", optimizer: "torch.optim.Optimizer", train: TrainConfig
+    ) -> None:
+        self.module, self.optimizer = module, optimizer
+        self._trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.device = self._trained[0].device
+        self._accumulation = train.gradient_accumulation
+        self._max_norm = train.max_grad_norm
+        self._micro_steps = 0
+        self._norm: float | None = None
+        module.train()
+
+    def __call__(self, **batch: "torch.Tensor") -> "torch.Tensor":
+        """Return the module's loss."""
+        loss: torch.Tensor = self.module(**batch)
+        return loss
+
+    def train(self) -> None:
+        """Turn dropout on."""
+        self.module.train()
+
+    def eval(self) -> None:
+        """Turn dropout off."""
+        self.module.eval()
+
+    def backward(self, loss: "torch.Tensor") -> None:
+        """Add a micro-batch's share to the gradients."""
+        (loss / self._accumulation).backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> None:
+        """After the last micro-batch: average over workers, clip, and change the weights."""
+        self._micro_steps += 1
+        if self._micro_steps % self._accumulation:
+            return
+        from torch.nn.utils import clip_grad_norm_
+
+        average_gradients(self._trained)
+        self._norm = float(clip_grad_norm_(self._trained, self._max_norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def get_global_grad_norm(self) -> float | None:
+        """Return the norm of the last step's gradient before clipping."""
+        return self._norm
+
+    def tensors(self, parameter: "nn.Parameter") -> "dict[str, torch.Tensor]":
+        """Return a weight and its optimizer's state by kind, on the CPU."""
+        import torch
+
+        state = self.optimizer.state.get(parameter, {})
+        found = {kind: value for kind, value in state.items() if isinstance(value, torch.Tensor)}
+        basis = getattr(state.get("projector"), _BASIS, None)
+        if basis is not None:
+            found[_BASIS] = basis
+        found.pop("step", None)
+        found["weight"] = parameter.detach()
+        return {kind: value.detach().cpu().clone().contiguous() for kind, value in found.items()}
+
+    def load(
+        self, parameter: "nn.Parameter", tensors: "dict[str, torch.Tensor]", step: int
+    ) -> None:
+        """Set what `tensors` returned, and how many steps were done."""
+        import torch
+
+        with torch.no_grad():
+            parameter.copy_(tensors.pop("weight").to(parameter.device))
+        if not tensors:
+            return
+        state: dict[str, Any] = {k: v.to(parameter.device) for k, v in tensors.items()}
+        basis = state.pop(_BASIS, None)
+        if basis is not None:
+            state["projector"] = self._projector(parameter, basis)
+        # PyTorch counts in a tensor, bitsandbytes and GaLore in an int.
+        plain = isinstance(self.optimizer, torch.optim.AdamW)
+        device = parameter.device if self.optimizer.defaults.get("fused") else "cpu"
+        state["step"] = torch.tensor(float(step), device=device) if plain else step
+        self.optimizer.state[parameter] = state
+
+    def _projector(self, parameter: "nn.Parameter", basis: "torch.Tensor") -> Any:
+        from galore_torch.galore_projector import GaLoreProjector
+
+        group = next(
+            g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"])
+        )
+        projector = GaLoreProjector(
+            group["rank"], update_proj_gap=group["update_proj_gap"], scale=group["scale"],
+            proj_type=group["proj_type"],
+        )  # fmt: skip
+        projector.ortho_matrix = basis
+        return projector
+
+
+def average_gradients(parameters: "list[nn.Parameter]") -> None:
+    """Average gradients over all workers in one message."""
+    import torch
+    import torch.distributed
+
+    world = torch.distributed.get_world_size()
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if world == 1 or not gradients:
+        return
+    flat = torch.cat([g.flatten() for g in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= world
+    parts = torch.split(flat, [g.numel() for g in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def make_engine(
+    module: "nn.Module", groups: list[dict[str, Any]], train: TrainConfig
+) -> ReplicaEngine:
+    """Return an engine with the config's optimizer over the given parameter groups."""
+    return ReplicaEngine(module, _optimizer(module, groups, train), train)
+
+
+def check_optimizer(train: TrainConfig) -> None:
+    """Raise ConfigError when the optimizer's package is missing."""
+    if train.optimizer != "galore":
+        return
+    try:
+        import galore_torch  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "train.optimizer 'galore': needs 'pip install llava_ray[galore]' on the driver's and "
+            "the workers' image"
+        ) from error
+
+
+def _optimizer(
+    module: "nn.Module", groups: list[dict[str, Any]], train: TrainConfig
+) -> "torch.optim.Optimizer":
+    import torch
+
+    betas, eps = (0.9, 0.999), 1e-8
+    if train.optimizer == "adamw":
+        on_gpu = all(p.is_cuda for group in groups for p in group["params"])
+        return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=on_gpu)
+    if train.optimizer == "adamw8bit":
+        from bitsandbytes.optim.adamw import AdamW8bit
+
+        eight_bit: torch.optim.Optimizer = AdamW8bit(groups, betas=betas, eps=eps)  # type: ignore[no-untyped-call]
+        return eight_bit
+    from galore_torch import GaLoreAdamW
+
+    galore: torch.optim.Optimizer = GaLoreAdamW(
+        _galore_groups(module, groups, train), betas=betas, eps=eps, no_deprecation_warning=True
+    )
+    return galore
+
+
+def _galore_groups(
+    module: "nn.Module", groups: list[dict[str, Any]], train: TrainConfig
+) -> list[dict[str, Any]]:
+    """Split the layers' matrices off: embedding, head, norms and projector keep plain AdamW.
+
+    Source: GaLore, torchrun_main.py, target_modules_list.
+    """
+    projected = {
+        id(p)
+        for name, p in module.named_parameters()
+        if p.dim() == 2 and (".self_attn." in name or ".mlp." in name)
+    }
+    extra = {
+        "rank": train.galore_rank, "update_proj_gap": train.galore_update_steps,
+        "scale": train.galore_scale, "proj_type": "std",
+    }  # fmt: skip
+    found: list[dict[str, Any]] = []
+    for group in groups:
+        for inside in (True, False):
+            chosen = [p for p in group["params"] if (id(p) in projected) == inside]
+            if chosen:
+                found.append({**group, "params": chosen, **(extra if inside else {})})
+    return found
