@@ -156,6 +156,8 @@ class Variant(Record):
     """Of the language model's quantized linear layers, scales and zeros counted in."""
     quantize_s: float
     peak_memory_bytes: int
+    estimated_bytes: int | None = None
+    """Size as it was expected from the merged model's shapes."""
 
 
 class VariantFailure(BaseModel):

@@ -69,7 +69,8 @@ class SweepConfig(Section):
     scheduler: Literal["asha", "pbt", "fifo"] = Field(default="asha")
     search: Literal["random", "optuna"] = Field(default="random")
     objective: str = Field(default="eval_loss")
-    """`eval_loss` or `rouge_l`, or `rouge_l after <variant slug>`."""
+    """`eval_loss`, a caption score of the held-out split (`rouge_l`, `cider_d`, `word_recall`,
+    `character_error_rate`), or such a score `after <variant slug>`: of the quantized model."""
     max_concurrent_trials: Count | None = Field(default=None)
     """Default: as many as the cluster's GPUs (or CPUs) hold."""
     seed: int = Field(default=0)

@@ -22,6 +22,7 @@ from llava_ray.artifacts import (
 )
 from llava_ray.config import RunConfig
 from llava_ray.errors import ConfigError
+from llava_ray.trial_score import scorer_for
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +37,13 @@ def run_prepare(config: RunConfig) -> DatasetRecord:
 def run_sweep(config: RunConfig) -> SweepResult:
     """Search the train section's settings.
 
-    Raises ConfigError when sweep.space is empty.
+    Raises ConfigError when sweep.space is empty or sweep.objective is none.
     """
     if not config.sweep.space:
         raise ConfigError("sweep.space is empty: name keys of train, such as learning_rate")
+    score = scorer_for(config)
     dataset = run_prepare(config)
-    return _stage("sweep", lambda: sweep.run(config, dataset))
+    return _stage("sweep", lambda: sweep.run(config, dataset, score))
 
 
 def run_train(config: RunConfig) -> AdapterCheckpoint:

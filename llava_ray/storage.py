@@ -74,6 +74,14 @@ class Storage:
             return None
         return str(self._fs.cat_file(path_there).decode("utf-8"))
 
+    def write_text(self, relative: str, text: str) -> None:
+        """Write a file in a folder that is there, over an older one of the name."""
+        if self.is_local:
+            with disk_errors(self.join(relative)):
+                self.local(relative).write_text(text, encoding="utf-8")
+            return
+        self._fs.pipe_file(f"{self.root}/{relative}", text.encode())
+
     def list_folders(self, relative: str) -> list[str]:
         """Return the sorted names of the folders directly below a path; hidden ones left out."""
         if self.is_local:
@@ -126,6 +134,13 @@ class Storage:
                 path = target / there[len(base) :].lstrip("/")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._fs.get_file(there, str(path))
+
+    def remove(self) -> None:
+        """Delete everything below the root; for what is temporary."""
+        if self.is_local:
+            shutil.rmtree(self.root, ignore_errors=True)
+        elif self._fs.exists(self.root):
+            self._fs.rm(self.root, recursive=True)
 
 
 def cache_folder() -> Path:

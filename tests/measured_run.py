@@ -98,7 +98,7 @@ def _scorecard(
         (build.folder / "model.safetensors").write_bytes(b"weights")
         variant = build.finish(
             Variant, device="cpu", slug=slug, method=slug.partition("-")[0], bits_per_weight=4.5,
-            quantize_s=12.5, peak_memory_bytes=9 * 10**9,
+            quantize_s=12.5, peak_memory_bytes=9 * 10**9, estimated_bytes=int(size * 0.99 * factor),
         )  # fmt: skip
     texts = [reference(words if recall > 0.5 else "OPFN LAIE") for words in SIGNS]
     pairs = enumerate(zip(SIGNS, texts, strict=True))

@@ -55,6 +55,25 @@ def test_a_failed_build_leaves_nothing(store: ArtifactStore) -> None:
     assert not build.folder.exists()
 
 
+def test_a_note_beside_an_artifact_is_no_part_of_it(store: ArtifactStore) -> None:
+    record = make(store)
+    Storage(record.uri).write_text("README.md", "first")
+    Storage(record.uri).write_text("README.md", "second")
+    assert store.storage.read_text("dataset/dataset-1/README.md") == "second"
+    assert store.find(DatasetRecord, "dataset-1") == record
+    verify(record, local_folder(record))
+
+
+def test_a_temporary_root_is_removed_whole(store: ArtifactStore) -> None:
+    make(store)
+    apart = ArtifactStore(store.storage.join("work/score-1"))
+    make(apart)
+    apart.storage.remove()
+    assert apart.find(DatasetRecord, "dataset-1") is None
+    assert store.find(DatasetRecord, "dataset-1") is not None
+    apart.storage.remove()
+
+
 def test_verify_names_the_file_that_changed(tmp_path: Path) -> None:
     record = make(ArtifactStore(str(tmp_path)))
     folder = local_folder(record)

@@ -7,6 +7,8 @@ import pytest
 from llava_ray import cli
 from llava_ray.config import RunConfig
 from llava_ray.errors import ConfigError, DataError
+from llava_ray.models import EMBEDDED
+from llava_ray.quantize.registry import spec_for
 
 JOBS = [
     "prepare",
@@ -64,6 +66,8 @@ def test_dry_run_prints_config_and_resources() -> None:
     assert done.returncode == 0, done.stderr
     assert "lora_r: 5" in done.stdout
     assert "# quantize awq-w4-g128: " in done.stdout
+    size = spec_for("awq-w4-g128").estimated_bytes(EMBEDDED)
+    assert f"environment of its own, about {size / 1e6:.1f} MB on disk" in done.stdout
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

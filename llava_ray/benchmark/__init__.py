@@ -55,6 +55,26 @@ def run(
     return [results[variant.slug] for variant in variants]
 
 
+def score_captions(config: RunConfig, variant: Variant, dataset: DatasetRecord) -> dict[str, float]:
+    """Return the caption scores of one variant on the held-out split, and nothing else of it.
+
+    Raises VariantError where it cannot be measured.
+    """
+    import ray
+
+    from llava_ray.benchmark.measure import measure_captions
+    from llava_ray.benchmark.plan import check_dataset, make_plan
+
+    check_dataset(dataset)
+    plan = make_plan(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
+    task = _in_own_process(measure_captions, plan, variant.slug)
+    try:
+        scores: dict[str, float] = ray.get(task.remote(plan, variant, dataset))
+    except ray.exceptions.RayError as error:
+        raise VariantError(f"captions of {variant.slug!r}: {_one_line(error)}") from error
+    return scores
+
+
 def find_baseline(config: RunConfig, variants: Sequence[Variant | VariantFailure]) -> Variant:
     """Return the variant that fidelity is measured against.
 

@@ -89,15 +89,26 @@ def measure(
         (build.folder / FIDELITY_FILE).write_text(json.dumps(rows, indent=1), encoding="utf-8")
         return build.finish(
             Scorecard,
-            device=device_name(plan.device),
             slug=variant.slug,
             variant_uri=variant.uri,
             dataset_uri=dataset.uri,
             versions=_versions(variant.method),
             variant_bytes=variant.size_bytes,
-            copy_bytes_per_s=copy_bytes_per_s(plan.device),
             **fields,
         )
+
+
+def measure_captions(plan: Plan, variant: Variant, dataset: DatasetRecord) -> dict[str, float]:
+    """Generate for the held-out samples in this process and score the captions."""
+    _set_threads(plan)
+    variant_folder, folder = local_folder(variant), local_folder(dataset)
+    engine = _open(plan, variant, variant_folder, _context(plan, variant_folder, dataset))
+    try:
+        captioned = held_out(folder, plan.config.caption_samples)
+        generations = _generate(engine, plan, captioned, folder)
+    finally:
+        engine.close()
+    return caption_scores([g.reference for g in generations], [g.text for g in generations])
 
 
 def read_fidelity(card: Scorecard) -> list[SampleFidelity]:
@@ -127,8 +138,10 @@ def _open_and_measure(
             "memory_bytes": memory.read(),
             "weight_bytes": engine.weight_bytes(),
         }
+        device = engine.computes_on
     finally:
         engine.close()
+    fields |= {"device": device_name(device), "copy_bytes_per_s": copy_bytes_per_s(device)}
     return fields, samples
 
 

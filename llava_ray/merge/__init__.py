@@ -72,5 +72,10 @@ def _resources(config: RunConfig) -> dict[str, float]:
             f"cluster's largest has {largest / 2**30:.1f} GiB"
         )
     cpus = max((node.get("CPU", 0) for node in nodes), default=1)
+    gpus = any(node.get("GPU", 0) >= 1 for node in nodes)
     # Half of a machine: a waiting replica or trial may hold the rest.
-    return {"num_cpus": max(1, min(8, cpus // 2)), "memory": memory}
+    return {
+        "num_cpus": max(1, min(8, cpus // 2)),
+        "num_gpus": 1 if gpus else 0,
+        "memory": memory,
+    }

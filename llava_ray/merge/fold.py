@@ -60,8 +60,9 @@ def merge_task(task: MergeTask) -> MergedModel:
         torch.inference_mode(),
         store.build(MergedModel, task.id, settings=settings, parents=[task.adapter.id]) as build,
     ):
-        probe = list(_probe(task, base))
-        adapted = adapted_model(base, local_folder(task.adapter), hqq_of(task.adapter))
+        device = _device(base)
+        probe = [_moved(inputs, device) for inputs in _probe(task, base)]
+        adapted = adapted_model(base, local_folder(task.adapter), device, hqq=hqq_of(task.adapter))
         before = [_logits(adapted, inputs) for inputs in probe]
         logger.info("merge: folding the adapter in")
         merged = adapted.merge_and_unload() if hasattr(adapted, "peft_config") else adapted
@@ -72,7 +73,7 @@ def merge_task(task: MergeTask) -> MergedModel:
         _carry(base, build.folder)
         return build.finish(
             MergedModel,
-            device="cpu",
+            device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
             base_model=task.model.path,
             base_model_sha256=task.adapter.base_model_sha256,
             max_logit_difference=exact[0],
@@ -89,24 +90,43 @@ def hqq_of(adapter: AdapterCheckpoint) -> tuple[int, int] | None:
     return train["hqq_bits"], train["hqq_group_size"]
 
 
-def adapted_model(base: Path, adapter: Path, hqq: tuple[int, int] | None = None) -> Any:
+def _device(base: Path) -> str:
+    """Take the task's GPU where the model fits on it in fp32, with a quarter for the rest."""
+    import torch
+
+    weights = sum(path.stat().st_size for path in base.glob("*.safetensors")) // 2
+    fits = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.25 * 4 * weights
+    return "cuda" if fits else "cpu"
+
+
+def _moved(inputs: dict[str, "torch.Tensor"], device: str) -> dict[str, "torch.Tensor"]:
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+def adapted_model(
+    base: Path, adapter: Path, device: str = "cpu", *, hqq: tuple[int, int] | None = None
+) -> Any:
     """Return the base in fp32 with the trained weights over it, not merged yet.
 
-    Of an adapter over a low-bit base the base is rounded likewise, since LoRA makes up for that
-    rounding and would change a base without it for the worse.
+    Under an adapter that was trained over a low-bit base the base is rounded likewise: LoRA makes
+    up for that rounding, and would spoil a base without it.
     """
     import torch
     from peft import PeftModel
     from transformers import LlavaForConditionalGeneration
 
-    model: Any = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    model: Any = LlavaForConditionalGeneration.from_pretrained(
+        base, dtype=torch.float32, device_map={"": device}
+    )
     if hqq is not None:
         rounded_base(model, bits=hqq[0], group_size=hqq[1])
     for name in (AdapterCheckpoint.projector_file, AdapterCheckpoint.language_model_file):
         if (adapter / name).is_file():
             _load_over(model, adapter / name)
     if (adapter / AdapterCheckpoint.peft_folder).is_dir():
-        model = PeftModel.from_pretrained(model, adapter / AdapterCheckpoint.peft_folder)
+        model = PeftModel.from_pretrained(
+            model, adapter / AdapterCheckpoint.peft_folder, torch_device=device
+        )
     return model.eval()
 
 

@@ -86,7 +86,23 @@ class AwqSpec(QuantizationSpec):
         """Return 4 bits with the share of an fp16 scale and a 4-bit zero point per group."""
         return 4 + (16 + 4) / self.group_size
 
-    def quantize(self, merged: Path, out: Path, calibration: Calibration, device: str) -> None:
+    def quantization_config(self) -> dict[str, Any]:
+        """Return what config.json says of the layout, by AutoAWQ's keys.
+
+        Symmetric weights have a zero point too: the middle of 0 to 15, in every group.
+        """
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": self.group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": ["vision_tower", "multi_modal_projector", "lm_head"],
+        }
+
+    def quantize(
+        self, merged: Path, out: Path, calibration: Calibration, device: str
+    ) -> llava_folder.Phases:
         """Search scales and clipping on the calibration samples, then pack.
 
         Raises VariantError outside AutoAWQ's environment, or where groups do not divide rows.
@@ -107,7 +123,7 @@ class AwqSpec(QuantizationSpec):
             ) from error
         from llava_ray.quantize.awq_calibration import quantize_with_autoawq
 
-        quantize_with_autoawq(self, merged, out, calibration, device)
+        return quantize_with_autoawq(self, merged, out, calibration, device)
 
     def load(self, folder: Path, device: str) -> Any:
         """Return the model with packed linears; on a CPU the rest is fp32."""

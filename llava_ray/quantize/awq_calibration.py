@@ -31,24 +31,28 @@ _MAX_TOKENS = 1024
 """Longer calibration samples are cut; LLaVA-1.5's images take 576."""
 _ROWS_AT_ONCE = 16
 """Samples that run through a layer together."""
-_SKIPPED = ["vision_tower", "multi_modal_projector", "lm_head"]
 
 
 def quantize_with_autoawq(
     spec: AwqSpec, merged: Path, out: Path, calibration: Calibration, device: str
-) -> None:
+) -> llava_folder.Phases:
     """Write AutoAWQ's GEMM checkpoint, which vLLM and transformers read too.
 
     Raises VariantError where there are no calibration samples.
     """
     # fp16 products of many rows are slow, and for some shapes missing, on CPUs.
     dtype = torch.float32 if device == "cpu" else torch.float16
+    phases, watch = llava_folder.Phases(), llava_folder.Stopwatch()
     model = _load(merged, dtype)
+    phases.read_s = watch.lap()
     with torch.no_grad():
         samples = _embedded_samples(spec, model, merged, calibration, device)
         quantizer = _Quantizer(spec, model, samples, out.name, device)
         quantizer.quantize()
+    phases.quantize_s = watch.lap()
     _write(spec, model, merged, out)
+    phases.write_s = watch.lap()
+    return phases
 
 
 class _Quantizer(AwqQuantizer):  # type: ignore[misc]
@@ -296,14 +300,7 @@ def _write(spec: AwqSpec, model: Any, merged: Path, out: Path) -> None:
     llava_folder.copy_sidecars(merged, out)
     _write_preprocessor_config(out)
     config = old_config(merged)
-    config["quantization_config"] = {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": spec.group_size,
-        "zero_point": True,
-        "version": "gemm",
-        "modules_to_not_convert": _SKIPPED,
-    }
+    config["quantization_config"] = spec.quantization_config()
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")
 

@@ -66,10 +66,12 @@ class BnbSpec(QuantizationSpec):
         """Say whether a module is quantized."""
         return llava_folder.is_linear(module, vision=self.vision)
 
-    def quantize(self, merged: Path, out: Path, calibration: Calibration, device: str) -> None:
+    def quantize(
+        self, merged: Path, out: Path, calibration: Calibration, device: str
+    ) -> llava_folder.Phases:
         """Quantize row by row (int8) or block by block."""
         dtype = llava_folder.storage_dtype(merged)
-        llava_folder.rewrite(
+        return llava_folder.rewrite(
             merged,
             out,
             dtype=dtype,

@@ -62,9 +62,11 @@ class HqqSpec(QuantizationSpec):
         """Say whether a module is quantized."""
         return llava_folder.is_linear(module, vision=self.vision)
 
-    def quantize(self, merged: Path, out: Path, calibration: Calibration, device: str) -> None:
+    def quantize(
+        self, merged: Path, out: Path, calibration: Calibration, device: str
+    ) -> llava_folder.Phases:
         """Quantize each linear by itself."""
-        llava_folder.rewrite(
+        return llava_folder.rewrite(
             merged,
             out,
             dtype=llava_folder.storage_dtype(merged),

@@ -9,7 +9,10 @@ import logging
 import re
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +28,9 @@ SHARD_BYTES = 4 * 2**30
 Pack = Callable[[str, "torch.Tensor"], "dict[str, torch.Tensor]"]
 """From a linear's name (without `.weight`) and weight to the tensors stored in its place."""
 
+_READ_AHEAD = 4
+"""Tensors that wait in pinned memory while a GPU packs the one before them."""
+
 _RENAMES = (
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
     (re.compile(r"^language_model\.model\."), "model.language_model."),
@@ -39,6 +45,29 @@ _VISION_LINEAR = re.compile(
     r"|multi_modal_projector\.linear_[12])$"
 )
 _REWRITTEN = {"config.json", "manifest.json"}
+
+
+@dataclass
+class Phases:
+    """Seconds by what they were spent on, as the one who waits sees them."""
+
+    read_s: float = 0.0
+    """Reading runs ahead of a GPU's work, so that this may be less than the disk's time."""
+    quantize_s: float = 0.0
+    write_s: float = 0.0
+
+
+class Stopwatch:
+    """Tells the seconds since it was last asked."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap and start the next one."""
+        now = time.perf_counter()
+        passed, self._last = now - self._last, now
+        return passed
 
 
 def module_name(name: str) -> str:
@@ -86,27 +115,60 @@ def rewrite(
     quantizes: Callable[[str], bool] = lambda module: False,
     pack: Pack | None = None,
     quantization_config: dict[str, Any] | None = None,
-) -> None:
+) -> Phases:
     """Copy a model folder, casting all floating weights and packing the modules of `quantizes`.
 
     The result is complete: config, tokenizer and processor files lie beside the safetensors.
     """
     total = len(weight_shapes(merged))
     writer = ShardWriter(out)
-    last_said = time.monotonic()
-    for number, (name, value) in enumerate(tensors(merged), start=1):
+    phases, watch, last_said = Phases(), Stopwatch(), time.monotonic()
+    for number, (name, value) in enumerate(_read_ahead(merged, device), start=1):
+        phases.read_s += watch.lap()
         stem = name.removesuffix(".weight")
         if pack and stem != name and quantizes(module_name(stem)):
             packed = pack(stem, value.to(device, dtype))
-            writer.add({f"{stem}.{key}": tensor for key, tensor in packed.items()})
+            stored = {f"{stem}.{key}": tensor for key, tensor in packed.items()}
+            _wait_for(device)
         else:
-            writer.add({name: value.to(dtype) if value.is_floating_point() else value})
+            stored = {name: value.to(dtype) if value.is_floating_point() else value}
+        phases.quantize_s += watch.lap()
+        writer.add(stored)
+        phases.write_s += watch.lap()
         if time.monotonic() - last_said > 10:
             last_said = time.monotonic()
             logger.info("%s: %d of %d tensors written", out.name, number, total)
     writer.finish()
     copy_sidecars(merged, out)
     write_config(merged, out, dtype=dtype, quantization_config=quantization_config)
+    phases.write_s += watch.lap()
+    return phases
+
+
+def _read_ahead(folder: Path, device: str) -> "Iterator[tuple[str, torch.Tensor]]":
+    """Yield every stored tensor, for a GPU from pinned memory that a thread fills meanwhile."""
+    source = tensors(folder)
+    if not device.startswith("cuda"):
+        yield from source
+        return
+
+    def read() -> "tuple[str, torch.Tensor] | None":
+        found = next(source, None)
+        return found and (found[0], found[1].pin_memory())
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(read) for _ in range(_READ_AHEAD))
+        while (found := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(read))
+            yield found
+
+
+def _wait_for(device: str) -> None:
+    """Wait for a GPU, whose work is queued, so that its seconds are counted where they belong."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
 
 
 def copy_sidecars(merged: Path, out: Path) -> None:

@@ -46,11 +46,15 @@ class NoneSpec(QuantizationSpec):
         """Return the same bits: all weights are cast."""
         return self.bits_per_weight()
 
-    def quantize(self, merged: Path, out: Path, calibration: Calibration, device: str) -> None:
+    def quantize(
+        self, merged: Path, out: Path, calibration: Calibration, device: str
+    ) -> llava_folder.Phases:
         """Cast every weight; nothing else changes."""
         import torch
 
-        llava_folder.rewrite(merged, out, dtype=getattr(torch, _DTYPES[self.dtype]), device="cpu")
+        return llava_folder.rewrite(
+            merged, out, dtype=getattr(torch, _DTYPES[self.dtype]), device="cpu"
+        )
 
     def load(self, folder: Path, device: str) -> Any:
         """Return the model; on a CPU it runs in fp32."""

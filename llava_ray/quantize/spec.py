@@ -96,10 +96,13 @@ class QuantizationSpec(ABC):
         return int(bits / 8) + sum(path.stat().st_size for path in others)
 
     @abstractmethod
-    def quantize(self, merged: Path, out: Path, calibration: Calibration, device: str) -> None:
+    def quantize(
+        self, merged: Path, out: Path, calibration: Calibration, device: str
+    ) -> llava_folder.Phases | None:
         """Read the merged model's folder and write the variant's folder.
 
-        Raises VariantError where the model's shapes do not allow the scheme.
+        Returns where the time went, or None where another program does all of it. Raises
+        VariantError where the model's shapes do not allow the scheme.
         """
 
     @abstractmethod

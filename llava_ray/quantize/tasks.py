@@ -21,6 +21,7 @@ from llava_ray.artifacts import (
 )
 from llava_ray.config import RunConfig
 from llava_ray.errors import LlavaRayError
+from llava_ray.quantize.memory import peak_bytes, reset_peaks
 from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.spec import Calibration, Resources
 
@@ -69,16 +70,17 @@ def make_variant(job: Job) -> Variant:
         num_samples=job.settings.get("calibration_samples", 0),
         system_prompt=job.settings.get("system_prompt", ""),
     )
+    estimated_bytes = spec.estimated_bytes(merged)
     logger.info(
         "%s: starts on %s, about %.1f MB at %.2f bits per quantized weight",
         job.slug,
         device,
-        spec.estimated_bytes(merged) / 1e6,
+        estimated_bytes / 1e6,
         spec.bits_per_weight(),
     )
     store = ArtifactStore(job.storage_uri)
     with store.build(Variant, job.artifact_id, settings=job.settings, parents=job.parents) as build:
-        _reset_peak_memory(device)
+        reset_peaks(device)
         start = time.monotonic()
         spec.quantize(merged, build.folder, calibration, device)
         quantize_s = time.monotonic() - start
@@ -89,7 +91,8 @@ def make_variant(job: Job) -> Variant:
             method=spec.method,
             bits_per_weight=spec.bits_per_weight(),
             quantize_s=round(quantize_s, 3),
-            peak_memory_bytes=_peak_memory_bytes(device),
+            peak_memory_bytes=peak_bytes(device),
+            estimated_bytes=estimated_bytes,
         )
 
 
@@ -190,29 +193,3 @@ def _device_name(device: str) -> str:
     import torch
 
     return torch.cuda.get_device_name()
-
-
-def _reset_peak_memory(device: str) -> None:
-    if device == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-        return
-    # Linux: 5 resets VmHWM; elsewhere the peak is that of the whole process (proc(5)).
-    path = Path("/proc/self/clear_refs")
-    if path.exists():
-        path.write_text("5", encoding="ascii")
-
-
-def _peak_memory_bytes(device: str) -> int:
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
-    if found:
-        return int(found[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -5,12 +5,16 @@ import re
 from pathlib import Path
 
 from llava_ray.report.findings import Findings
+from llava_ray.storage import Storage
 
 __all__ = ["Findings", "write_report"]
 
 
 def write_report(folder: Path, findings: Findings) -> None:
     """Write report.html, report.md with its pictures, report.json, config.yaml and cards/.
+
+    Each card is written beside its variant's files too, as README.md, which no manifest lists:
+    what it says of measurements is newer than the variant.
 
     Raises ArtifactError when a record that a scorecard names is gone.
     """
@@ -42,7 +46,9 @@ def write_report(folder: Path, findings: Findings) -> None:
     }
     for card in findings.scorecards:
         variant = origins.variants[card.slug]
-        texts[f"cards/{card.slug}/README.md"] = write_card(card, variant, origins)
+        text = write_card(card, variant, origins)
+        texts[f"cards/{card.slug}/README.md"] = text
+        Storage(variant.uri).write_text("README.md", text)
     for name, text in texts.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

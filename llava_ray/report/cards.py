@@ -68,10 +68,16 @@ def _what(variant: Variant, origins: Origins) -> str:
     return (
         f"LLaVA{base}, fine-tuned on {escape(origins.dataset.source)} (`{origins.dataset.id}`); "
         f"method `{variant.method}`, {number(variant.bits_per_weight)} bits per quantized weight, "
-        f"{size_text(variant.size_bytes)} in all. The vision tower and the projector keep the "
-        "precision that the files state. Made by llava_ray "
-        f"{variant.code_version} as `{variant.id}`."
+        f"{size_text(variant.size_bytes)} in all{_estimate(variant)}. "
+        "The vision tower and the projector keep the precision that the files state. "
+        f"Made by llava_ray {variant.code_version} as `{variant.id}`."
     )
+
+
+def _estimate(variant: Variant) -> str:
+    if variant.estimated_bytes is None:
+        return ""
+    return f" ({size_text(variant.estimated_bytes)} were expected)"
 
 
 def _loading(variant: Variant) -> str:

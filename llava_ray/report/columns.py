@@ -27,8 +27,10 @@ def make_columns(rows: Sequence[Row]) -> list[Column]:
     size, size_name = _unit([row.size_bytes for row in rows])
     memory, memory_name = _unit([row.memory_bytes for row in rows])
     return [
-        Column("Size", size_name, "Files of the variant on disk.",
-               lambda r: _number(r.size_bytes, 1 / size), lambda r: r.size_bytes),
+        Column("Size", size_name,
+               "Files of the variant on disk (as estimated from the model's shapes before).",
+               lambda r: _beside(r.size_bytes, 1 / size, "est.", r.estimated_bytes),
+               lambda r: r.size_bytes),
         Column("Size", "bits", "Bits per quantized weight, scales and zeros counted in.",
                lambda r: _number(r.bits_per_weight)),
         Column("Size", f"memory {memory_name}",
@@ -61,6 +63,9 @@ def make_columns(rows: Sequence[Row]) -> list[Column]:
         Column("Captions", "CIDEr\u2011D", "0 to 10.", lambda r: _number(r.scores.get("cider_d"))),
         Column("Making", "seconds", "Quantizing, as a Ray task.",
                lambda r: _number(r.quantize_s)),
+        Column("Making", f"peak {memory_name}",
+               "Most memory of that task: resident, or allocated on a GPU.",
+               lambda r: _number(r.quantize_peak_memory_bytes, 1 / memory)),
         Column("Article*", "GB", "The article's figure, on another device and model.",
                lambda r: _number(r.article_size_gb)),
         Column("Article*", "tok/s", "The article's figure, on another device and model.",
@@ -107,6 +112,12 @@ def number(value: float) -> str:
 
 def _number(value: float | None, scale: float = 1.0) -> str:
     return MISSING if value is None else number(value * scale)
+
+
+def _beside(value: float | None, scale: float, name: str, other: float | None) -> str:
+    """Write a value, and another in the same unit behind it where there is one."""
+    text = _number(value, scale)
+    return text if other is None else f"{text} ({name} {_number(other, scale)})"
 
 
 def _percent(value: float | None) -> str:

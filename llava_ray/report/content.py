@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+from llava_ray import article
 from llava_ray.config import to_yaml
 from llava_ray.report.columns import number, size_text
 from llava_ray.report.findings import Findings, Origins
 from llava_ray.report.pictures import Shown, show
 from llava_ray.report.plots import Plot, make_plots
-from llava_ray.report.rows import ARTICLE_CONDITIONS, Row, make_rows
+from llava_ray.report.rows import Row, make_rows
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def make_content(findings: Findings, origins: Origins) -> Content:
         shown=tuple(show(findings, origins)),
         notes=_notes(findings, origins),
         conditions=_conditions(findings, origins),
-        article=ARTICLE_CONDITIONS,
+        article=article.CONDITIONS,
         config_yaml=to_yaml(findings.config),
     )
 

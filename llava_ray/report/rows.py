@@ -5,20 +5,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from llava_ray import article
 from llava_ray.artifacts import Scorecard, Spread
 from llava_ray.benchmark.fidelity import paired_difference
 from llava_ray.report.findings import Findings, Origins
-
-ARTICLE_CONDITIONS = "one L4, LLaVA-1.5-7B fine-tuned on TextOCR captions"
-ARTICLE: dict[str, tuple[float, float]] = {
-    "gguf-q2_k": (2.53, 3.85),
-    "hqq-w2-g64": (3.73, 8.4),
-    "gguf-q4_k_m": (4.08, 4.43),
-    "hqq-w4-g64": (4.11, 7.3),
-    "awq-w4-g128": (4.54, 22.7),
-    "bnb-nf4": (5.01, 5.8),
-}
-"""Size in GB and tokens/s of the article's table, by slug."""
 
 
 class Row(BaseModel):
@@ -36,6 +26,8 @@ class Row(BaseModel):
     on_front: bool = False
     """No other variant is at least as good in size, speed and fidelity, and better in one."""
     size_bytes: int | None = None
+    estimated_bytes: int | None = None
+    """Size as it was expected before quantizing."""
     bits_per_weight: float | None = None
     quantize_s: float | None = None
     quantize_peak_memory_bytes: int | None = None
@@ -66,7 +58,7 @@ def make_rows(findings: Findings, origins: Origins) -> list[Row]:
     reason = "not asked for: add it to quantize.variants"
     rows += [
         _unmeasured(slug, "not asked for", reason, findings)
-        for slug in ARTICLE
+        for slug in article.TABLE
         if slug not in known
     ]
     return rows
@@ -114,6 +106,7 @@ def _measured(card: Scorecard, findings: Findings, origins: Origins, front: set[
         command=command_for(card.slug, findings),
         on_front=card.slug in front,
         size_bytes=card.variant_bytes,
+        estimated_bytes=variant.estimated_bytes,
         bits_per_weight=variant.bits_per_weight,
         quantize_s=variant.quantize_s,
         quantize_peak_memory_bytes=variant.peak_memory_bytes,
@@ -144,7 +137,7 @@ def _unmeasured(slug: str, status: str, reason: str, findings: Findings) -> Row:
 
 
 def _article(slug: str) -> dict[str, Any]:
-    if slug not in ARTICLE:
+    if slug not in article.TABLE:
         return {}
-    size, rate = ARTICLE[slug]
+    size, rate = article.TABLE[slug]
     return {"article_size_gb": size, "article_tokens_per_s": rate}

@@ -3,6 +3,7 @@
 Weights rotate, so that none is read from the cache, and launches are replayed as a graph.
 """
 
+import itertools
 import json
 import logging
 import statistics
@@ -40,6 +41,7 @@ FORMATS: tuple[tuple[Format, int], ...] = (
     ("int4", 64),
     ("int4", 128),
 )
+ATTENTION_BLOCKS = (32, 64, 128)
 ROTATED_BYTES = 400 * 10**6
 
 
@@ -141,7 +143,7 @@ GEMM_BLOCKS: dict[Format, list[GemmBlock]] = {
 }
 
 
-def attention_bandwidth(batch: int, length: int) -> float:
+def attention_bandwidth(batch: int, length: int, block: int) -> float:
     """Return bytes of keys and values per second, 32 heads of 128."""
     keys = [torch.randn(9, 32, 2048, 128, device="cuda").half() for _ in range(4)]
     cos = torch.rand(2048, 128, device="cuda").half()
@@ -150,7 +152,7 @@ def attention_bandwidth(batch: int, length: int) -> float:
     lengths = torch.full((9,), length, dtype=torch.int32, device="cuda")
     out = torch.zeros(batch, 4096, device="cuda").half()
     scratch = Scratch.empty(8 * 32 * 16 * 130, 16384, "cuda")
-    layers = [Attention(keys[i], keys[i - 1], cos, cos, 32) for i in range(4)] * 4
+    layers = [Attention(keys[i], keys[i - 1], cos, cos, 32, block=block) for i in range(4)] * 4
 
     def run_all() -> None:
         for layer in layers:
@@ -197,11 +199,13 @@ def main(out: Path, variants: bool) -> None:
         print(json.dumps(row), flush=True)
 
     for batch in (1, 8):
-        for length in (728, 2000):
-            row = {"kernel": "attention", "batch": batch, "length": length}
+        for length, block in itertools.product((728, 2000), ATTENTION_BLOCKS):
+            row = {"kernel": "attention", "batch": batch, "length": length, "block": block}
 
-            def attend(batch: int = batch, length: int = length) -> dict[str, float]:
-                return {"gb_per_s": attention_bandwidth(batch, length) / 1e9}
+            def attend(
+                batch: int = batch, length: int = length, block: int = block
+            ) -> dict[str, float]:
+                return {"gb_per_s": attention_bandwidth(batch, length, block) / 1e9}
 
             record(row, attend)
         for format_, group in FORMATS:

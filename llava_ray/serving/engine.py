@@ -41,6 +41,11 @@ class Engine(ABC):
     context: int
     """Tokens that one sequence can have, prompt and answer together."""
 
+    @property
+    def computes_on(self) -> str:
+        """The device that the model runs on; `device` is where logits are."""
+        return self.device
+
     @abstractmethod
     def prefill(self, prompt: Prompt) -> tuple[int, "torch.Tensor"]:
         """Run a prompt into a free slot; return the slot and the next token's logits.
@@ -70,6 +75,9 @@ class Engine(ABC):
     @abstractmethod
     def weight_bytes(self) -> int:
         """Return the bytes of weights that one decoded token reads (language model and head)."""
+
+    def warm_up(self) -> None:  # noqa: B027
+        """Compile and record what the first request would wait for; default: nothing."""
 
     def keep_prefixes(self, count: int) -> None:  # noqa: B027
         """Keep the prefill of the last `count` images where the engine can; default: none."""

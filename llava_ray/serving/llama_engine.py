@@ -153,6 +153,11 @@ class LlamaCppEngine(Engine):
         )
         return False
 
+    @property
+    def computes_on(self) -> str:
+        """A GPU only where llama.cpp was built for one, whatever was asked for."""
+        return "cuda" if self.offloaded else "cpu"
+
     def _open(self, mmproj: Path) -> None:
         llama = self._llama
         llama.llama_backend_init()

@@ -39,6 +39,7 @@ def open_variant(model: ModelArgs, args: AppArgs) -> tuple[Engine, ModelCard]:
         slots=args.max_concurrent_requests,
         context=min(args.context, _model_context(folder)),
     )
+    engine.warm_up()
     if args.kept_prefixes:
         engine.keep_prefixes(args.kept_prefixes)
     card_uri = model.scorecard_uri

@@ -39,8 +39,7 @@ logger = logging.getLogger(__name__)
 
 BATCHES = (1, 2, 4, MAX_BATCH)
 """Batch sizes with a graph of their own; others are filled up."""
-DEPENDENT_LAUNCH = False
-"""Let a kernel load its weights while the one before still runs (needs Hopper)."""
+_HOPPER = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -233,6 +232,10 @@ class _Graph:
         self.attended = rows(shape.heads * shape.head_dim)
         self.gated = rows(shape.intermediate)
         self.squares = Squares.empty(str(device))
+        # One token's kernels load weights while the one before still runs; those of small batches
+        # read activations first, so it slows them.
+        on_gpu = device.type == "cuda"
+        self._early = batch == 1 and on_gpu and torch.cuda.get_device_capability(device) >= _HOPPER
         self._held: tuple[int, ...] = ()
         self._capture()
 
@@ -270,7 +273,7 @@ class _Graph:
 
     def _launch(self) -> None:
         decoder, stack = self.decoder, self.decoder.stack
-        layers, pdl = stack.layers, DEPENDENT_LAUNCH
+        layers = stack.layers
         squares = embed(
             self.tokens,
             stack.embeddings,
@@ -279,7 +282,7 @@ class _Graph:
             self.scaled,
             self.squares,
             self._order(layers[0].qkv),
-            pdl,
+            self._early,
         )
         for index, layer in enumerate(layers):
             last = index + 1 == len(layers)
@@ -301,7 +304,7 @@ class _Graph:
             decoder.sin,
             decoder.stack.shape.heads,
             self._order(layer.o),
-            DEPENDENT_LAUNCH,
+            self._early,
         ).launch(self.qkv, self.slots, decoder.lengths, self.attended, decoder.scratch)
         squares = self._product(
             layer.o,
@@ -338,7 +341,7 @@ class _Graph:
         order: Format = "dense",
     ) -> Squares:
         eps = self.decoder.stack.shape.eps
-        product = Product(weight, epilogue, eps, norm, gain, order, DEPENDENT_LAUNCH)
+        product = Product(weight, epilogue, eps, norm, gain, order, self._early)
         return product.launch(self.batch, x, out, squares, self.decoder.scratch, self.scaled)
 
     def _order(self, weight: Weight) -> Format:

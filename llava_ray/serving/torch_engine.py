@@ -20,8 +20,12 @@ from llava_ray.serving.torch_llama import LlamaForward, Shape, linear_groups, mo
 
 if TYPE_CHECKING:
     from llava_ray.serving.torch_decode import Decoder
+    from llava_ray.serving.torch_prefill import PrefillGraphs
 
 logger = logging.getLogger(__name__)
+
+WARM_TEXT_TOKENS = (32, 96, 160)
+"""Lengths of text beside one image whose prefill is recorded ahead of the first request."""
 
 
 class TorchEngine(Engine):
@@ -61,6 +65,7 @@ class TorchEngine(Engine):
         )
         self._weight_bytes = _read_per_token(language_model, whole.lm_head)
         self._decoder: Decoder | None = None
+        self._graphs: PrefillGraphs | None = None
         with torch.no_grad():
             self._open_forward(language_model, whole.lm_head)
         self.prefixes = PrefixStore(capacity=0)
@@ -84,12 +89,23 @@ class TorchEngine(Engine):
             language_model, stack.layer_projections(), stack.projection(stack.head), self._cache
         )
         self._decoder = Decoder(stack, self._cache, self._forward.cos, self._forward.sin)
+        from llava_ray.serving.torch_prefill import PrefillGraphs
 
+        self._graphs = PrefillGraphs(self._forward, self._cache, self._encode)
+
+    @torch.no_grad()
     def warm_up(self) -> None:
-        """Compile and capture the decode step ahead of the first request; nothing on a CPU."""
+        """Compile and record decoding and prefill ahead of the first request."""
         if self._decoder is not None:
-            with torch.no_grad():
-                self._decoder.warm_up()
+            self._decoder.warm_up()
+        if self._graphs is not None:
+            image = self.tokens_per_image
+            lengths = [image + text for text in WARM_TEXT_TOKENS if image + text <= self.context]
+            self._graphs.warm_up(lengths, self._embed.weight.dtype)
+            size = self.image_size
+            self._graphs.encode(
+                torch.zeros(1, 3, size, size, device=self.device, dtype=self._vision_dtype())
+            )
 
     def kernel_name(self, batch: int) -> str:
         """Say what multiplies the decoder's matrices at a batch size."""
@@ -158,7 +174,7 @@ class TorchEngine(Engine):
     def close(self) -> None:
         """Free the model and the cache."""
         self.prefixes.clear()
-        del self._model, self._forward, self._cache, self._embed, self._decoder
+        del self._model, self._forward, self._cache, self._embed, self._decoder, self._graphs
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
@@ -171,7 +187,10 @@ class TorchEngine(Engine):
         if key is not None and reusable and self.prefixes.load(key, self._cache, slot):
             start = len(key.ids)
         hidden = self._embeddings(prompt, ids, start)
-        hidden = self._forward(hidden, [Segment(slot, start, len(ids) - start)])
+        if self._graphs is not None and not start:
+            hidden = self._graphs.prefill(hidden, slot)
+        else:
+            hidden = self._forward(hidden, [Segment(slot, start, len(ids) - start)])
         self._cache.lengths[slot] = len(ids)
         if self._decoder is not None:
             self._decoder.set_length(slot, len(ids))
@@ -193,10 +212,19 @@ class TorchEngine(Engine):
         """Return [images * tokens_per_image, hidden] from the vision tower and projector."""
         import numpy as np
 
-        vision_dtype = next(self._model.model.vision_tower.parameters()).dtype
-        pixels = normalize(np.stack(prompt.images), self.device).to(vision_dtype)
+        pixels = normalize(np.stack(prompt.images), self.device).to(self._vision_dtype())
+        if self._graphs is not None and len(prompt.images) == 1:
+            return self._graphs.encode(pixels)
+        return self._encode(pixels)
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Turn [images, 3, size, size] into the language model's inputs."""
         output = self._model.model.get_image_features(pixel_values=pixels, return_dict=True)
         return torch.cat(list(output.pooler_output))
+
+    def _vision_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = next(self._model.model.vision_tower.parameters()).dtype
+        return dtype
 
     def _prefix_key(self, prompt: Prompt) -> PrefixKey | None:
         if not prompt.images:

@@ -2,32 +2,34 @@
 
 import logging
 import shutil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_ray.artifacts import ArtifactStore, DatasetRecord, SweepResult, Trial, artifact_id
 from llava_ray.config import RunConfig
 from llava_ray.errors import ConfigError
+from llava_ray.sweep.objective import Objective
 from llava_ray.sweep.space import check_space, with_settings
 from llava_ray.train import shaping_settings
+
+if TYPE_CHECKING:
+    from llava_ray.sweep.trial import Scorer
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, dataset: DatasetRecord, score: Any = None) -> SweepResult:
+def run(config: RunConfig, dataset: DatasetRecord, score: "Scorer | None" = None) -> SweepResult:
     """Run all trials, or those that a killed sweep had left, and return the best settings.
 
-    `score` (a `trial.Scorer`) judges a checkpoint where the objective is not eval_loss. Raises
-    ConfigError for a space that is not valid, and when no trial came to a result.
+    `score` judges a checkpoint where the objective is not eval_loss. Raises ConfigError for a
+    space or an objective that is not valid, and when no trial came to a result.
     """
     check_space(config)
-    if config.sweep.objective != "eval_loss" and score is None:
-        raise ConfigError(
-            f"sweep.objective {config.sweep.objective!r}: use eval_loss, rouge_l or "
-            "'rouge_l after <variant slug>' with a slug of quantize.variants"
-        )
+    objective = Objective.parse(config.sweep.objective)
+    assert (score is None) == (objective.measure == "eval_loss")
     store = ArtifactStore(config.storage.uri)
     settings = {
         "sweep": config.sweep.model_dump(mode="json", exclude={"max_concurrent_trials"}),
+        **(_score_settings(config) if score else {}),
         **shaping_settings(config),
     }
     id = artifact_id(SweepResult.kind, settings, [dataset.id])
@@ -43,11 +45,11 @@ def run(config: RunConfig, dataset: DatasetRecord, score: Any = None) -> SweepRe
         done = search(config, dataset, work_uri=work, score=score)
         best = best_trial(done.trials)
         assert best.value is not None
-        write_report(done, best, build.folder, objective=config.sweep.objective)
+        write_report(done, best, build.folder, objective=objective.label)
         record = build.finish(
             SweepResult,
             device=done.device,
-            objective=config.sweep.objective,
+            objective=objective.label,
             best=best.settings,
             best_value=best.value,
             steps=sum(trial.steps for trial in done.trials),
@@ -57,6 +59,17 @@ def run(config: RunConfig, dataset: DatasetRecord, score: Any = None) -> SweepRe
     if store.storage.is_local:
         shutil.rmtree(work, ignore_errors=True)
     return record
+
+
+def _score_settings(config: RunConfig) -> dict[str, Any]:
+    """Return what a trial's score depends on beside its training."""
+    return {
+        "merge": config.merge.model_dump(mode="json", exclude={"probe_samples"}),
+        "calibration_samples": config.quantize.calibration_samples,
+        "baseline": config.benchmark.baseline,
+        "caption_samples": config.benchmark.caption_samples,
+        "max_new_tokens": config.benchmark.max_new_tokens,
+    }
 
 
 def best_config(config: RunConfig, result: SweepResult) -> RunConfig:

@@ -12,11 +12,15 @@ if TYPE_CHECKING:
     from llava_ray.sweep.search import Search
 
 
+_LABEL_HEIGHT = 0.045
+"""Of a line of text, as a share of an axis."""
+
+
 def write_report(done: "Search", best: Trial, folder: Path, *, objective: str) -> None:
     """Write report.md, parallel_coordinates.png and learning_curves.png into a folder."""
     (folder / "report.md").write_text(_table(done, best, objective), encoding="utf-8")
     _draw(folder / "learning_curves.png", lambda axes: _curves(axes, done, best, objective))
-    _draw(folder / "parallel_coordinates.png", lambda axes: _parallel(axes, done, objective))
+    _draw(folder / "parallel_coordinates.png", lambda axes: _parallel(axes, done, best, objective))
 
 
 def _table(done: "Search", best: Trial, objective: str) -> str:
@@ -44,14 +48,16 @@ def _table(done: "Search", best: Trial, objective: str) -> str:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, list | tuple):
+        return " ".join(str(part).removesuffix("_proj") for part in value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _draw(path: Path, fill: Any) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     FigureCanvasAgg(figure)
     fill(figure.add_subplot())
     figure.savefig(path, dpi=120)
@@ -72,27 +78,45 @@ def _curves(axes: "Axes", done: "Search", best: Trial, objective: str) -> None:
     axes.legend(loc="upper right")
 
 
-def _parallel(axes: "Axes", done: "Search", objective: str) -> None:
-    """Draw a line per trial through one axis per setting, coloured by the objective."""
+def _parallel(axes: "Axes", done: "Search", best: Trial, objective: str) -> None:
+    """Draw a line per trial through one axis per setting; the lighter, the better."""
     from matplotlib import colormaps
 
     scored = [trial for trial in done.trials if trial.value is not None]
-    keys = list(scored[0].settings)
-    values = [trial.value for trial in scored if trial.value is not None]
-    columns = [_heights([trial.settings[key] for trial in scored]) for key in keys]
-    columns.append(_heights(values))
-    best_first = _heights(values)
-    for index in sorted(range(len(scored)), key=lambda i: -best_first[i]):
-        colour = colormaps["viridis_r"](best_first[index])
-        axes.plot([column[index] for column in columns], color=colour, linewidth=1.5)
-    axes.set_xticks(range(len(keys) + 1), [*keys, objective])
+    keys = list(best.settings)
+    columns = [[trial.settings[key] for trial in scored] for key in keys]
+    columns.append([trial.value for trial in scored])
+    heights = [_heights(column) for column in columns]
+    # The best are drawn last, over the others.
+    for index in sorted(range(len(scored)), key=lambda i: -heights[-1][i]):
+        is_best = scored[index].number == best.number
+        axes.plot(
+            [height[index] for height in heights],
+            color="C1" if is_best else colormaps["viridis_r"](0.15 + 0.85 * heights[-1][index]),
+            linewidth=3 if is_best else 1.3,
+            label=f"trial {best.number}, the best" if is_best else None,
+        )
+    axes.set_xticks(range(len(columns)), [*keys, objective.replace(" after ", "\nafter ")])
     axes.set_yticks([])
-    for x, column in enumerate([*([t.settings[k] for t in scored] for k in keys), values]):
-        axes.axvline(x, color="0.7", linewidth=0.8)
-        for value, height in {
-            (_short(v), h) for v, h in zip(column, _heights(column), strict=True)
-        }:
-            axes.annotate(value, (x, height), xytext=(3, 0), textcoords="offset points", fontsize=7)
+    axes.set_xlim(-0.1, len(columns) - 0.4)
+    axes.spines[:].set_visible(False)
+    for x, (column, height) in enumerate(zip(columns, heights, strict=True)):
+        axes.axvline(x, color="0.6", linewidth=0.8, zorder=0)
+        _label_axis(axes, x, dict(zip(map(_short, column), height, strict=True)))
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+
+
+def _label_axis(axes: "Axes", x: int, heights: dict[str, float]) -> None:
+    """Write the values beside an axis, leaving out those that others would cover."""
+    taken: list[float] = []
+    for value, height in sorted(heights.items(), key=lambda item: item[1]):
+        if taken and height - taken[-1] < _LABEL_HEIGHT:
+            continue
+        taken.append(height)
+        axes.annotate(
+            value, (x, height), xytext=(4, 0), textcoords="offset points", fontsize=8,
+            va="center", bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+        )  # fmt: skip
 
 
 def _heights(values: list[Any]) -> list[float]:

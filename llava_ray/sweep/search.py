@@ -25,6 +25,13 @@ _REPORTS = 9
 
 _FACTOR = 3
 
+_JUDGED: dict[str, frozenset[int]] = {
+    "asha": frozenset({1, _FACTOR}),
+    "pbt": frozenset({_REPORTS // _FACTOR, 2 * _REPORTS // _FACTOR}),
+    "fifo": frozenset(),
+}
+"""By scheduler: the reports that it decides on, the last left out."""
+
 
 @dataclass(frozen=True)
 class Search:
@@ -53,13 +60,16 @@ def search(
         cpus=plan.cpus,
         gpus=plan.gpus,
         work_uri=work_uri,
-        score_every_steps=max(1, total // _REPORTS),
+        report_every_steps=max(1, total // _REPORTS),
+        judged_reports=_JUDGED[config.sweep.scheduler],
+        reports=-(-total // max(1, total // _REPORTS)),
     )
     # Tune gives the trial's own process no CPU: it only waits for the workers.
     trainable = tune.with_resources(
         tune.with_parameters(TrialRun, task=task, score=score), {"CPU": 0, "memory": 1}
     )
-    tuner = _tuner(config, trainable, plan, nodes, total, Storage(work_uri).uri)
+    places = concurrent_trials(plan, nodes, scored=score is not None)
+    tuner = _tuner(config, trainable, places, total, Storage(work_uri).uri)
     grid = tuner.fit()
     results = [grid[index] for index in range(len(grid))]
     return Search(
@@ -77,12 +87,15 @@ def total_steps(train: TrainConfig, plan: WorkerPlan, num_train: int) -> int:
     return min(steps, train.max_steps) if train.max_steps else steps
 
 
-def concurrent_trials(plan: WorkerPlan, nodes: Sequence[Node]) -> int:
+def concurrent_trials(plan: WorkerPlan, nodes: Sequence[Node], *, scored: bool = False) -> int:
     """Return how many trials the cluster holds; more would wait for each other's workers.
 
-    See https://github.com/ray-project/ray/issues/38505.
+    Scored trials leave one place free for merging and quantizing. Where there is but one, a trial
+    is scored after its training's end, and stopping early saves nothing. See
+    https://github.com/ray-project/ray/issues/38505.
     """
-    return max(1, room(plan, nodes) // plan.num_workers)
+    places = room(plan, nodes) // plan.num_workers
+    return max(1, places - 1 if scored else places)
 
 
 def _trial_train(train: TrainConfig, nodes: Sequence[Node]) -> TrainConfig:
@@ -93,16 +106,15 @@ def _trial_train(train: TrainConfig, nodes: Sequence[Node]) -> TrainConfig:
 
 
 def _tuner(
-    config: RunConfig, trainable: Any, plan: WorkerPlan, nodes: Sequence[Node], total: int,
-    work: str,
-) -> "tune.Tuner":  # fmt: skip
+    config: RunConfig, trainable: Any, concurrent: int, total: int, work: str
+) -> "tune.Tuner":
     from ray import tune
 
     samples = num_samples(config.sweep)
     if tune.Tuner.can_restore(f"{work}/tune"):
         logger.info("sweep: goes on with the trials that an earlier run left")
         return tune.Tuner.restore(f"{work}/tune", trainable, resume_unfinished=True)
-    concurrent = config.sweep.max_concurrent_trials or concurrent_trials(plan, nodes)
+    concurrent = config.sweep.max_concurrent_trials or concurrent
     logger.info("sweep: %d trial(s) of %d steps at a time", concurrent, total)
     return tune.Tuner(
         trainable,

@@ -49,7 +49,12 @@ class TrialTask(BaseModel):
     cpus: float
     gpus: int
     work_uri: str
-    score_every_steps: int
+    report_every_steps: int
+    judged_reports: frozenset[int]
+    """Which reports, counted from 1, a `Scorer` judges beside the last: merging, quantizing and
+    writing captions takes longer than the training between two of them."""
+    reports: int
+    """All that a trial makes."""
 
 
 class TrialRun(tune.Trainable):
@@ -64,10 +69,11 @@ class TrialRun(tune.Trainable):
         assert task is not None
         self._task, self._score = task, score
         own = {
-            "eval_every_steps": task.score_every_steps,
-            "checkpoint_every_steps": task.score_every_steps,
-            # Tune's last checkpoint of a trial may be older than the trial's own last one.
-            "checkpoints_kept": 3,
+            "eval_every_steps": task.report_every_steps,
+            "checkpoint_every_steps": task.report_every_steps,
+            # Tune's last checkpoint of a trial may be older than the trial's own last one, and
+            # training goes on while a checkpoint is scored.
+            "checkpoints_kept": 3 if score is None else task.reports + 1,
             "trackers": (),
         }
         train = with_settings(task.config.train, {**config, **own})
@@ -79,16 +85,21 @@ class TrialRun(tune.Trainable):
         self._controller: Any = None
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next evaluation; raises what ended the training."""
+        """Wait for the next judged evaluation; raises what ended the training."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._fit, daemon=True)
             self._thread.start()
-        metrics, path, self._controller = self._next_report()
-        self._path = path or self._path
-        value = metrics["eval_loss"]
-        if self._score is not None and path is not None and math.isfinite(value):
-            value = self._score(self._run_config, self._task.dataset, path, metrics["step"])
-        last = "device" in metrics or not math.isfinite(metrics["eval_loss"])
+        last, judged = False, False
+        while not (last or judged):
+            metrics, path, self._controller = self._next_report()
+            self._path = path or self._path
+            value = metrics["eval_loss"]
+            last = "device" in metrics or not math.isfinite(value)
+            number = metrics["step"] // self._task.report_every_steps
+            judged = self._score is None or number in self._task.judged_reports
+        if self._score is not None and math.isfinite(value):
+            assert path is not None
+            value = self._judge(path, metrics["step"])
         if last:
             self._finish()
         return {**metrics, "objective": value, "done": last}
@@ -132,6 +143,21 @@ class TrialRun(tune.Trainable):
         except BaseException as error:
             self._failure = error
 
+    def _judge(self, path: str, step: int) -> float:
+        """Score a checkpoint in a task outside the trial's placement group.
+
+        Tasks that are started inside share its resources, and it has no CPU.
+        """
+        import ray
+
+        remote: Any = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(_score)
+        task = remote.remote(self._score, self._run_config, self._task.dataset, path, step)
+        try:
+            value: float = ray.get(task)
+        except ray.exceptions.RayTaskError as error:
+            raise getattr(error, "cause", None) or error from None
+        return value
+
     def _next_report(self) -> tuple[dict[str, Any], str | None, Any]:
         from ray.util.queue import Empty
 
@@ -151,6 +177,10 @@ class TrialRun(tune.Trainable):
         self._thread.join()
         if self._failure is not None and not isinstance(self._failure, ConfigError):
             raise self._failure
+
+
+def _score(score: Scorer, config: RunConfig, dataset: DatasetRecord, path: str, step: int) -> float:
+    return score(config, dataset, path, step)
 
 
 def _forwarder(reports: "Queue") -> "UserCallback":

@@ -107,6 +107,24 @@ def test_slugs_say_group_zero_point_and_calibration(
     assert spec(slug) == AwqSpec(slug, group, zero_point, images)
 
 
+def test_transformers_reads_the_layout_from_the_config() -> None:
+    from transformers import AwqConfig
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    tree = spec("awq-w4-g64-sym").quantization_config()
+    read = AutoQuantizationConfig.from_dict(dict(tree))
+    assert isinstance(read, AwqConfig)
+    assert (read.bits, read.group_size, read.zero_point) == (4, 64, True)
+    assert str(read.format) in ("gemm", "AwqFormat.GEMM")
+    # vLLM skips a module where one of these is a part of its name.
+    skipped = read.modules_to_not_convert
+    for name in llava_folder.weight_shapes(TINY):
+        module = llava_folder.module_name(name.removesuffix(".weight"))
+        if len(llava_folder.weight_shapes(TINY)[name]) == 2 and "embed" not in module:
+            kept = any(part in module for part in skipped)
+            assert kept != spec("awq-w4-g64-sym").quantizes(module), module
+
+
 @pytest.mark.parametrize("slug", ["awq-w3-g128", "awq-w4-g16", "awq-w4-g128-text-sym", "awq"])
 def test_other_slugs_are_not_taken(slug: str) -> None:
     assert AwqSpec.parse(slug) is None

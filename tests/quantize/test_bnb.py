@@ -47,9 +47,10 @@ def test_reload_gives_the_same_logits_as_transformers(slug: str, tmp_path: Path)
 
     out = quantized(spec(slug), tmp_path / "out")
     theirs = LlavaForConditionalGeneration.from_pretrained(out, device_map="cpu").eval()
-    ours = spec(slug).load(out, "cpu")
-    # Theirs runs in fp16, ours in fp32.
-    assert (probe_logits(ours) - probe_logits(theirs)).abs().max() < 0.05
+    expected, found = probe_logits(theirs), probe_logits(spec(slug).load(out, "cpu"))
+    divergence = (expected.exp() * (expected - found)).sum(-1).mean()
+    # Theirs runs in fp16, ours in fp32; nf4's own distance to the unquantized model is 0.04.
+    assert divergence < 2e-3
 
 
 def types_below(module: Any) -> dict[str, int]:

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from measured_run import FAILURES, SHAPES, SIGNS, make_config, make_scorecards
 
-from llava_ray import choose
+from llava_ray import article, choose
 from llava_ray.artifacts import ChosenVariant, local_folder
 from llava_ray.report.columns import number, size_text
-from llava_ray.report.rows import ARTICLE
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def test_the_winner_and_every_reason_are_in_the_record(chosen: ChosenVariant) ->
 def test_every_method_of_the_article_has_a_row_with_its_figures(chosen: ChosenVariant) -> None:
     rows = json.loads((local_folder(chosen) / "report.json").read_text(encoding="utf-8"))["rows"]
     by_slug = {row["slug"]: row for row in rows}
-    for slug, (size, rate) in ARTICLE.items():
+    for slug, (size, rate) in article.TABLE.items():
         assert by_slug[slug]["article_size_gb"] == size
         assert by_slug[slug]["article_tokens_per_s"] == rate
     assert by_slug["awq-w4-g128"]["status"] == "failed"
@@ -110,11 +109,15 @@ def test_the_command_of_a_row_is_a_config_that_loads(chosen: ChosenVariant, mark
         assert config.benchmark.baseline in config.quantize.variants
 
 
-def test_every_measured_variant_gets_a_card_with_its_hashes(chosen: ChosenVariant) -> None:
+def test_every_measured_variant_gets_a_card_with_its_hashes(
+    storage: Path, chosen: ChosenVariant
+) -> None:
     for slug, *_ in SHAPES:
         card = (local_folder(chosen) / "cards" / slug / "README.md").read_text(encoding="utf-8")
         assert card.startswith("---\npipeline_tag: image-text-to-text\n")
         assert f"# {slug}\n" in card and "SHA-256 `9a129038d9a00aed" in card
+        beside = storage / "variant" / f"variant-{slug}" / "README.md"
+        assert beside.read_text(encoding="utf-8") == card
 
 
 def test_a_second_call_finds_the_first(storage: Path, chosen: ChosenVariant) -> None:
@@ -127,7 +130,8 @@ def test_a_second_call_finds_the_first(storage: Path, chosen: ChosenVariant) -> 
 def test_models_of_megabytes_are_shown_in_megabytes(tmp_path: Path) -> None:
     record = choose.run(make_config(tmp_path), make_scorecards(tmp_path, factor=0.001), [])
     html = (local_folder(record) / "report.html").read_text(encoding="utf-8")
-    assert ">MB</abbr>" in html and "size on disk, MB" in html and ">4.70</td>" in html
+    assert ">MB</abbr>" in html and "size on disk, MB" in html
+    assert '>4.70 <span class="range">(est. 4.65)</span>' in html
 
 
 @pytest.mark.parametrize(

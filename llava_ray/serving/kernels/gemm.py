@@ -18,6 +18,76 @@ from llava_ray.serving.kernels.shared import (
     start_dependent,
 )
 
+# Four bytes' low and high nibbles less 8, as float16 pairs: 1024 + q is q in the low bits of
+# 0x6400, and 1024 + 16 * q is q one nibble higher.
+INT4_VALUES = tl.constexpr("""
+{
+.reg .b32 c, m, e, d, s, t, u;
+mov.b32 c, 0x64646464;
+mov.b32 m, 0x64086408;
+mov.b32 e, 0x2c002c00;
+mov.b32 d, 0xd480d480;
+prmt.b32 s, $4, c, 0x4140;
+prmt.b32 u, $4, c, 0x4342;
+and.b32 t, s, 0xff0fff0f;
+sub.f16x2 $0, t, m;
+and.b32 t, u, 0xff0fff0f;
+sub.f16x2 $1, t, m;
+and.b32 t, s, 0xfff0fff0;
+fma.rn.f16x2 $2, t, e, d;
+and.b32 t, u, 0xfff0fff0;
+fma.rn.f16x2 $3, t, e, d;
+}
+""")
+
+# Four ones, in the layout of the bytes: their product with activations is the activations' sum.
+ONES = tl.constexpr("mov.b32 $0, 0x3c003c00; mov.b32 $1, 0x3c003c00;")
+
+# Four bytes less 128 as float16 pairs.
+INT8_VALUES = tl.constexpr("""
+{
+.reg .b32 c, m, t;
+mov.b32 c, 0x64646464;
+mov.b32 m, 0x64806480;
+prmt.b32 t, $2, c, 0x4140;
+sub.f16x2 $0, t, m;
+prmt.b32 t, $2, c, 0x4342;
+sub.f16x2 $1, t, m;
+}
+""")
+
+
+@triton.jit
+def int4_values(w, ASM: tl.constexpr):
+    """Return the low and the high nibbles of bytes, less 8, and ones, as float16."""
+    if ASM:
+        low, high = tl.inline_asm_elementwise(
+            INT4_VALUES,
+            "=&r,=&r,=&r,=&r,r",
+            [w],
+            (tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+        ones = tl.inline_asm_elementwise(ONES, "=r,=r,r", [w], tl.float16, is_pure=True, pack=4)
+    else:
+        ones = tl.full(w.shape, 1.0, tl.float16)
+        low = (w & 0xF).to(tl.float16) - 8.0
+        high = (w >> 4).to(tl.float16) - 8.0
+    return low, high, ones
+
+
+@triton.jit
+def int8_values(w, ASM: tl.constexpr):
+    """Return bytes less 128, float16."""
+    if ASM:
+        values = tl.inline_asm_elementwise(
+            INT8_VALUES, "=&r,=&r,r", [w], tl.float16, is_pure=True, pack=4
+        )
+    else:
+        values = w.to(tl.float16) - 128.0
+    return values
+
 
 @triton.jit
 def load_tokens(x_ptr, column, batch, COLUMNS: tl.constexpr, BB: tl.constexpr, END: tl.constexpr):
@@ -73,6 +143,7 @@ def int8_tile(
     BK: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Return this part's w[rows] @ x.T, float32 [BN, BB]; `w_ptr` points to bytes."""
     SPAN: tl.constexpr = (COLUMNS + SPLIT * BK - 1) // (SPLIT * BK) * BK
@@ -88,8 +159,16 @@ def int8_tile(
                 pointer, mask=(column < COLUMNS)[None, :], other=0, eviction_policy="evict_first"
             )
         x = load_tokens(x_ptr, column, batch, COLUMNS, BB, COLUMNS)
-        acc = tl.dot(w.to(tl.float16) - 128.0, x, acc)
+        acc = tl.dot(int8_values(w, ASM), x, acc)
     return acc * tl.load(scale_ptr + row).to(tl.float32)[:, None]
+
+
+@triton.jit
+def load_entry(entry_ptr, group, GROUPS: tl.constexpr):
+    """Load each row's scale and zero point of a group, float16; 0 beyond the last."""
+    inside = group < GROUPS
+    scale = tl.load(entry_ptr, mask=inside, other=0.0)
+    return scale, tl.load(entry_ptr + 1, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -106,6 +185,7 @@ def int4_tile(
     BB: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Return this part's w[rows] @ x.T, float32 [BN, BB], a group at a time."""
     BYTES: tl.constexpr = COLUMNS // 2
@@ -114,25 +194,28 @@ def int4_tile(
     SPAN: tl.constexpr = (GROUPS + SPLIT - 1) // SPLIT
     acc = tl.zeros((BN, BB), tl.float32)
     WHOLE: tl.constexpr = SPAN * SPLIT == GROUPS
+    entry = scale_ptr + (row * GROUPS + part * SPAN) * 2
+    scale, zero = load_entry(entry, part * SPAN, GROUPS)
     for step in tl.range(0, SPAN, num_stages=STAGES):
         group = part * SPAN + step
+        # One group ahead, since the compiler pipelines only what `dot` reads.
+        next_scale, next_zero = load_entry(entry + 2 * (step + 1), group + 1, GROUPS)
         byte = group * BK + tl.arange(0, BK)
         pointer = w_ptr + row[:, None] * BYTES + byte[None, :]
-        entry = scale_ptr + (row * GROUPS + group) * 2
         if WHOLE:
             w = tl.load(pointer, eviction_policy="evict_first")
-            scale = tl.load(entry).to(tl.float32)
-            zero = tl.load(entry + 1)[:, None]
         else:
             inside = (row >= 0) & (group < GROUPS)
             w = tl.load(pointer, mask=inside[:, None], other=0, eviction_policy="evict_first")
-            scale = tl.load(entry, mask=inside, other=0.0).to(tl.float32)
-            zero = tl.load(entry + 1, mask=inside, other=0.0)[:, None]
         low = load_tokens(x_ptr, byte, batch, COLUMNS, BB, BYTES)
         high = load_tokens(x_ptr + BYTES, byte, batch, COLUMNS, BB, BYTES)
-        part_sum = tl.dot((w & 0xF).to(tl.float16) - zero, low)
-        part_sum = tl.dot((w >> 4).to(tl.float16) - zero, high, part_sum)
-        acc += part_sum * scale[:, None]
+        low_values, high_values, ones = int4_values(w, ASM)
+        products = tl.dot(high_values, high, tl.dot(low_values, low))
+        # The tensor cores sum the activations too, for the zero points' share.
+        sums = tl.dot(ones, high, tl.dot(ones, low))
+        shift = (zero.to(tl.float32) - 8.0)[:, None]
+        acc += (products - shift * sums) * scale.to(tl.float32)[:, None]
+        scale, zero = next_scale, next_zero
     return acc
 
 
@@ -166,6 +249,7 @@ def gemm_kernel(
     OUT_COLUMNS: tl.constexpr,
     ORDER: tl.constexpr,
     PARTS: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Multiply up to BB tokens by BN rows; see `finish` for what follows."""
@@ -175,11 +259,11 @@ def gemm_kernel(
     row = tl.minimum(block * BN + tl.arange(0, BN), rows - 1)
     if FORMAT == INT4:
         acc = int4_tile(
-            x_ptr, w_ptr, scale_ptr, row, part, batch, COLUMNS, GROUP, BN, BB, SPLIT, STAGES
+            x_ptr, w_ptr, scale_ptr, row, part, batch, COLUMNS, GROUP, BN, BB, SPLIT, STAGES, ASM
         )
     elif FORMAT == INT8:
         acc = int8_tile(
-            x_ptr, w_ptr, scale_ptr, row, part, batch, COLUMNS, BN, BB, BK, SPLIT, STAGES
+            x_ptr, w_ptr, scale_ptr, row, part, batch, COLUMNS, BN, BB, BK, SPLIT, STAGES, ASM
         )
     else:
         acc = dense_tile(x_ptr, w_ptr, row, part, batch, COLUMNS, BN, BB, BK, SPLIT, STAGES)

@@ -12,6 +12,7 @@ from llava_ray.serving.kernels.gemv import gemv_kernel
 from llava_ray.serving.kernels.shared import EPILOGUES, INTERPRETED, ORDERS
 from llava_ray.serving.torch_weights import Format, Weight
 
+ASM_GEMM = True
 MAX_BATCH = 8
 MAX_PARTS = 2048
 """Partial sums of squares that one token can have."""
@@ -211,6 +212,7 @@ class Product:
             OUT_COLUMNS=weight.rows // (2 if self.epilogue == "swiglu" else 1),
             ORDER=ORDERS[self.order],
             PARTS=triton.next_power_of_2(max(1, squares.parts)),
+            ASM=ASM_GEMM and not INTERPRETED,
             PDL=self.pdl,
             num_warps=block.warps,
             **({"launch_pdl": True} if self.pdl else {}),
@@ -260,6 +262,8 @@ class Attention:
     heads: int
     order: Format = "dense"
     pdl: bool = False
+    block: int = 32
+    """Rows of the cache that a program reads at a time."""
 
     def launch(
         self,
@@ -290,7 +294,7 @@ class Attention:
             HEADS=self.heads,
             KV_HEADS=kv_heads,
             DIM=head_dim,
-            BLOCK=32,
+            BLOCK=self.block,
             SPLIT=split,
             ORDER=ORDERS[self.order],
             PDL=self.pdl,

@@ -1,0 +1,19 @@
+"""Compare two variants on the same held-out samples, such as text and image calibration.
+
+python jobs/compare.py awq-w4-g128-text awq-w4-g128 results/awq_calibration.json
+Further arguments are --config and overrides as of the other jobs.
+"""
+
+import sys
+from pathlib import Path
+
+from llava_ray.cli import run_job
+from llava_ray.compare import compare
+
+if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
+    first, second, out = sys.argv[1:4]
+    path = run_job(__doc__, lambda config: compare(config, first, second, Path(out)), sys.argv[4:])
+    if path is not None:
+        print(path)

@@ -1,0 +1,44 @@
+"""An adapter from a checkpoint of a run that is still going on, for sweeps that judge it."""
+
+import shutil
+from pathlib import Path
+
+from llava_ray.artifacts import AdapterCheckpoint, ArtifactStore, DatasetRecord, artifact_id
+from llava_ray.config import RunConfig
+from llava_ray.models import model_folder, weights_sha256
+from llava_ray.train.trackers import METRICS, read_metrics
+
+
+def seal_midway(
+    config: RunConfig, dataset: DatasetRecord, checkpoint: str, step: int
+) -> AdapterCheckpoint:
+    """Copy what a checkpoint exported into an adapter artifact of `config`'s storage.
+
+    The checkpoint must come from a run with `export_always`.
+    """
+    from ray.train import Checkpoint
+
+    store = ArtifactStore(config.storage.uri)
+    settings = {"checkpoint": checkpoint, "step": step}
+    name = artifact_id(AdapterCheckpoint.kind, settings, [dataset.id])
+    with (
+        store.build(AdapterCheckpoint, name, settings=settings, parents=[dataset.id]) as build,
+        Checkpoint(checkpoint).as_directory() as folder,
+    ):
+        shutil.copytree(Path(folder) / "artifact", build.folder, dirs_exist_ok=True)
+        lines = read_metrics(Path(folder) / METRICS)
+        losses = [line["loss"] for line in lines if "loss" in line]
+        return build.finish(
+            AdapterCheckpoint,
+            device="of the trial",
+            base_model=config.model.path,
+            base_model_sha256=weights_sha256(model_folder(config.model)),
+            dataset_uri=dataset.uri,
+            steps=step,
+            train_loss=losses[-1],
+            eval_loss=next((x["eval_loss"] for x in reversed(lines) if "eval_loss" in x), None),
+            samples_per_s=next(
+                (x["samples_per_s"] for x in reversed(lines) if "samples_per_s" in x), 0.0
+            ),
+            num_workers=len(list(Path(folder).glob("state_*.safetensors"))),
+        )
