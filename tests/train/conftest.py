@@ -84,6 +84,12 @@ def runs(bench: Bench) -> Path:
     """The folder with all runs; `one_*` had one rank, `two_*` two."""
     one, two = "train.batch_size=2", "train.batch_size=1"
     stage2, stage3 = "train.zero_stage=2", "train.zero_stage=3"
+    stage0, full = "train.zero_stage=0", "train.method=full"
+    eight_bit = (*LONG, full, stage0, two, "train.optimizer=adamw8bit", "train.learning_rate=1e-3")
+    galore = (
+        *LONG, full, stage0, two, "train.optimizer=galore", "train.learning_rate=1e-3",
+        "train.galore_rank=4", "train.galore_update_steps=3",
+    )  # fmt: skip
     two_at_2 = bench.root / "two_long" / "step_2"
     run_ranks(
         2,
@@ -92,6 +98,11 @@ def runs(bench: Bench) -> Path:
             bench.job("two_zero3", *PLAIN, two, stage3),
             bench.job("two_long", *LONG, two, stage2),
             bench.job("two_resumed", *LONG, two, stage2, resume_from=two_at_2),
+            bench.job("two_stage0", *PLAIN, two, stage0),
+            bench.job("two_8bit", *eight_bit),
+            bench.job("two_8bit_resumed", *eight_bit, resume_from=bench.root / "two_8bit/step_2"),
+            bench.job("two_galore", *galore),
+            bench.job("two_galore_resumed", *galore, resume_from=bench.root / "two_galore/step_2"),
         ],
         bench.root,
     )

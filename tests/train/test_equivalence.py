@@ -94,7 +94,7 @@ def plain(bench) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.
     return found, gradients, weights
 
 
-@pytest.mark.parametrize("run", ["one_zero2", "one_zero3", "two_zero2", "two_zero3"])
+@pytest.mark.parametrize("run", ["one_zero2", "one_zero3", "two_zero2", "two_zero3", "two_stage0"])
 def test_steps_equal_plain_transformers_and_peft(runs, plain, run: str) -> None:
     expected_losses, gradients, weights = plain
     assert losses(runs / run) == pytest.approx(expected_losses, rel=TOLERANCE)
@@ -112,8 +112,9 @@ def test_vision_tower_is_never_trained(plain) -> None:
     assert len([name for name in gradients if "projector" in name]) == 4
 
 
-def test_resume_equals_the_uninterrupted_run(runs) -> None:
-    whole, resumed = runs / "two_long", runs / "two_resumed"
+@pytest.mark.parametrize("run", ["two_long", "two_8bit", "two_galore"])
+def test_resume_equals_the_uninterrupted_run(runs, run: str) -> None:
+    whole, resumed = runs / run, runs / f"{run.removesuffix('_long')}_resumed"
     for name in ("loss", "lr", "projector_lr", "grad_norm", "tokens"):
         lines = [read_metrics(run / "step_4" / "metrics.jsonl") for run in (whole, resumed)]
         of_whole, of_resumed = ([x[name] for x in part if name in x] for part in lines)
@@ -123,6 +124,20 @@ def test_resume_equals_the_uninterrupted_run(runs) -> None:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     states = [json.loads((r / "step_4" / "state.json").read_text()) for r in (whole, resumed)]
     assert states[0]["samples"] == states[1]["samples"] == 4 * 2 * 2
+
+
+def test_8bit_and_galore_keep_small_states(runs) -> None:
+    eight_bit, galore = (read_step(runs / run, 4) for run in ("two_8bit", "two_galore"))
+    name = next(n for n in eight_bit if n.startswith("weight/") and "layers.0.mlp.up_proj" in n)
+    name = name.removeprefix("weight/")
+    shape = eight_bit[f"weight/{name}"].shape
+    assert eight_bit[f"state1/{name}"].dtype == torch.uint8
+    assert eight_bit[f"state1/{name}"].shape == shape
+    assert galore[f"exp_avg/{name}"].numel() == 4 * max(shape)
+    assert galore[f"ortho_matrix/{name}"].numel() == 4 * min(shape)
+    for run in ("two_8bit", "two_galore"):
+        found = losses(runs / run, 4)
+        assert found[3] < found[0]
 
 
 def test_resume_with_other_workers_and_stage(runs, plain) -> None:
