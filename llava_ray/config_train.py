@@ -21,9 +21,9 @@ class TrainConfig(Section):
     """Default: one per GPU of the cluster, or one CPU worker."""
     cpus_per_worker: Positive | None = Field(default=None)
     """Default: 4 beside a GPU, else the CPUs that stay free, shared by the workers."""
-    zero_stage: Literal[0, 2, 3] = Field(default=2)
-    """DeepSpeed's [deepspeed zero2.json, zero3.json]; 0 trains without it: every worker holds all,
-    and trained weights have no fp32 copy."""
+    zero_stage: Literal["auto", 0, 2, 3] = Field(default="auto")
+    """DeepSpeed's [deepspeed zero2.json, zero3.json]; 0 trains without it, every worker holding
+    all. `auto`: 0 where little is trained, 2 for method=full, offload and fp16."""
     offload: Literal["none", "optimizer", "optimizer+weights"] = Field(default="none")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(default="auto")
     """`auto`: bf16 on GPUs, fp32 on CPUs."""
@@ -40,8 +40,8 @@ class TrainConfig(Section):
     projector_learning_rate: float = Field(default=2e-5, ge=0)
     """[mm_projector_lr]; 0 freezes the projector."""
     optimizer: Literal["adamw", "adamw8bit", "galore"] = Field(default="adamw")
-    """[optim] `adamw8bit` is bitsandbytes', `galore` needs llava_ray[galore] and method=full; both
-    need zero_stage=0."""
+    """[optim] `adamw8bit` is bitsandbytes', `galore` needs llava_ray[galore] and method=full. Both
+    need zero_stage=0, and change weights without an fp32 copy of them."""
     galore_rank: Count = Field(default=128)
     galore_update_steps: Count = Field(default=200)
     """Steps between two projections [update_proj_gap]."""
@@ -67,7 +67,7 @@ class TrainConfig(Section):
     """Less memory for about a quarter more time; `mlp` computes only the feed-forward halves
     again, for half the saving (whole layers where `fused_layers` does not apply)."""
     fused_layers: bool = Field(default=True)
-    """Faster LoRA layers with the same results; applies to method=lora without DoRA, ZeRO-2."""
+    """Faster LoRA layers with the same results; for method=lora without DoRA, not for ZeRO-3."""
     group_by_modality_length: bool = Field(default=True)
     loader_workers: int = Field(default=0, ge=0)
     """Processes that decode images beside each worker [dataloader_num_workers]."""
@@ -86,9 +86,18 @@ class TrainConfig(Section):
     )
     seed: int = Field(default=0)
 
+    @property
+    def stage(self) -> Literal[0, 2, 3]:
+        """Resolve zero_stage `auto`."""
+        if self.zero_stage != "auto":
+            return self.zero_stage
+        # Whole weights, a scaled loss and offloading are what DeepSpeed is for.
+        large = self.method == "full" and self.optimizer == "adamw"
+        return 2 if large or self.offload != "none" or self.precision == "fp16" else 0
+
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        stage = self.zero_stage
+        stage = self.stage
         if self.use_dora and stage == 3:
             raise ValueError("use_dora needs zero_stage=2: DoRA reads whole weights")
         if self.method in ("qlora", "hqq") and stage == 3:

@@ -88,7 +88,7 @@ def test_documented_keys_beside_llavas_flags_exist() -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["train.optimizer=adamw8bit"], "needs zero_stage=0"),
+        (["train.optimizer=adamw8bit", "train.zero_stage=2"], "needs zero_stage=0"),
         (["train.optimizer=galore", "train.zero_stage=0"], "needs method=full"),
         (["train.method=hqq", "train.zero_stage=3"], "needs zero_stage=2"),
         (["train.zero_stage=0", "train.precision=fp16"], "needs zero_stage=2 or 3"),

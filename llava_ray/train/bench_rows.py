@@ -27,6 +27,13 @@ QUESTION_TOKENS = 20
 """Between the image and the caption; with 576 image tokens the caption has 160 of 756."""
 WARM_UP, MIN_STEPS, MAX_STEPS, ROW_S = 3, 5, 12, 5.0
 CHECK_STEPS = 3
+OPTIMIZERS: Mapping[EngineName, str] = {
+    "plain": "AdamW, weights and moments in bf16",
+    "loop": "AdamW, weights and moments in bf16",
+    "replica": "AdamW, weights and moments in fp32",
+    "zero2": "AdamW, weights and moments in fp32, DeepSpeed ZeRO-2",
+    "zero3": "AdamW, weights and moments in fp32, DeepSpeed ZeRO-3",
+}
 
 
 @dataclass
@@ -163,10 +170,7 @@ def measure(row: Row, engine: Engine, task: Task, device: str) -> None:
         row.peak_reserved_bytes = torch.cuda.max_memory_reserved()
     operations = flop_per_sample(task.shapes, task.tokens, 48)
     row.tflop_per_s = row.samples_per_s / world * operations / 1e12
-    row.optimizer = (
-        "AdamW, weights and moments in bf16" if row.engine in ("plain", "loop")
-        else f"AdamW, weights and moments in fp32, DeepSpeed ZeRO-{row.engine[-1]}"
-    )  # fmt: skip
+    row.optimizer = OPTIMIZERS[row.engine]
 
 
 def check(engine: Engine, task: Task, device: str) -> tuple[list[float], float]:

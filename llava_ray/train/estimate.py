@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llava_ray.config import ModelConfig, RunConfig, TrainConfig
 from llava_ray.errors import ConfigError
@@ -27,6 +27,10 @@ LIVE_WEIGHTS = 1_000_000_000
 
 BUCKET = 50_000_000
 """As in llava_ray/train/zero.py; two of them, since sending overlaps computing."""
+
+
+_STAGES: Mapping[str, Literal[0, 2, 3]] = {"replica": 0, "zero2": 2, "zero3": 3}
+"""Engines of jobs/bench_train.py that are the product's."""
 
 
 @dataclass(frozen=True)
@@ -99,16 +103,19 @@ def estimate(sizes: Sizes, train: TrainConfig, *, workers: int, load: Load) -> M
     if train.method == "full":
         frozen = sizes.vision_tower() * width
     whole = frozen + trained * width
-    share = workers if train.zero_stage == 3 else 1
+    share = workers if train.stage == 3 else 1
     weights = whole / share
-    workspace = 2.0 * BUCKET * width
-    if train.zero_stage == 3 and workers > 1:
+    workspace = 2.0 * BUCKET * width if train.stage else 0.0
+    if train.stage == 3 and workers > 1:
         workspace += min(whole - weights, LIVE_WEIGHTS * width)
     # Beside the moments DeepSpeed keeps a copy of the weights, also where they are in fp32.
     gradients, optimizer = trained * width / workers, trained * 12 / workers
-    if train.zero_stage == 0:
+    if train.stage == 0:
+        # At the end of backward, when no activations are left, they are in fp32 too.
         gradients = trained * width
-        optimizer = trained * 2 * (1 if train.optimizer == "adamw8bit" else width)
+        optimizer = (
+            trained * {"adamw": 12.0, "adamw8bit": 2.0, "galore": 2.0 * width}[train.optimizer]
+        )
     host = 0.0
     if train.offload != "none":
         host, optimizer, gradients = optimizer + gradients, 0.0, 0.0
@@ -181,7 +188,7 @@ def head_bytes(sizes: Sizes, rows: int, width: int) -> float:
 def runs_fused(train: TrainConfig) -> bool:
     """Say whether layers run with a backward of their own (llava_ray/train/fused.py)."""
     plain_lora = train.method == "lora" and not train.use_dora
-    return train.fused_layers and plain_lora and train.zero_stage != 3
+    return train.fused_layers and plain_lora and train.stage != 3
 
 
 def alternatives(train: TrainConfig) -> list[tuple[str, TrainConfig]]:
@@ -261,7 +268,7 @@ class Check:
 
 
 def check(measured: Path) -> list[Check]:
-    """Estimate the runs that `jobs/bench_train.py` measured under DeepSpeed.
+    """Estimate the runs that `jobs/bench_train.py` measured with the product's engines.
 
     Raises ConfigError when the file is not such a JSON.
     """
@@ -273,12 +280,12 @@ def check(measured: Path) -> list[Check]:
     sizes = Sizes.of(LLAVA_7B)
     found: list[Check] = []
     for row in rows:
-        if row["failed"] or not row["peak_bytes"] or not row["engine"].startswith("zero"):
+        if row["failed"] or not row["peak_bytes"] or row["engine"] not in _STAGES:
             continue
         train = TrainConfig(
             precision="bf16", batch_size=row["batch"], lora_r=48, lora_dropout=row["lora_dropout"],
             gradient_checkpointing=row["checkpointing"], fused_layers=row["fused_layers"],
-            zero_stage=3 if row["engine"] == "zero3" else 2,
+            zero_stage=_STAGES[row["engine"]],
         )  # fmt: skip
         memory = estimate(sizes, train, workers=row["gpus"], load=load_of(sizes, tokens))
         found.append(Check(f"{row['name']} on {row['gpus']}", memory.gpu, row["peak_bytes"]))

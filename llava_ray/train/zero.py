@@ -35,7 +35,7 @@ _SETTLING_S = 30
 def zero_config(train: TrainConfig, precision: Precision, *, gpu: bool) -> dict[str, Any]:
     """Return DeepSpeed's JSON for a train section."""
     stage: dict[str, Any] = {
-        "stage": train.zero_stage,
+        "stage": train.stage,
         "contiguous_gradients": True,
         "overlap_comm": gpu,
         # DeepSpeed's default takes 2 GB for buffers that LoRA's gradients do not fill.
@@ -165,7 +165,7 @@ def set_adam_step(engine: Any, step: int) -> None:
 def full_weight(engine: Any, parameter: "nn.Parameter") -> "torch.Tensor":
     """Return a trained parameter whole and in fp32; all ranks call this together."""
     if isinstance(engine, ReplicaEngine):
-        return parameter.detach().float().cpu().clone()
+        return engine.weight(parameter).float().cpu().clone()
     from deepspeed.utils import safe_get_full_fp32_param
 
     value: torch.Tensor = safe_get_full_fp32_param(parameter)

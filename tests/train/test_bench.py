@@ -31,8 +31,8 @@ def bench(out: Path, *arguments: str) -> list[dict[str, object]]:
 
 
 def test_rows_of_all_engines_start_from_the_same_losses(tmp_path: Path) -> None:
-    rows = bench(tmp_path / "out.json", "--only", "plain-b1,zero2-b4,zero2-ckpt-b8,loop-b4")
-    assert [row["name"] for row in rows] == ["plain-b1", "zero2-b4", "zero2-ckpt-b8", "loop-b4"]
+    rows = bench(tmp_path / "out.json", "--only", "plain-b1,zero2-b4,zero2-ckpt-b8,replica-b4")
+    assert [row["name"] for row in rows] == ["plain-b1", "zero2-b4", "zero2-ckpt-b8", "replica-b4"]
     for row in rows:
         assert not row["failed"]
         assert 0 < row["samples_per_s_min"] <= row["samples_per_s"] <= row["samples_per_s_max"]
@@ -44,7 +44,7 @@ def test_rows_of_all_engines_start_from_the_same_losses(tmp_path: Path) -> None:
 
 
 def test_a_row_that_cannot_run_is_recorded_and_the_rest_go_on(tmp_path: Path) -> None:
-    rows = bench(tmp_path / "out.json", "--only", "plain-liger-b4,loop-b1")
+    rows = bench(tmp_path / "out.json", "--only", "plain-liger-b4,replica-b1")
     assert "liger" in str(rows[0]["failed"])
     assert not rows[1]["failed"]
 
