@@ -49,6 +49,8 @@ class Row:
     compile: bool = False
     liger: bool = False
     gpus: int = 1
+    launcher: Literal["processes", "ray"] = "processes"
+    """`processes` are started as torchrun does, with the ranks in the environment."""
     optimizer: str = ""
     attention: str = "sdpa"
     samples_per_s: float = 0.0
@@ -191,7 +193,8 @@ def run(task: Task) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if world > 1:
+    own_group = world > 1 and not torch.distributed.is_initialized()
+    if own_group:
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     checked: tuple[list[float], float | None] = ([], None)
     engine: Engine | None = None
@@ -220,10 +223,15 @@ def run(task: Task) -> None:
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-    if torch.distributed.is_initialized():
+    if own_group:
         torch.distributed.destroy_process_group()
 
 
+def read_task(path: Path) -> Task:
+    """Read what `bench` wrote."""
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    return Task(**{**tree, "rows": [Row(**row) for row in tree["rows"]]})
+
+
 if __name__ == "__main__":
-    tree = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    run(Task(**{**tree, "rows": [Row(**row) for row in tree["rows"]]}))
+    run(read_task(Path(sys.argv[1])))

@@ -60,10 +60,12 @@ def test_speedup_and_scaling_leave_failed_rows_out() -> None:
         Row("plain-b8", "plain", 8, samples_per_s=99, failed="out of memory"),
         Row("loop-b1", "loop", 1, samples_per_s=15),
         Row("loop-b1", "loop", 1, gpus=2, samples_per_s=28.5),
+        Row("loop-b1", "loop", 1, launcher="ray", samples_per_s=14.7),
     ]
     found = verdicts(rows)
     assert found["speedup"] == 1.5
     assert found["scaling"] == {"loop-b1 on 2 GPUs": 1.9}
+    assert found["ray_share"] == {"loop-b1 on 1 GPUs": 0.98}
 
 
 def test_operations_of_the_7b_model() -> None:

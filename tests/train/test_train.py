@@ -41,8 +41,9 @@ def test_a_killed_worker_costs_at_most_one_checkpoint_interval(ray_local, bench,
     from conftest import LONG
 
     config = bench.config(
-        *LONG, "train.num_workers=2", "train.batch_size=1", "train.trackers=[tensorboard]"
-    )
+        *LONG, "train.num_workers=2", "train.batch_size=1", "train.trackers=[tensorboard]",
+        "train.zero_stage=2",
+    )  # fmt: skip
     killed: list[int] = []
     watch = threading.Thread(
         target=kill_a_worker_after_a_checkpoint, args=(bench.root / "store" / "work", killed)
