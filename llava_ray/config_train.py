@@ -64,13 +64,14 @@ class TrainConfig(Section):
     max_length: Count = Field(default=2048)
     """Tokens a sample may have, image tokens counted in [model_max_length]."""
     gradient_checkpointing: bool | Literal["mlp"] = Field(default=False)
-    """Less memory for about a quarter more time; `mlp` computes only the feed-forward halves
-    again, for half the saving (whole layers where `fused_layers` does not apply)."""
+    """Less memory for more time. `mlp` computes only the feed-forward halves again, for about half
+    of both (whole layers where `fused_layers` does not apply)."""
     fused_layers: bool = Field(default=True)
     """Faster LoRA layers with the same results; for method=lora without DoRA, not for ZeRO-3."""
     group_by_modality_length: bool = Field(default=True)
-    loader_workers: int = Field(default=0, ge=0)
-    """Processes that decode images beside each worker [dataloader_num_workers]."""
+    loader_workers: int | None = Field(default=None, ge=0)
+    """Processes that decode images beside each worker [dataloader_num_workers]. Default: 4 beside
+    a GPU, which would else wait for images, and none on CPUs."""
     log_every_steps: Count = Field(default=1)
     """[logging_steps]"""
     eval_every_steps: Count | None = Field(default=None)

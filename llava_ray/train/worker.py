@@ -234,9 +234,14 @@ class Loop:
             RankBatches(
                 order, self.state.samples, self.train.batch_size, self.rank, self.world_size
             ),
-            loader_workers=self.train.loader_workers,
+            loader_workers=self._loader_workers(),
             pin_memory=self.gpu,
         )
+
+    def _loader_workers(self) -> int:
+        if self.train.loader_workers is not None:
+            return self.train.loader_workers
+        return 4 if self.gpu else 0
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, float] | None:
         """Take one optimizer step; return its measurements where they are logged."""
