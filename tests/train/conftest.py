@@ -34,7 +34,7 @@ def run_ranks(world_size: int, jobs: list[dict[str, Any]], folder: Path) -> None
         )
         for rank, log in enumerate(logs)
     ]  # fmt: skip
-    codes = [process.wait(timeout=240) for process in ranks]
+    codes = [process.wait(timeout=400) for process in ranks]
     for log in logs:
         log.close()
     assert codes == [0] * world_size, Path(logs[0].name).read_text()[-3000:]
@@ -113,6 +113,10 @@ def runs(bench: Bench) -> Path:
             bench.job("one_zero3", *PLAIN, one, stage3, "train.gradient_checkpointing=true"),
             bench.job("one_from_two", *PLAIN, one, stage3,
                       resume_from=bench.root / "two_zero2" / "step_1"),
+            bench.job("one_stage0_from_two", *PLAIN, one, stage0,
+                      resume_from=bench.root / "two_zero2" / "step_1"),
+            bench.job("one_zero2_from_stage0", *PLAIN, one, stage2,
+                      resume_from=bench.root / "one_stage0_from_two" / "step_2"),
         ],
         bench.root,
     )  # fmt: skip

@@ -146,11 +146,12 @@ def test_8bit_and_galore_keep_small_states(runs) -> None:
         assert found[3] < found[0]
 
 
-def test_resume_with_other_workers_and_stage(runs, plain) -> None:
+@pytest.mark.parametrize("run", ["one_from_two", "one_stage0_from_two", "one_zero2_from_stage0"])
+def test_resume_with_other_workers_and_stage(runs, plain, run: str) -> None:
     _, _, weights = plain
-    last = read_step(runs / "one_from_two", 3)
+    last = read_step(runs / run, 3)
     assert_close({n.removeprefix("weight/"): v for n, v in last.items() if "weight/" in n}, weights)
-    assert losses(runs / "one_from_two") == pytest.approx(losses(runs / "two_zero2"), rel=1e-4)
+    assert losses(runs / run) == pytest.approx(losses(runs / "two_zero2"), rel=1e-4)
 
 
 def test_adapter_opens_with_peft(runs, bench, plain) -> None:
