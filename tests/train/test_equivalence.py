@@ -15,6 +15,9 @@ TOLERANCE = 2e-5
 """Of losses and gradients, whose fp32 sums are taken in another order: relative to the largest
 entry of each tensor."""
 
+BF16_TOLERANCE = 5e-3
+"""Of losses: bf16 has 8 bits."""
+
 WEIGHT_TOLERANCE = 2e-5
 """Absolute, at a learning rate of 1e-2: AdamW divides by the gradient's size, so an entry whose
 gradient is all rounding moves by up to the rate's 500th part."""
@@ -144,6 +147,16 @@ def test_8bit_and_galore_keep_small_states(runs) -> None:
     for run in ("two_8bit", "two_galore"):
         found = losses(runs / run, 4)
         assert found[3] < found[0]
+
+
+def test_bf16_steps_are_taken_in_fp32(runs, plain) -> None:
+    expected_losses, _, _ = plain
+    assert losses(runs / "one_bf16") == pytest.approx(expected_losses, rel=BF16_TOLERANCE)
+    last, again = (read_step(runs / run, 3) for run in ("one_bf16", "one_bf16_resumed"))
+    assert all(torch.equal(again[name], value) for name, value in last.items())
+    weight = next(v for n, v in last.items() if n.startswith("weight/") and "lora_B" in n)
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
 
 
 @pytest.mark.parametrize("run", ["one_from_two", "one_stage0_from_two", "one_zero2_from_stage0"])
