@@ -111,8 +111,10 @@ def estimate(sizes: Sizes, train: TrainConfig, *, workers: int, load: Load) -> M
     # Beside the moments DeepSpeed keeps a copy of the weights, also where they are in fp32.
     gradients, optimizer = trained * width / workers, trained * 12 / workers
     if train.stage == 0:
-        # At the end of backward, when no activations are left, they are in fp32 too.
         gradients = trained * width
+        if train.optimizer == "adamw" and width < 4 and train.gradient_accumulation > 1:
+            # Those of earlier micro-batches wait in fp32.
+            gradients += trained * 4
         optimizer = (
             trained * {"adamw": 12.0, "adamw8bit": 2.0, "galore": 2.0 * width}[train.optimizer]
         )

@@ -1,9 +1,9 @@
 """Training without DeepSpeed: each worker holds all weights and the whole optimizer.
 
 What LoRA trains is small, so there is little to shard, and ZeRO's bookkeeping for each parameter
-costs a quarter of the time of a step of 8 samples. Also for optimizers that ZeRO cannot shard,
-since it flattens weights into pieces: 8-bit AdamW quantizes its moments in blocks of a weight,
-GaLore projects whole gradient matrices.
+slows a step (results/train_bench_h100.json, zero2 beside loop). Also for optimizers that ZeRO
+cannot shard, since it flattens weights into pieces: 8-bit AdamW quantizes its moments in blocks of
+a weight, GaLore projects whole gradient matrices.
 """
 
 from typing import TYPE_CHECKING, Any
