@@ -18,6 +18,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", default="", help="names of rows, separated by commas")
     parser.add_argument("--minutes", type=float, default=5, help="after these no row is begun")
     parser.add_argument("--gpus", default="1", help="numbers of GPUs to measure on, such as 1,2")
+    parser.add_argument("--ray", action="store_true", help="measure under Ray Train besides")
     parser.add_argument("--tiny", action="store_true", help="a model that a CPU trains")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -29,6 +30,7 @@ if __name__ == "__main__":
                 minutes=arguments.minutes,
                 gpus=[int(number) for number in arguments.gpus.split(",")],
                 tiny=arguments.tiny,
+                ray=arguments.ray,
             )
         )
     except LlavaRayError as error:

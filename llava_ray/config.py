@@ -6,24 +6,17 @@ All mistakes are reported at once, before a worker is asked for.
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from llava_ray.config_section import Count as Count
+from llava_ray.config_section import Positive as Positive
+from llava_ray.config_section import Section as Section
+from llava_ray.config_section import Share as Share
+from llava_ray.config_train import TrainConfig as TrainConfig
 from llava_ray.errors import ConfigError
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A frozen part of the config that refuses unknown keys."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
-    )
 
 
 class StorageConfig(Section):
@@ -64,80 +57,6 @@ class DataConfig(Section):
     max_image_pixels: Count = Field(default=50_000_000)
     """Larger images are rejected before they are decoded."""
     seed: int = Field(default=0)
-
-
-class TrainConfig(Section):
-    """LoRA fine-tuning. LLaVA's flag stands in brackets where its name differs."""
-
-    method: Literal["lora", "qlora", "full"] = Field(default="lora")
-    """`qlora` keeps the base in 4-bit nf4 [bits=4]; `full` trains every weight."""
-    num_workers: Count | None = Field(default=None)
-    """Default: one per GPU of the cluster, or one CPU worker."""
-    cpus_per_worker: Positive | None = Field(default=None)
-    """Default: 4 beside a GPU, else the CPUs that stay free, shared by the workers."""
-    zero_stage: Literal[2, 3] = Field(default=2)
-    offload: Literal["none", "optimizer", "optimizer+weights"] = Field(default="none")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(default="auto")
-    """`auto`: bf16 on GPUs, fp32 on CPUs."""
-    lora_r: Count = Field(default=48)
-    lora_alpha: Positive = Field(default=256)
-    lora_dropout: Share = Field(default=0.05)
-    lora_targets: tuple[str, ...] = Field(
-        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    )
-    """Linear layers of the language model, by the last part of their names."""
-    use_dora: bool = Field(default=False)
-    use_rslora: bool = Field(default=False)
-    learning_rate: Positive = Field(default=2e-4)
-    projector_learning_rate: float = Field(default=2e-5, ge=0)
-    """[mm_projector_lr]; 0 freezes the projector."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: Positive = Field(default=1.0)
-    warmup_ratio: Share = Field(default=0.03)
-    lr_scheduler: Literal["cosine", "linear", "constant"] = Field(default="cosine")
-    """[lr_scheduler_type]"""
-    epochs: Positive = Field(default=1)
-    """[num_train_epochs]"""
-    max_steps: Count | None = Field(default=None)
-    """Stops earlier than `epochs` where it is smaller."""
-    batch_size: Count = Field(default=1)
-    """Per worker and step [per_device_train_batch_size]."""
-    eval_batch_size: Count = Field(default=4)
-    """[per_device_eval_batch_size]"""
-    gradient_accumulation: Count = Field(default=1)
-    """[gradient_accumulation_steps]"""
-    max_length: Count = Field(default=2048)
-    """Tokens a sample may have, image tokens counted in [model_max_length]."""
-    gradient_checkpointing: bool | Literal["mlp"] = Field(default=False)
-    """Less memory for about a quarter more time; `mlp` computes only the feed-forward halves
-    again, for half the saving (whole layers where `fused_layers` does not apply)."""
-    fused_layers: bool = Field(default=True)
-    """Faster LoRA layers with the same results; applies to method=lora without DoRA, ZeRO-2."""
-    group_by_modality_length: bool = Field(default=True)
-    loader_workers: int = Field(default=0, ge=0)
-    """Processes that decode images beside each worker [dataloader_num_workers]."""
-    log_every_steps: Count = Field(default=1)
-    """[logging_steps]"""
-    eval_every_steps: Count | None = Field(default=None)
-    """Default: at the end."""
-    checkpoint_every_steps: Count | None = Field(default=None)
-    """[save_steps]; default: ten times a run."""
-    checkpoints_kept: Count = Field(default=1)
-    """[save_total_limit]"""
-    max_failures: int = Field(default=3, ge=0)
-    """How often a lost worker is replaced before the run fails."""
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
-        default=("tensorboard",)
-    )
-    seed: int = Field(default=0)
-
-    @model_validator(mode="after")
-    def _check(self) -> "TrainConfig":
-        if self.use_dora and self.zero_stage == 3:
-            raise ValueError("use_dora needs zero_stage=2: DoRA reads whole weights")
-        if self.method == "qlora" and self.zero_stage == 3:
-            raise ValueError("method=qlora needs zero_stage=2: packed weights cannot be sharded")
-        return self
 
 
 class SweepConfig(Section):

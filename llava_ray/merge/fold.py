@@ -22,6 +22,7 @@ from llava_ray.config import MergeConfig, ModelConfig
 from llava_ray.conversation import encode_sample, read_samples
 from llava_ray.errors import ArtifactError
 from llava_ray.images import normalize, open_image, square_pixels
+from llava_ray.low_bits import rounded_base
 from llava_ray.models import model_folder, vision_shape, weights_sha256
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def merge_task(task: MergeTask) -> MergedModel:
     ):
         device = _device(base)
         probe = [_moved(inputs, device) for inputs in _probe(task, base)]
-        adapted = adapted_model(base, local_folder(task.adapter), device)
+        adapted = adapted_model(base, local_folder(task.adapter), device, hqq=hqq_of(task.adapter))
         before = [_logits(adapted, inputs) for inputs in probe]
         logger.info("merge: folding the adapter in")
         merged = adapted.merge_and_unload() if hasattr(adapted, "peft_config") else adapted
@@ -81,6 +82,14 @@ def merge_task(task: MergeTask) -> MergedModel:
         )
 
 
+def hqq_of(adapter: AdapterCheckpoint) -> tuple[int, int] | None:
+    """Return bits and group size of the low-bit base that an adapter was trained over, if any."""
+    train = adapter.settings.get("train", {})
+    if train.get("method") != "hqq":
+        return None
+    return train["hqq_bits"], train["hqq_group_size"]
+
+
 def _device(base: Path) -> str:
     """Take the task's GPU where the model fits on it in fp32, with a quarter for the rest."""
     import torch
@@ -94,8 +103,14 @@ def _moved(inputs: dict[str, "torch.Tensor"], device: str) -> dict[str, "torch.T
     return {name: value.to(device) for name, value in inputs.items()}
 
 
-def adapted_model(base: Path, adapter: Path, device: str = "cpu") -> Any:
-    """Return the base in fp32 with the trained weights over it, not merged yet."""
+def adapted_model(
+    base: Path, adapter: Path, device: str = "cpu", *, hqq: tuple[int, int] | None = None
+) -> Any:
+    """Return the base in fp32 with the trained weights over it, not merged yet.
+
+    Under an adapter that was trained over a low-bit base the base is rounded likewise: LoRA makes
+    up for that rounding, and would spoil a base without it.
+    """
     import torch
     from peft import PeftModel
     from transformers import LlavaForConditionalGeneration
@@ -103,6 +118,8 @@ def adapted_model(base: Path, adapter: Path, device: str = "cpu") -> Any:
     model: Any = LlavaForConditionalGeneration.from_pretrained(
         base, dtype=torch.float32, device_map={"": device}
     )
+    if hqq is not None:
+        rounded_base(model, bits=hqq[0], group_size=hqq[1])
     for name in (AdapterCheckpoint.projector_file, AdapterCheckpoint.language_model_file):
         if (adapter / name).is_file():
             _load_over(model, adapter / name)

@@ -9,6 +9,7 @@ from llava_ray.artifacts import AdapterCheckpoint, ArtifactStore, DatasetRecord,
 from llava_ray.config import RunConfig
 from llava_ray.models import model_folder, weights_sha256
 from llava_ray.train.curve import draw_curve
+from llava_ray.train.replica import check_optimizer
 from llava_ray.train.resources import cluster_nodes, plan_workers
 from llava_ray.train.trackers import METRICS, check_trackers, read_metrics
 
@@ -36,6 +37,7 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
 
     train = config.train
     check_trackers(train)
+    check_optimizer(train)
     store = ArtifactStore(config.storage.uri)
     settings = shaping_settings(config)
     id = artifact_id(AdapterCheckpoint.kind, settings, [dataset.id])

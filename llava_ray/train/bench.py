@@ -13,11 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llava_ray.errors import ConfigError
 from llava_ray.train.bench_rows import Row, Task, flop_per_sample
@@ -32,38 +32,42 @@ ROWS: tuple[Row, ...] = (
     Row("plain-b1", "plain", 1),
     Row("plain-b4", "plain", 4),
     Row("plain-b8", "plain", 8),
+    Row("plain-b12", "plain", 12),
     Row("plain-ckpt-b1", "plain", 1, True),
-    Row("plain-ckpt-b4", "plain", 4, True),
     Row("plain-ckpt-b8", "plain", 8, True),
-    Row("zero2-b1", "zero2", 1),
+    Row("replica-b1", "replica", 1),
+    Row("replica-b4", "replica", 4),
+    Row("replica-b8", "replica", 8),
+    Row("replica-b16", "replica", 16),
+    Row("replica-mlp-b16", "replica", 16, "mlp"),
+    Row("replica-ckpt-b1", "replica", 1, True),
+    Row("replica-ckpt-b8", "replica", 8, True),
     Row("zero2-b4", "zero2", 4),
     Row("zero2-b8", "zero2", 8),
     Row("zero2-b16", "zero2", 16),
-    Row("zero2-mlp-b16", "zero2", 16, "mlp"),
     Row("zero2-ckpt-b8", "zero2", 8, True),
-    Row("loop-b1", "loop", 1),
+    Row("replica-dropout-b8", "replica", 8, lora_dropout=0.05),
+)
+MORE_ROWS: tuple[Row, ...] = (
     Row("loop-b4", "loop", 4),
     Row("loop-b8", "loop", 8),
     Row("loop-b16", "loop", 16),
-    Row("loop-mlp-b8", "loop", 8, "mlp"),
     Row("loop-ckpt-b8", "loop", 8, True),
-    Row("loop-dropout-b8", "loop", 8, lora_dropout=0.05),
-)
-MORE_ROWS: tuple[Row, ...] = (
-    Row("loop-b2", "loop", 2),
-    Row("loop-b12", "loop", 12),
-    Row("loop-b24", "loop", 24),
-    Row("loop-mlp-b24", "loop", 24, "mlp"),
-    Row("loop-ckpt-b1", "loop", 1, True),
-    Row("loop-ckpt-b32", "loop", 32, True),
-    Row("loop-peft-b4", "loop", 4, fused_layers=False),
-    Row("loop-peft-b8", "loop", 8, fused_layers=False),
-    Row("loop-peft-ckpt-b8", "loop", 8, True, fused_layers=False),
+    Row("replica-b2", "replica", 2),
+    Row("replica-b12", "replica", 12),
+    Row("replica-b24", "replica", 24),
+    Row("replica-mlp-b8", "replica", 8, "mlp"),
+    Row("replica-ckpt-b32", "replica", 32, True),
+    Row("replica-peft-b4", "replica", 4, fused_layers=False),
+    Row("replica-peft-b8", "replica", 8, fused_layers=False),
+    Row("replica-peft-ckpt-b8", "replica", 8, True, fused_layers=False),
+    Row("zero2-b1", "zero2", 1),
+    Row("zero2-mlp-b16", "zero2", 16, "mlp"),
     Row("zero2-dropout-b8", "zero2", 8, lora_dropout=0.05),
     Row("zero3-b8", "zero3", 8, fused_layers=False),
     Row("zero3-ckpt-b8", "zero3", 8, True, fused_layers=False),
     Row("plain-b2", "plain", 2),
-    Row("plain-b12", "plain", 12),
+    Row("plain-ckpt-b4", "plain", 4, True),
     Row("plain-dropout-b8", "plain", 8, lora_dropout=0.05),
     Row("plain-liger-b4", "plain", 4, liger=True),
     Row("plain-liger-b8", "plain", 8, liger=True),
@@ -87,17 +91,21 @@ def choose_rows(only: Sequence[str], tiny: bool) -> list[Row]:
 
 def run(
     out: Path, *, only: Sequence[str] = (), minutes: float = 5, gpus: Sequence[int] = (1,),
-    tiny: bool = False, tokens: int | None = None,
+    tiny: bool = False, tokens: int | None = None, ray: bool = False,
 ) -> str:  # fmt: skip
-    """Measure, write JSON after each process and return the table as text."""
+    """Measure, write JSON after each process and return the table as text.
+
+    With `ray` every row is measured once more, in workers that Ray Train starts.
+    """
     chosen = choose_rows(only, tiny)
     began, rows = time.time(), list[Row]()
     for number in gpus:
         for group in grouped(chosen):
             left = began + minutes * 60
             task = Task(group, tiny, tokens or (40 if tiny else 756), "", left)
-            rows += run_group(task, number)
-            write(out, rows, task, time.time() - began)
+            for launcher in (_in_processes, _in_ray) if ray else (_in_processes,):
+                rows += run_group(task, number, launcher)
+                write(out, rows, task, time.time() - began)
     return table(rows)
 
 
@@ -109,28 +117,62 @@ def grouped(rows: Sequence[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
-def run_group(task: Task, world: int) -> list[Row]:
-    """Run one process per GPU over a task's rows and read what they wrote."""
+Launcher = Callable[[Path, int, float], str]
+"""Runs a folder's task.json on a number of workers until a time; returns why it ended early."""
+
+
+def run_group(task: Task, world: int, launcher: Launcher) -> list[Row]:
+    """Run one worker per GPU over a task's rows and read what they wrote."""
+    kind: Literal["processes", "ray"] = "ray" if launcher is _in_ray else "processes"
+    rows = [replace(row, gpus=world, launcher=kind) for row in task.rows]
     with tempfile.TemporaryDirectory(prefix="llava_ray_bench_") as name:
         folder = Path(name)
         lines, log = folder / "rows.jsonl", folder / "log"
-        tree = asdict(task) | {"out": str(lines)}
+        tree = asdict(replace(task, rows=rows, out=str(lines)))
         (folder / "task.json").write_text(json.dumps(tree), encoding="utf-8")
-        reason = _wait_for(folder, log, world, task.deadline + GRACE_S)
+        reason = launcher(folder, world, task.deadline + GRACE_S)
         text = lines.read_text(encoding="utf-8") if lines.exists() else ""
         found = [Row(**json.loads(line)) for line in text.splitlines()]
-        for row in task.rows[len(found) :]:
-            row = Row(**{**asdict(row), "failed": reason or "not measured", "gpus": world})
-            found.append(row)
-        if any(row.failed for row in found):
+        found += [replace(row, failed=reason or "not measured") for row in rows[len(found) :]]
+        if any(row.failed for row in found) and log.exists():
             logger.warning("%s", log.read_text(encoding="utf-8", errors="replace")[-6000:])
     for row in found:
         logger.info("%s", json.dumps(asdict(row)))
     return found
 
 
-def _wait_for(folder: Path, log: Path, world: int, until: float) -> str:
-    """Start the processes and wait; return why they ended early, or an empty text."""
+def _in_ray(folder: Path, world: int, until: float) -> str:
+    """Let Ray Train start the workers, on this machine alone."""
+    import ray
+    import torch
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    path = folder / "task.json"
+    ray.init(address="local", logging_level=logging.WARNING)
+    try:
+        TorchTrainer(
+            _ray_worker,
+            train_loop_config={"task": str(path)},
+            scaling_config=ScalingConfig(num_workers=world, use_gpu=torch.cuda.is_available()),
+            run_config=RunConfig(storage_path=str(folder / "ray")),
+        ).fit()
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    finally:
+        ray.shutdown()
+    return ""
+
+
+def _ray_worker(config: dict[str, Any]) -> None:
+    from llava_ray.train.bench_rows import read_task
+    from llava_ray.train.bench_rows import run as run_rows
+
+    run_rows(read_task(Path(config["task"])))
+
+
+def _in_processes(folder: Path, world: int, until: float) -> str:
+    """Start the workers as torchrun does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -138,7 +180,7 @@ def _wait_for(folder: Path, log: Path, world: int, until: float) -> str:
     # Row by row PyTorch would else keep pieces of memory that no longer fit together.
     base = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ
     base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    with log.open("w") as stream:
+    with (folder / "log").open("w") as stream:
         processes = [
             subprocess.Popen(
                 command, stdout=stream, stderr=stream,
@@ -166,7 +208,7 @@ def write(out: Path, rows: Sequence[Row], task: Task, seconds: float) -> None:
         "device": torch.cuda.get_device_name() if gpu else platform.processor() or "cpu",
         "versions": {name: _version(name) for name in PACKAGES}
         | {"python": sys.version.split()[0]},
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *(a if a != str(out) else out.name for a in sys.argv)]),
         "model": "a tiny LLaVA" if task.tiny else "LLaVA-1.5-7B shapes, random weights",
         "lora": "r=48 on all linear layers of the language model; the projector trained",
         "tokens": task.tokens,
@@ -189,7 +231,10 @@ def _version(name: str) -> str | None:
 
 def verdicts(rows: Sequence[Row]) -> dict[str, Any]:
     """Return the best rate of plain and of this project, their ratio, and the scaling by GPUs."""
-    single = [row for row in rows if row.gpus == 1 and not row.failed]
+    good = [row for row in rows if not row.failed]
+    under_ray = {(r.name, r.gpus): r.samples_per_s for r in good if r.launcher == "ray"}
+    good = [row for row in good if row.launcher == "processes"]
+    single = [row for row in good if row.gpus == 1]
     plain = max((r.samples_per_s for r in single if r.engine == "plain"), default=None)
     ours = max((r.samples_per_s for r in single if r.engine != "plain"), default=None)
     alone = {row.name: row.samples_per_s for row in single}
@@ -199,8 +244,13 @@ def verdicts(rows: Sequence[Row]) -> dict[str, Any]:
         "speedup": ours / plain if ours and plain else None,
         "scaling": {
             f"{row.name} on {row.gpus} GPUs": row.samples_per_s / alone[row.name]
-            for row in rows
-            if row.gpus > 1 and row.name in alone and not row.failed
+            for row in good
+            if row.gpus > 1 and row.name in alone
+        },
+        "ray_share": {
+            f"{row.name} on {row.gpus} GPUs": under_ray[row.name, row.gpus] / row.samples_per_s
+            for row in good
+            if (row.name, row.gpus) in under_ray
         },
     }
 
@@ -208,11 +258,12 @@ def verdicts(rows: Sequence[Row]) -> dict[str, Any]:
 def table(rows: Sequence[Row]) -> str:
     """Return the table as text."""
     lines = [
-        f"{'row':20} {'GPUs':>4} {'batch':>5} {'samples/s':>9} {'min':>7} {'max':>7} "
+        f"{'row':24} {'GPUs':>4} {'batch':>5} {'samples/s':>9} {'min':>7} {'max':>7} "
         f"{'GB':>6} {'TFLOP/s':>7} {'warm s':>6} {'norm':>8} losses"
     ]
     for row in rows:
-        start = f"{row.name:20} {row.gpus:4} {row.batch:5} "
+        name = f"{row.name} (ray)" if row.launcher == "ray" else row.name
+        start = f"{name:24} {row.gpus:4} {row.batch:5} "
         if row.failed:
             lines.append(start + row.failed)
             continue

@@ -15,10 +15,17 @@ from llava_ray.config import TrainConfig
 from llava_ray.conversation import IGNORE_INDEX
 from llava_ray.train import adapt, zero
 from llava_ray.train.batches import Batch
+from llava_ray.train.replica import ReplicaEngine, average_gradients
 from llava_ray.train.shapes import random_model
 
-EngineName = Literal["plain", "loop", "zero2", "zero3"]
-"""transformers + peft; the product's loss in a plain PyTorch loop; and under DeepSpeed."""
+EngineName = Literal["plain", "loop", "replica", "zero2", "zero3"]
+"""transformers + peft; the product's loss in a plain PyTorch loop; and the product's engines:
+without DeepSpeed (the default for LoRA) and with it."""
+
+
+STAGES: Mapping[EngineName, Literal[0, 2, 3]] = {
+    "plain": 0, "loop": 0, "replica": 0, "zero2": 2, "zero3": 3,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class Setup:
         """Return the train section that the product would run with."""
         return TrainConfig(
             lora_r=48, lora_alpha=256, lora_dropout=self.dropout, fused_layers=self.fused,
-            zero_stage=3 if self.engine == "zero3" else 2, precision="bf16",
+            zero_stage=STAGES[self.engine], precision="bf16",
             gradient_checkpointing=checkpointing,
         )  # fmt: skip
 
@@ -60,7 +67,7 @@ def make_engine(setup: Setup, shapes: Mapping[str, Any], device: str) -> Engine:
     model = random_model(shapes, device, dtype)
     if setup.engine == "plain":
         return Plain(model, setup, dtype)
-    return Zero(model, setup) if setup.engine.startswith("zero") else Loop(model, setup, dtype)
+    return Loop(model, setup, dtype) if setup.engine == "loop" else Product(model, setup)
 
 
 def supervised(batch: Batch) -> int:
@@ -119,14 +126,13 @@ class Loop:
         """Train on a batch."""
         loss = self.loss(**batch) / supervised(batch)
         loss.backward()
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            average_gradients(self.trained)
+        average_gradients(self.trained)
         norm = finish(self.trained, self.optimizer)
         return loss.detach(), norm
 
 
-class Zero:
-    """The product's model, loss and DeepSpeed engine, stepped as its worker does."""
+class Product:
+    """The product's model, loss and engine, stepped as its worker does."""
 
     def __init__(self, model: Any, setup: Setup) -> None:
         self.setup, self.base, train = setup, model, setup.train(False)
@@ -134,8 +140,12 @@ class Zero:
         zero.prepare_environment(gpu=gpu)
         loss = adapt.loss_module(adapt.adapt(model, train), train)
         groups = adapt.parameter_groups(loss, train)
-        config = zero.zero_config(train, "bf16" if gpu else "fp32", gpu=gpu)
-        self.engine = zero.make_engine(loss, groups, config)
+        self.engine: Any
+        if train.stage == 0:
+            self.engine = ReplicaEngine(loss, groups, train, model.dtype)
+        else:
+            config = zero.zero_config(train, "bf16" if gpu else "fp32", gpu=gpu)
+            self.engine = zero.make_engine(loss, groups, config)
         self.engine.train()
 
     def recompute(self, checkpointing: bool | Literal["mlp"]) -> None:
@@ -179,14 +189,3 @@ def finish(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> tor
     optimizer.step()
     optimizer.zero_grad()
     return norm
-
-
-def average_gradients(trained: list[nn.Parameter]) -> None:
-    """Average the gradients over all processes in one message."""
-    gradients = [p.grad for p in trained if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    torch.distributed.all_reduce(flat)
-    flat /= torch.distributed.get_world_size()
-    parts = torch.split(flat, [g.numel() for g in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))

@@ -27,6 +27,13 @@ QUESTION_TOKENS = 20
 """Between the image and the caption; with 576 image tokens the caption has 160 of 756."""
 WARM_UP, MIN_STEPS, MAX_STEPS, ROW_S = 3, 5, 12, 5.0
 CHECK_STEPS = 3
+OPTIMIZERS: Mapping[EngineName, str] = {
+    "plain": "AdamW, weights and moments in bf16",
+    "loop": "AdamW, weights and moments in bf16",
+    "replica": "AdamW, weights and moments in fp32",
+    "zero2": "AdamW, weights and moments in fp32, DeepSpeed ZeRO-2",
+    "zero3": "AdamW, weights and moments in fp32, DeepSpeed ZeRO-3",
+}
 
 
 @dataclass
@@ -42,6 +49,8 @@ class Row:
     compile: bool = False
     liger: bool = False
     gpus: int = 1
+    launcher: Literal["processes", "ray"] = "processes"
+    """`processes` are started as torchrun does, with the ranks in the environment."""
     optimizer: str = ""
     attention: str = "sdpa"
     samples_per_s: float = 0.0
@@ -163,10 +172,7 @@ def measure(row: Row, engine: Engine, task: Task, device: str) -> None:
         row.peak_reserved_bytes = torch.cuda.max_memory_reserved()
     operations = flop_per_sample(task.shapes, task.tokens, 48)
     row.tflop_per_s = row.samples_per_s / world * operations / 1e12
-    row.optimizer = (
-        "AdamW, weights and moments in bf16" if row.engine in ("plain", "loop")
-        else f"AdamW, weights and moments in fp32, DeepSpeed ZeRO-{row.engine[-1]}"
-    )  # fmt: skip
+    row.optimizer = OPTIMIZERS[row.engine]
 
 
 def check(engine: Engine, task: Task, device: str) -> tuple[list[float], float]:
@@ -187,7 +193,8 @@ def run(task: Task) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if world > 1:
+    own_group = world > 1 and not torch.distributed.is_initialized()
+    if own_group:
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     checked: tuple[list[float], float | None] = ([], None)
     engine: Engine | None = None
@@ -216,10 +223,15 @@ def run(task: Task) -> None:
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-    if torch.distributed.is_initialized():
+    if own_group:
         torch.distributed.destroy_process_group()
 
 
+def read_task(path: Path) -> Task:
+    """Read what `bench` wrote."""
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    return Task(**{**tree, "rows": [Row(**row) for row in tree["rows"]]})
+
+
 if __name__ == "__main__":
-    tree = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    run(Task(**{**tree, "rows": [Row(**row) for row in tree["rows"]]}))
+    run(read_task(Path(sys.argv[1])))

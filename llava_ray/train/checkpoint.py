@@ -1,7 +1,8 @@
 """Training state that any number of workers under any ZeRO stage can go on from.
 
-Every rank writes whole tensors of its share of the trained parameters: the fp32 weight and both
-moments of AdamW. DeepSpeed's own checkpoint is bound to the number of workers that wrote it.
+Every rank writes whole tensors of its share of the trained parameters: the weight and what the
+optimizer keeps of it, under ZeRO in fp32. DeepSpeed's own checkpoint is bound to the number of
+workers that wrote it.
 """
 
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from llava_ray.train.replica import ReplicaEngine
 from llava_ray.train.zero import full_weight, set_adam_step
 
 if TYPE_CHECKING:
@@ -47,19 +49,27 @@ def save_state(engine: Any, folder: Path, state: TrainState, *, rank: int, world
 
     All ranks gather each tensor, because ZeRO spreads it over them.
     """
-    from deepspeed.utils import safe_get_full_optimizer_state
     from safetensors.torch import save_file
 
     mine: dict[str, torch.Tensor] = {}
     for index, (name, parameter) in enumerate(trained_parameters(engine.module).items()):
-        whole = {"weight": full_weight(parameter)}
-        for moment in _MOMENTS:
-            whole[moment] = safe_get_full_optimizer_state(parameter, moment).detach().cpu().clone()
+        whole = _read(engine, parameter)
         if index % world_size == rank:
             mine |= {f"{kind}/{name}": tensor for kind, tensor in whole.items()}
     save_file(mine, folder / f"state_{rank:05d}.safetensors")
     if rank == 0:
         (folder / STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
+
+
+def _read(engine: Any, parameter: "nn.Parameter") -> "dict[str, torch.Tensor]":
+    if isinstance(engine, ReplicaEngine):
+        return engine.tensors(parameter)
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    whole = {"weight": full_weight(engine, parameter)}
+    for moment in _MOMENTS:
+        whole[moment] = safe_get_full_optimizer_state(parameter, moment).detach().cpu().clone()
+    return whole
 
 
 def read_state(folder: Path) -> TrainState:
@@ -70,10 +80,14 @@ def read_state(folder: Path) -> TrainState:
 def load_state(engine: Any, folder: Path, state: TrainState) -> None:
     """Set weights, moments, step and loss scale; every rank must call it."""
     import torch
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
     from safetensors import safe_open
 
     parameters = trained_parameters(engine.module)
+    if isinstance(engine, ReplicaEngine):
+        _load_replica(engine, folder, parameters, state)
+        return
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
     seen: set[str] = set()
     for path in sorted(folder.glob("state_*.safetensors")):
         with safe_open(path, framework="pt") as tensors, torch.no_grad():
@@ -90,6 +104,21 @@ def load_state(engine: Any, folder: Path, state: TrainState) -> None:
     set_adam_step(engine, state.step)
     if state.loss_scale is not None:
         engine.optimizer.loss_scaler.cur_scale = state.loss_scale
+
+
+def _load_replica(
+    engine: ReplicaEngine, folder: Path, parameters: "dict[str, nn.Parameter]", state: TrainState
+) -> None:
+    from safetensors.torch import load_file
+
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for path in sorted(folder.glob("state_*.safetensors")):
+        for key, value in load_file(path).items():
+            kind, _, name = key.partition("/")
+            found.setdefault(name, {})[kind] = value
+    assert found.keys() == parameters.keys(), f"checkpoint differs in {found.keys() ^ parameters}"
+    for name, tensors in found.items():
+        engine.load(parameters[name], tensors, state.step)
 
 
 def _set_model_weight(parameter: "nn.Parameter", value: "torch.Tensor") -> None:

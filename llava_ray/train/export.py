@@ -15,7 +15,7 @@ def export(engine: Any, folder: Path, *, base_model: str, rank: int) -> None:
 
     weights = {}
     for name, parameter in trained_parameters(engine.module).items():
-        value = full_weight(parameter)
+        value = full_weight(engine, parameter)
         if rank == 0:
             weights[name.removeprefix("model.")] = value
     if rank != 0:

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from llava_ray import low_bits
 from llava_ray.artifacts import DatasetRecord, local_folder
 from llava_ray.config import ModelConfig, TrainConfig
 from llava_ray.conversation import IGNORE_INDEX, read_samples
 from llava_ray.models import model_folder, vision_shape
-from llava_ray.train import adapt, checkpoint, export, zero
+from llava_ray.train import adapt, checkpoint, export, replica, zero
 from llava_ray.train.batches import (
     Batch,
     CaptionSamples,
@@ -32,6 +33,7 @@ from llava_ray.train.batches import (
     train_batches,
 )
 from llava_ray.train.checkpoint import TrainState
+from llava_ray.train.progress import Progress
 from llava_ray.train.schedule import rate_factor, warmup_steps
 from llava_ray.train.trackers import METRICS, MetricsFile, Tracker, open_trackers
 
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
-
-_LOG_EVERY_S = 10.0
 
 
 class WorkerTask(BaseModel):
@@ -129,7 +129,7 @@ class Loop:
         batches = self._batches()
         save_every = self.train.checkpoint_every_steps or max(1, self.total_steps // 10)
         eval_every = self.train.eval_every_steps
-        began_at, progress = self.state.samples, _Progress()
+        began_at, progress = self.state.samples, Progress()
         while self.state.samples < self.state.total_samples:
             lap = time.monotonic()
             values = self._step(batches)
@@ -180,12 +180,11 @@ class Loop:
 
     def _engine(self) -> Any:
         import torch
-        from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
         config = zero.zero_config(self.train, self.precision, gpu=self.gpu)
         # While this object lives, from_pretrained shards each weight as it is read; without it
         # every rank of ZeRO-3 would hold the whole model in RAM.
-        shards = HfDeepSpeedConfig(config) if self.train.zero_stage == 3 else None  # type: ignore[no-untyped-call]
+        shards = zero.shard_on_load(config) if self.train.stage == 3 else None
         torch.manual_seed(self.train.seed)
         model = adapt.load_base(
             model_folder(self.task.model),
@@ -193,11 +192,18 @@ class Loop:
             device=None if shards else str(self.device),
             nf4=self.train.method == "qlora",
         )
+        if self.train.method == "hqq":
+            low_bits.round_base(
+                model, bits=self.train.hqq_bits, group_size=self.train.hqq_group_size
+            )
         # Seeded again: every rank and every restart must draw the same LoRA weights.
         torch.manual_seed(self.train.seed)
         model = adapt.adapt(model, self.train)
         groups = adapt.parameter_groups(model, self.train)
-        engine = zero.make_engine(adapt.loss_module(model, self.train), groups, config)
+        module = adapt.loss_module(model, self.train)
+        if self.train.stage == 0:
+            return replica.ReplicaEngine(module, groups, self.train, torch_dtype(self.precision))
+        engine = zero.make_engine(module, groups, config)
         del shards
         return engine
 
@@ -228,9 +234,14 @@ class Loop:
             RankBatches(
                 order, self.state.samples, self.train.batch_size, self.rank, self.world_size
             ),
-            loader_workers=self.train.loader_workers,
+            loader_workers=self._loader_workers(),
             pin_memory=self.gpu,
         )
+
+    def _loader_workers(self) -> int:
+        if self.train.loader_workers is not None:
+            return self.train.loader_workers
+        return 4 if self.gpu else 0
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, float] | None:
         """Take one optimizer step; return its measurements where they are logged."""
@@ -347,24 +358,6 @@ class Loop:
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-
-
-class _Progress:
-    """Says now and then how far rank 0 is."""
-
-    def __init__(self) -> None:
-        self._began = self._told = time.monotonic()
-
-    def tell(self, step: int, values: dict[str, float], done: int, left: int) -> None:
-        """Log the step, and the time that is left by the pace since the start or resume."""
-        now = time.monotonic()
-        if now - self._told < _LOG_EVERY_S:
-            return
-        self._told = now
-        logger.info(
-            "train: step %d, loss %.4f, %.2f samples/s, about %.0f s left",
-            step, values["loss"], values["samples_per_s"], (now - self._began) / done * left,
-        )  # fmt: skip
 
 
 def precision_of(train: TrainConfig, *, gpu: bool) -> zero.Precision:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llava_ray.config import TrainConfig
 from llava_ray.errors import ResourceError
 from llava_ray.storage import cache_folder
+from llava_ray.train.replica import ReplicaEngine
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ _SETTLING_S = 30
 def zero_config(train: TrainConfig, precision: Precision, *, gpu: bool) -> dict[str, Any]:
     """Return DeepSpeed's JSON for a train section."""
     stage: dict[str, Any] = {
-        "stage": train.zero_stage,
+        "stage": train.stage,
         "contiguous_gradients": True,
         "overlap_comm": gpu,
         # DeepSpeed's default takes 2 GB for buffers that LoRA's gradients do not fill.
@@ -110,6 +111,13 @@ def _builder_runs() -> bool:
     return False
 
 
+def shard_on_load(config: dict[str, Any]) -> Any:
+    """Return an object during whose life `from_pretrained` shards weights as ZeRO-3 does."""
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]
+
+
 def make_engine(module: "nn.Module", groups: list[dict[str, Any]], config: dict[str, Any]) -> Any:
     """Return a DeepSpeed engine with AdamW over the given parameter groups."""
     import deepspeed
@@ -154,8 +162,10 @@ def set_adam_step(engine: Any, step: int) -> None:
             state["step"].fill_(step)
 
 
-def full_weight(parameter: "nn.Parameter") -> "torch.Tensor":
+def full_weight(engine: Any, parameter: "nn.Parameter") -> "torch.Tensor":
     """Return a trained parameter whole and in fp32; all ranks call this together."""
+    if isinstance(engine, ReplicaEngine):
+        return engine.weight(parameter).float().cpu().clone()
     from deepspeed.utils import safe_get_full_fp32_param
 
     value: torch.Tensor = safe_get_full_fp32_param(parameter)

@@ -34,7 +34,7 @@ def run_ranks(world_size: int, jobs: list[dict[str, Any]], folder: Path) -> None
         )
         for rank, log in enumerate(logs)
     ]  # fmt: skip
-    codes = [process.wait(timeout=240) for process in ranks]
+    codes = [process.wait(timeout=400) for process in ranks]
     for log in logs:
         log.close()
     assert codes == [0] * world_size, Path(logs[0].name).read_text()[-3000:]
@@ -84,6 +84,12 @@ def runs(bench: Bench) -> Path:
     """The folder with all runs; `one_*` had one rank, `two_*` two."""
     one, two = "train.batch_size=2", "train.batch_size=1"
     stage2, stage3 = "train.zero_stage=2", "train.zero_stage=3"
+    stage0, full = "train.zero_stage=0", "train.method=full"
+    eight_bit = (*LONG, full, stage0, two, "train.optimizer=adamw8bit", "train.learning_rate=1e-3")
+    galore = (
+        *LONG, full, stage0, two, "train.optimizer=galore", "train.learning_rate=1e-3",
+        "train.galore_rank=4", "train.galore_update_steps=3",
+    )  # fmt: skip
     two_at_2 = bench.root / "two_long" / "step_2"
     run_ranks(
         2,
@@ -92,6 +98,11 @@ def runs(bench: Bench) -> Path:
             bench.job("two_zero3", *PLAIN, two, stage3),
             bench.job("two_long", *LONG, two, stage2),
             bench.job("two_resumed", *LONG, two, stage2, resume_from=two_at_2),
+            bench.job("two_stage0", *PLAIN, two, stage0),
+            bench.job("two_8bit", *eight_bit),
+            bench.job("two_8bit_resumed", *eight_bit, resume_from=bench.root / "two_8bit/step_2"),
+            bench.job("two_galore", *galore),
+            bench.job("two_galore_resumed", *galore, resume_from=bench.root / "two_galore/step_2"),
         ],
         bench.root,
     )
@@ -102,6 +113,13 @@ def runs(bench: Bench) -> Path:
             bench.job("one_zero3", *PLAIN, one, stage3, "train.gradient_checkpointing=true"),
             bench.job("one_from_two", *PLAIN, one, stage3,
                       resume_from=bench.root / "two_zero2" / "step_1"),
+            bench.job("one_stage0_from_two", *PLAIN, one, stage0,
+                      resume_from=bench.root / "two_zero2" / "step_1"),
+            bench.job("one_bf16", *PLAIN, one, stage0, "train.precision=bf16"),
+            bench.job("one_bf16_resumed", *PLAIN, one, stage0, "train.precision=bf16",
+                      resume_from=bench.root / "one_bf16" / "step_2"),
+            bench.job("one_zero2_from_stage0", *PLAIN, one, stage2,
+                      resume_from=bench.root / "one_stage0_from_two" / "step_2"),
         ],
         bench.root,
     )  # fmt: skip

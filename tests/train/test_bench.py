@@ -31,8 +31,8 @@ def bench(out: Path, *arguments: str) -> list[dict[str, object]]:
 
 
 def test_rows_of_all_engines_start_from_the_same_losses(tmp_path: Path) -> None:
-    rows = bench(tmp_path / "out.json", "--only", "plain-b1,zero2-b4,zero2-ckpt-b8,loop-b4")
-    assert [row["name"] for row in rows] == ["plain-b1", "zero2-b4", "zero2-ckpt-b8", "loop-b4"]
+    rows = bench(tmp_path / "out.json", "--only", "plain-b1,zero2-b4,zero2-ckpt-b8,replica-b4")
+    assert [row["name"] for row in rows] == ["plain-b1", "zero2-b4", "zero2-ckpt-b8", "replica-b4"]
     for row in rows:
         assert not row["failed"]
         assert 0 < row["samples_per_s_min"] <= row["samples_per_s"] <= row["samples_per_s_max"]
@@ -44,7 +44,7 @@ def test_rows_of_all_engines_start_from_the_same_losses(tmp_path: Path) -> None:
 
 
 def test_a_row_that_cannot_run_is_recorded_and_the_rest_go_on(tmp_path: Path) -> None:
-    rows = bench(tmp_path / "out.json", "--only", "plain-liger-b4,loop-b1")
+    rows = bench(tmp_path / "out.json", "--only", "plain-liger-b4,replica-b1")
     assert "liger" in str(rows[0]["failed"])
     assert not rows[1]["failed"]
 
@@ -60,10 +60,12 @@ def test_speedup_and_scaling_leave_failed_rows_out() -> None:
         Row("plain-b8", "plain", 8, samples_per_s=99, failed="out of memory"),
         Row("loop-b1", "loop", 1, samples_per_s=15),
         Row("loop-b1", "loop", 1, gpus=2, samples_per_s=28.5),
+        Row("loop-b1", "loop", 1, launcher="ray", samples_per_s=14.7),
     ]
     found = verdicts(rows)
     assert found["speedup"] == 1.5
     assert found["scaling"] == {"loop-b1 on 2 GPUs": 1.9}
+    assert found["ray_share"] == {"loop-b1 on 1 GPUs": 0.98}
 
 
 def test_operations_of_the_7b_model() -> None:

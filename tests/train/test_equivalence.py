@@ -15,9 +15,16 @@ TOLERANCE = 2e-5
 """Of losses and gradients, whose fp32 sums are taken in another order: relative to the largest
 entry of each tensor."""
 
+BF16_TOLERANCE = 5e-3
+"""Of losses: bf16 has 8 bits."""
+
 WEIGHT_TOLERANCE = 2e-5
 """Absolute, at a learning rate of 1e-2: AdamW divides by the gradient's size, so an entry whose
 gradient is all rounding moves by up to the rate's 500th part."""
+
+
+RESUME_TOLERANCE = {"two_long": 0, "two_8bit": 0, "two_galore": 1e-4}
+"""GaLore's projection is read back in another memory layout, which products round differently."""
 
 
 def read_step(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -94,7 +101,7 @@ def plain(bench) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.
     return found, gradients, weights
 
 
-@pytest.mark.parametrize("run", ["one_zero2", "one_zero3", "two_zero2", "two_zero3"])
+@pytest.mark.parametrize("run", ["one_zero2", "one_zero3", "two_zero2", "two_zero3", "two_stage0"])
 def test_steps_equal_plain_transformers_and_peft(runs, plain, run: str) -> None:
     expected_losses, gradients, weights = plain
     assert losses(runs / run) == pytest.approx(expected_losses, rel=TOLERANCE)
@@ -112,24 +119,52 @@ def test_vision_tower_is_never_trained(plain) -> None:
     assert len([name for name in gradients if "projector" in name]) == 4
 
 
-def test_resume_equals_the_uninterrupted_run(runs) -> None:
-    whole, resumed = runs / "two_long", runs / "two_resumed"
+@pytest.mark.parametrize("run", ["two_long", "two_8bit", "two_galore"])
+def test_resume_equals_the_uninterrupted_run(runs, run: str) -> None:
+    whole, resumed = runs / run, runs / f"{run.removesuffix('_long')}_resumed"
     for name in ("loss", "lr", "projector_lr", "grad_norm", "tokens"):
         lines = [read_metrics(run / "step_4" / "metrics.jsonl") for run in (whole, resumed)]
         of_whole, of_resumed = ([x[name] for x in part if name in x] for part in lines)
-        assert of_whole == of_resumed, name
+        assert of_resumed == pytest.approx(of_whole, rel=RESUME_TOLERANCE[run]), name
         assert len(of_whole) == 4
     expected, found = read_step(whole, 4), read_step(resumed, 4)
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    for name, value in expected.items():
+        gap = float((found[name].float() - value.float()).abs().max())
+        assert gap <= RESUME_TOLERANCE[run] * float(value.float().abs().max()), name
     states = [json.loads((r / "step_4" / "state.json").read_text()) for r in (whole, resumed)]
     assert states[0]["samples"] == states[1]["samples"] == 4 * 2 * 2
 
 
-def test_resume_with_other_workers_and_stage(runs, plain) -> None:
+def test_8bit_and_galore_keep_small_states(runs) -> None:
+    eight_bit, galore = (read_step(runs / run, 4) for run in ("two_8bit", "two_galore"))
+    name = next(n for n in eight_bit if n.startswith("weight/") and "layers.0.mlp.up_proj" in n)
+    name = name.removeprefix("weight/")
+    shape = eight_bit[f"weight/{name}"].shape
+    assert eight_bit[f"state1/{name}"].dtype == torch.uint8
+    assert eight_bit[f"state1/{name}"].shape == shape
+    assert galore[f"exp_avg/{name}"].numel() == 4 * max(shape)
+    assert galore[f"ortho_matrix/{name}"].numel() == 4 * min(shape)
+    for run in ("two_8bit", "two_galore"):
+        found = losses(runs / run, 4)
+        assert found[3] < found[0]
+
+
+def test_bf16_steps_are_taken_in_fp32(runs, plain) -> None:
+    expected_losses, _, _ = plain
+    assert losses(runs / "one_bf16") == pytest.approx(expected_losses, rel=BF16_TOLERANCE)
+    last, again = (read_step(runs / run, 3) for run in ("one_bf16", "one_bf16_resumed"))
+    assert all(torch.equal(again[name], value) for name, value in last.items())
+    weight = next(v for n, v in last.items() if n.startswith("weight/") and "lora_B" in n)
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("run", ["one_from_two", "one_stage0_from_two", "one_zero2_from_stage0"])
+def test_resume_with_other_workers_and_stage(runs, plain, run: str) -> None:
     _, _, weights = plain
-    last = read_step(runs / "one_from_two", 3)
+    last = read_step(runs / run, 3)
     assert_close({n.removeprefix("weight/"): v for n, v in last.items() if "weight/" in n}, weights)
-    assert losses(runs / "one_from_two") == pytest.approx(losses(runs / "two_zero2"), rel=1e-4)
+    assert losses(runs / run) == pytest.approx(losses(runs / "two_zero2"), rel=1e-4)
 
 
 def test_adapter_opens_with_peft(runs, bench, plain) -> None:

@@ -41,8 +41,9 @@ def test_a_killed_worker_costs_at_most_one_checkpoint_interval(ray_local, bench,
     from conftest import LONG
 
     config = bench.config(
-        *LONG, "train.num_workers=2", "train.batch_size=1", "train.trackers=[tensorboard]"
-    )
+        *LONG, "train.num_workers=2", "train.batch_size=1", "train.trackers=[tensorboard]",
+        "train.zero_stage=2",
+    )  # fmt: skip
     killed: list[int] = []
     watch = threading.Thread(
         target=kill_a_worker_after_a_checkpoint, args=(bench.root / "store" / "work", killed)
@@ -89,15 +90,30 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(ray_local, bench) ->
 @SLOW
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "override",
-    ["train.method=qlora", "train.method=full", "train.use_dora=true", "train.use_rslora=true",
-     "train.offload=optimizer", "train.loader_workers=1"],
-)  # fmt: skip
-def test_methods_train_and_merge(ray_local, bench, override: str) -> None:
+    "overrides",
+    [
+        ("train.method=qlora",),
+        ("train.method=hqq", "train.hqq_bits=3"),
+        ("train.method=full",),
+        ("train.use_dora=true",),
+        ("train.use_rslora=true",),
+        ("train.offload=optimizer",),
+        ("train.loader_workers=1",),
+        ("train.zero_stage=0", "train.optimizer=adamw8bit"),
+        (
+            "train.zero_stage=0",
+            "train.optimizer=galore",
+            "train.method=full",
+            "train.galore_rank=8",
+        ),
+    ],
+    ids=str,
+)
+def test_methods_train_and_merge(ray_local, bench, overrides: tuple[str, ...]) -> None:
     from llava_ray import merge
 
     config = bench.config(
-        override, "train.max_steps=12", "train.batch_size=4", "train.learning_rate=1e-2",
+        *overrides, "train.max_steps=12", "train.batch_size=4", "train.learning_rate=1e-2",
         "train.checkpoint_every_steps=12",
     )  # fmt: skip
     adapter = train.run(config, bench.dataset)

@@ -1,0 +1,236 @@
+"""Training without DeepSpeed: each worker holds all weights and the whole optimizer.
+
+What LoRA trains is small, so there is little to shard, and ZeRO's bookkeeping for each parameter
+slows a step (results/train_bench_h100.json, zero2 beside loop). Also for optimizers that ZeRO
+cannot shard, since it flattens weights into pieces: 8-bit AdamW quantizes its moments in blocks of
+a weight, GaLore projects whole gradient matrices.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from llava_ray.config import TrainConfig
+from llava_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_BASIS = "ortho_matrix"
+"""GaLore's projection, which its optimizer keeps in an object of its own."""
+
+
+class ReplicaEngine:
+    """What the training loop uses of a DeepSpeed engine, by plain PyTorch.
+
+    Forward reads the trained weights in `dtype`; AdamW changes an fp32 copy of them.
+    """
+
+    def __init__(
+        self,
+        module: "nn.Module",
+        groups: list[dict[str, Any]],
+        train: TrainConfig,
+        dtype: "torch.dtype",
+    ) -> None:
+        self.module = module
+        self._trained: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+        self.device = self._trained[0].device
+        self._changed = self._trained
+        if train.optimizer == "adamw":
+            # Steps are often smaller than bf16 can add to a weight.
+            self._changed = [_wide(p, dtype) for p in self._trained]
+        for parameter in self._trained:
+            parameter.data = parameter.data.to(dtype)
+        self._held = dict(zip(map(id, self._trained), self._changed, strict=True))
+        wide = [{**g, "params": [self._held[id(p)] for p in g["params"]]} for g in groups]
+        self.optimizer = _optimizer(module, wide, train)
+        self._accumulation = train.gradient_accumulation
+        self._max_norm = train.max_grad_norm
+        self._micro_steps = 0
+        self._norm: torch.Tensor | None = None
+        module.train()
+
+    def __call__(self, **batch: "torch.Tensor") -> "torch.Tensor":
+        """Return the module's loss."""
+        loss: torch.Tensor = self.module(**batch)
+        return loss
+
+    def train(self) -> None:
+        """Turn dropout on."""
+        self.module.train()
+
+    def eval(self) -> None:
+        """Turn dropout off."""
+        self.module.eval()
+
+    def backward(self, loss: "torch.Tensor") -> None:
+        """Add a micro-batch's share to the gradients."""
+        (loss / self._accumulation).backward()  # type: ignore[no-untyped-call]
+        for parameter, held in zip(self._trained, self._changed, strict=True):
+            if held is parameter or parameter.grad is None:
+                continue
+            if held.grad is None:
+                held.grad = parameter.grad.float()
+            else:
+                held.grad += parameter.grad
+            parameter.grad = None
+
+    def step(self) -> None:
+        """After the last micro-batch: average over workers, clip, and change the weights."""
+        self._micro_steps += 1
+        if self._micro_steps % self._accumulation:
+            return
+        import torch
+        from torch.nn.utils import clip_grad_norm_
+
+        average_gradients(self._changed)
+        self._norm = clip_grad_norm_(self._changed, self._max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self._changed is not self._trained:
+            with torch.no_grad():
+                torch._foreach_copy_(list[Any](self._trained), list[Any](self._changed))
+
+    def get_global_grad_norm(self) -> float | None:
+        """Return the norm of the last step's gradient before clipping."""
+        return None if self._norm is None else float(self._norm)
+
+    def weight(self, parameter: "nn.Parameter") -> "torch.Tensor":
+        """Return a trained weight as precisely as it is held."""
+        return self._held[id(parameter)].detach()
+
+    def tensors(self, parameter: "nn.Parameter") -> "dict[str, torch.Tensor]":
+        """Return a weight and its optimizer's state by kind, on the CPU."""
+        import torch
+
+        state = self.optimizer.state.get(self._held[id(parameter)], {})
+        found = {kind: value for kind, value in state.items() if isinstance(value, torch.Tensor)}
+        basis = getattr(state.get("projector"), _BASIS, None)
+        if basis is not None:
+            found[_BASIS] = basis
+        found.pop("step", None)
+        found["weight"] = self.weight(parameter)
+        return {kind: value.detach().cpu().clone().contiguous() for kind, value in found.items()}
+
+    def load(
+        self, parameter: "nn.Parameter", tensors: "dict[str, torch.Tensor]", step: int
+    ) -> None:
+        """Set what `tensors` returned, and how many steps were done."""
+        import torch
+
+        held = self._held[id(parameter)]
+        with torch.no_grad():
+            held.copy_(tensors.pop("weight").view_as(held))
+            parameter.copy_(held)
+        if not tensors:
+            return
+        state: dict[str, Any] = {k: v.to(held.device) for k, v in tensors.items()}
+        basis = state.pop(_BASIS, None)
+        if basis is not None:
+            state["projector"] = self._projector(held, basis)
+        # PyTorch counts in a tensor, bitsandbytes and GaLore in an int.
+        plain = isinstance(self.optimizer, torch.optim.AdamW)
+        device = held.device if self.optimizer.defaults.get("fused") else "cpu"
+        state["step"] = torch.tensor(float(step), device=device) if plain else step
+        if plain:
+            # ZeRO keeps moments flat.
+            state |= {k: v.view_as(held) for k, v in state.items() if k != "step"}
+        self.optimizer.state[held] = state
+
+    def _projector(self, parameter: "nn.Parameter", basis: "torch.Tensor") -> Any:
+        from galore_torch.galore_projector import GaLoreProjector
+
+        group = next(
+            g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"])
+        )
+        projector = GaLoreProjector(
+            group["rank"], update_proj_gap=group["update_proj_gap"], scale=group["scale"],
+            proj_type=group["proj_type"],
+        )  # fmt: skip
+        projector.ortho_matrix = basis
+        return projector
+
+
+def average_gradients(parameters: "list[nn.Parameter]") -> None:
+    """Average gradients over all workers in one message."""
+    import torch
+    import torch.distributed
+
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if world == 1 or not gradients:
+        return
+    flat = torch.cat([g.flatten() for g in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= world
+    parts = torch.split(flat, [g.numel() for g in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def _wide(parameter: "nn.Parameter", dtype: "torch.dtype") -> "nn.Parameter":
+    import torch
+
+    if dtype == torch.float32:
+        return parameter
+    return torch.nn.Parameter(parameter.detach().float())
+
+
+def check_optimizer(train: TrainConfig) -> None:
+    """Raise ConfigError when the optimizer's package is missing."""
+    if train.optimizer != "galore":
+        return
+    try:
+        import galore_torch  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "train.optimizer 'galore': needs 'pip install llava_ray[galore]' on the driver's and "
+            "the workers' image"
+        ) from error
+
+
+def _optimizer(
+    module: "nn.Module", groups: list[dict[str, Any]], train: TrainConfig
+) -> "torch.optim.Optimizer":
+    import torch
+
+    betas, eps = (0.9, 0.999), 1e-8
+    if train.optimizer == "adamw":
+        on_gpu = all(p.is_cuda for group in groups for p in group["params"])
+        return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=on_gpu)
+    if train.optimizer == "adamw8bit":
+        from bitsandbytes.optim.adamw import AdamW8bit
+
+        eight_bit: torch.optim.Optimizer = AdamW8bit(groups, betas=betas, eps=eps)  # type: ignore[no-untyped-call]
+        return eight_bit
+    from galore_torch import GaLoreAdamW
+
+    galore: torch.optim.Optimizer = GaLoreAdamW(
+        _galore_groups(module, groups, train), betas=betas, eps=eps, no_deprecation_warning=True
+    )
+    return galore
+
+
+def _galore_groups(
+    module: "nn.Module", groups: list[dict[str, Any]], train: TrainConfig
+) -> list[dict[str, Any]]:
+    """Split the layers' matrices off: embedding, head, norms and projector keep plain AdamW.
+
+    Source: GaLore, torchrun_main.py, target_modules_list.
+    """
+    projected = {
+        id(p)
+        for name, p in module.named_parameters()
+        if p.dim() == 2 and (".self_attn." in name or ".mlp." in name)
+    }
+    extra = {
+        "rank": train.galore_rank, "update_proj_gap": train.galore_update_steps,
+        "scale": train.galore_scale, "proj_type": "std",
+    }  # fmt: skip
+    found: list[dict[str, Any]] = []
+    for group in groups:
+        for inside in (True, False):
+            chosen = [p for p in group["params"] if (id(p) in projected) == inside]
+            if chosen:
+                found.append({**group, "params": chosen, **(extra if inside else {})})
+    return found
