@@ -121,9 +121,7 @@ class Scheduler:
         broke, BadRequest when the engine refuses the prompt.
         """
         inbox: asyncio.Queue[Step | FinishReason | ApiError] = asyncio.Queue()
-        now = time.monotonic()
-        answer = Answer(prompt, sampling, now + timeout_s, inbox.put_nowait, now)
-        self._submit(answer)
+        answer = self.submit(prompt, sampling, timeout_s, inbox.put_nowait)
         try:
             while True:
                 items = [await inbox.get()]
@@ -141,10 +139,21 @@ class Scheduler:
                 yield Chunk(steps, last)
                 return
         finally:
-            if not answer.over:
-                self._cancel(answer)
+            self.cancel(answer)
 
-    def _submit(self, answer: Answer) -> None:
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        timeout_s: float,
+        deliver: Callable[[Step | FinishReason | ApiError], None],
+    ) -> Answer:
+        """Queue a request; `deliver` gets its tokens on the event loop, then how it ended.
+
+        Raises Overloaded when the queue is full and Unavailable when the engine broke.
+        """
+        now = time.monotonic()
+        answer = Answer(prompt, sampling, now + timeout_s, deliver, now)
         with self._wake:
             self.check()
             if len(self._waiting) >= self._max_waiting + self._free_slots():
@@ -152,8 +161,12 @@ class Scheduler:
             self._waiting.append(answer)
             self._recorder.waiting(len(self._waiting))
             self._wake.notify()
+        return answer
 
-    def _cancel(self, answer: Answer) -> None:
+    def cancel(self, answer: Answer) -> None:
+        """Stop working on an answer, unless it has ended."""
+        if answer.over:
+            return
         with self._wake:
             answer.cancelled = True
             self._wake.notify()
