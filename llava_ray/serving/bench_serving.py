@@ -47,7 +47,7 @@ _PROCESSES = {
     "bare_engine": "ray::BareEngine",
     "engine_replica": "ray::ServeReplica:bench:engine-0",
     "ingress_replica": "ray::ServeReplica:bench:ingress",
-    "proxy": "ray::ProxyActor",
+    "proxy": "/haproxy -db",
 }
 """How Ray titles the processes whose CPU time is counted."""
 
@@ -116,10 +116,11 @@ def _serve(variant_uri: str, port: int) -> str:
     """Start the real application; return the host that it listens on."""
     from ray import serve
 
+    from llava_ray.deploy.application import start_serve
     from serve.app import build
 
     args = _args(variant_uri)
-    serve.start(proxy_location="HeadOnly", http_options={"host": args.host, "port": port})
+    start_serve(args.host, port)
     serve.run(build(args), name="bench", route_prefix="/")
     return str(args.host)
 
@@ -292,6 +293,6 @@ def _cpu_s() -> dict[str, float]:
     for process in psutil.Process().children(recursive=True):
         title = " ".join(process.cmdline())
         for name, mark in _PROCESSES.items():
-            if title.startswith(mark):
+            if mark in title:
                 found[name] = sum(process.cpu_times()[:2])
     return found
