@@ -31,7 +31,8 @@ def environment() -> dict[str, str]:
         return dict(_FAST)
     if not _on_head():
         return dict(_FAST)
-    folder = Path(tempfile.mkdtemp(prefix="llava_ray-front-"))
+    # Not below a long $TMPDIR: the path of a socket has 107 bytes at most.
+    folder = Path(tempfile.mkdtemp(prefix="llava_ray-front-", dir="/tmp"))
     stats, metrics = _free_ports(2)
     return _FAST | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
