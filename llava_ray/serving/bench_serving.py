@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CLIENTS = (1, 8)
+CLIENTS = (1, 8, 64)
 GOAL_FIRST_TOKEN_MS = 7.0
 GOAL_PER_TOKEN_MS = 0.2
 GOAL_THROUGHPUT_SHARE = 0.95

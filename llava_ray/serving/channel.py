@@ -99,6 +99,10 @@ class Sender:
         """Whether the ingress is gone."""
         return self._writer.is_closing()
 
+    def close(self) -> None:
+        """Hang up."""
+        self._writer.close()
+
     def put(self, number: int, item: Step | FinishReason) -> None:
         """Send a token or an answer's end, together with all else that comes in this moment."""
         if not self._outbox:
@@ -136,6 +140,12 @@ class Senders:
             return await asyncio.shield(task)
         except OSError as error:
             raise Unavailable(f"the ingress at {address.host} cannot be reached") from error
+
+    def close(self) -> None:
+        """Hang up on all."""
+        for task in self._open.values():
+            if task.done() and task.exception() is None:
+                task.result().close()
 
 
 async def _connect(address: Address) -> Sender:

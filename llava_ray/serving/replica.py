@@ -88,6 +88,8 @@ class EngineReplica:
 
     async def __del__(self) -> None:
         """End the engine's thread and free its memory."""
+        if hasattr(self, "_senders"):
+            self._senders.close()
         if hasattr(self, "_backend"):
             await asyncio.to_thread(self._backend.scheduler.close)
 
@@ -243,7 +245,7 @@ async def _await(response: Any) -> None:
 
 def _outcome(call: "asyncio.Task[None]") -> BaseException | None:
     """Return what a Serve call failed with."""
-    return asyncio.CancelledError() if call.cancelled() else call.exception()
+    return _lost() if call.cancelled() else call.exception()
 
 
 async def _card_of(handle: Any) -> ModelCard:
