@@ -12,6 +12,7 @@ import socket
 import stat
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from llava_ray.serving.api_errors import Unavailable
 
@@ -87,7 +88,8 @@ def _on_head() -> bool:
     import ray
 
     here = ray.get_runtime_context().get_node_id()
-    return any(node["NodeID"] == here and _HEAD in node["Resources"] for node in ray.nodes())
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return any(node["NodeID"] == here and _HEAD in node["Resources"] for node in nodes)
 
 
 def _free_ports(count: int) -> list[int]:

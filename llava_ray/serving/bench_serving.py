@@ -69,7 +69,7 @@ def run(out: Path, *, port: int = 8731, rounds: int = _ROUNDS) -> dict[str, Any]
             host = _serve(variant_uri, port)
             result = _measure(bare, host, port, rounds)
         finally:
-            serve.shutdown()
+            serve.shutdown()  # type: ignore[no-untyped-call]
             ray.shutdown()
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -105,7 +105,8 @@ class Ingress:
         from llava_ray.serving.endpoint import Endpoint
 
         self._receiver = Receiver()
-        address = await self._receiver.open(get_node_ip_address())
+        host: str = get_node_ip_address()  # type: ignore[no-untyped-call]
+        address = await self._receiver.open(host)
         backends = [
             await RayBackend.connect(model, handle, self._receiver, address)
             for model, handle in zip(args.models, engines, strict=True)
