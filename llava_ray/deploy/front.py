@@ -19,6 +19,7 @@ from llava_ray.serving.api_errors import Unavailable
 _HEAD = "node:__internal_head__"
 _FAST = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 """One event loop and thread per replica, and gRPC between replicas."""
+_OWN_PROXY = _FAST | {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
 
 
 def environment() -> dict[str, str]:
@@ -31,9 +32,9 @@ def environment() -> dict[str, str]:
 
         binary = get_haproxy_binary()
     except (ImportError, OSError):
-        return dict(_FAST)
+        return dict(_OWN_PROXY)
     if not _on_head():
-        return dict(_FAST)
+        return dict(_OWN_PROXY)
     # Not below a long $TMPDIR: the path of a socket has 107 bytes at most.
     folder = Path(tempfile.mkdtemp(prefix="llava_ray-front-", dir="/tmp"))
     stats, metrics = _free_ports(2)
@@ -44,6 +45,8 @@ def environment() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "state"),
+        # HAProxy is told of a replica that leaves at once, not by an outsider's checks.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
