@@ -130,6 +130,7 @@ class RayBackend(Backend):
         self._handle = handle
         self._receiver = receiver
         self._address = address
+        self._calls: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def connect(
@@ -184,7 +185,10 @@ class RayBackend(Backend):
         response = self._handle.generate.remote(prompt, sampling, timeout_s, self._address, number)
         call = asyncio.create_task(_await(response))
         call.add_done_callback(lambda done: inbox.put_nowait(_outcome(done)))
-        returned = False
+        # The loop itself does not keep a task that nobody waits for.
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        returned = ended = False
         try:
             while True:
                 # The end comes over the channel; once the call has returned it is due.
@@ -195,8 +199,9 @@ class RayBackend(Backend):
                 chunks = [item for item in items if isinstance(item, Chunk)]
                 if chunks:
                     steps = tuple(step for chunk in chunks for step in chunk.steps)
+                    ended = chunks[-1].finish_reason is not None
                     yield Chunk(steps, chunks[-1].finish_reason)
-                    if chunks[-1].finish_reason is not None:
+                    if ended:
                         return
                 for item in items:
                     if isinstance(item, BaseException):
@@ -206,9 +211,9 @@ class RayBackend(Backend):
             raise _lost() from error
         finally:
             self._receiver.forget(number)
-            # Both do nothing to an answer that has ended.
-            response.cancel()
-            call.cancel()
+            if not ended:
+                response.cancel()
+                call.cancel()
 
     async def metrics(self) -> list[bytes]:
         """Return each replica's series."""
