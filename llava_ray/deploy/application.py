@@ -196,17 +196,17 @@ def _start_serve(target: Target) -> None:
                 f"port {port} of {host} cannot be had ({error.strerror}): set serve.port to a free "
                 "one or end what listens there"
             ) from error
-    start_serve(host, port)
+    start_serve(host, port, target.config.serve.request_timeout_s)
 
 
-def start_serve(host: str, port: int) -> None:
+def start_serve(host: str, port: int, request_timeout_s: float) -> None:
     """Start Serve's controller and what listens for it on the head node."""
     from ray import serve
 
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": host, "port": port},
-        controller_options={"runtime_env": {"env_vars": front.environment()}},
+        controller_options={"runtime_env": {"env_vars": front.environment(2 * request_timeout_s)}},
     )
 
 

@@ -6,6 +6,7 @@ page on all interfaces and a list of routes for everyone. A wrapper mends that o
 """
 
 import json
+import math
 import os
 import shlex
 import socket
@@ -22,8 +23,10 @@ _FAST = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 _OWN_PROXY = _FAST | {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
 
 
-def environment() -> dict[str, str]:
+def environment(longest_answer_s: float) -> dict[str, str]:
     """Return the environment of Serve's processes; HAProxy's files are in a new private folder.
+
+    Answers may go on that long over an old HAProxy when another takes its place.
 
     Off the head node, where its wrapper would not be found, it leaves Serve's own proxy in place.
     """
@@ -47,6 +50,7 @@ def environment() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "state"),
         # HAProxy is told of a replica that leaves at once, not by an outsider's checks.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(longest_answer_s)),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),

@@ -120,7 +120,7 @@ def _serve(variant_uri: str, port: int) -> str:
     from serve.app import build
 
     args = _args(variant_uri)
-    start_serve(args.host, port)
+    start_serve(args.host, port, args.request_timeout_s)
     serve.run(build(args), name="bench", route_prefix="/")
     return str(args.host)
 
