@@ -127,6 +127,22 @@ def test_nobody_is_told_the_routes(served: DeploymentRecord) -> None:
     assert httpx.get(served.url.removesuffix("/v1") + "/-/routes").status_code == 404
 
 
+def test_haproxy_takes_the_requests_in_and_listens_on_loopback_only(
+    served: DeploymentRecord,
+) -> None:
+    import psutil
+
+    listening = {
+        (connection.laddr.ip, connection.laddr.port)
+        for process in psutil.Process().children(recursive=True)
+        if process.name() == "haproxy"
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert ("127.0.0.1", int(served.url.removesuffix("/v1").rpartition(":")[2])) in listening
+    assert {address for address, _ in listening} == {"127.0.0.1"}
+
+
 def test_a_second_call_reuses_the_deployment(
     served: DeploymentRecord, config: RunConfig, chosen: ChosenVariant
 ) -> None:
