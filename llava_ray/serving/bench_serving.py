@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_ray import __version__
 from llava_ray.serving.engine import Engine, Prompt
 from llava_ray.serving.load import Timeline, drive
 
@@ -237,11 +238,16 @@ def _measure(bare: Any, host: str, port: int, rounds: int) -> dict[str, Any]:
         tokens = rounds * count * _TOKENS
         loads[str(clients)] = compare(sides["bare"], sides["served"]) | {
             "requests_per_round": count,
-            "cpu_ms_per_token": {k: 1000 * (s - before[k]) / tokens for k, s in _cpu_s().items()},
+            "cpu_ms_per_token": {
+                name: 1000 * (used - before.get(name, 0.0)) / tokens
+                for name, used in _cpu_s().items()
+            },
         }
         logger.info("%d clients: %s", clients, json.dumps(loads[str(clients)]))
     return {
         "device": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "code_version": __version__,
+        "ray": ray.__version__,
         "variant": _SLUG,
         "tokens_per_answer": _TOKENS,
         "rounds": rounds,
