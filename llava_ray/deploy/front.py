@@ -20,6 +20,7 @@ from llava_ray.serving.api_errors import Unavailable
 _HEAD = "node:__internal_head__"
 _FAST = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 """One event loop and thread per replica, and gRPC between replicas."""
+_HEADER_TIMEOUT_S = 30
 _OWN_PROXY = _FAST | {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
 
 
@@ -66,6 +67,8 @@ def _write_wrapper(folder: Path, binary: str) -> Path:
         "s/^( *http-request) return .* if routes$/\\1 deny deny_status 404 if routes/",
         f"s|^( *errorfile 50[234]) .*|\\1 {refusal}|",
         "s/^( *stats socket .* mode) 666/\\1 600/",
+        # Who sends a header a letter at a time must not hold a connection for an hour.
+        f"s/^( *)option abortonclose$/&\\n\\1timeout http-request {_HEADER_TIMEOUT_S}s/",
     )
     edits = " ".join(f"-e {shlex.quote(rule)}" for rule in rules)
     wrapper = folder / "haproxy"

