@@ -10,12 +10,16 @@ from llava_ray.errors import VariantError
 from llava_ray.images import Pixels
 from llava_ray.serving.torch_cache import PrefixKey
 
+_MOST_BYTES = 2**31
+"""All of them together: one image of LLaVA-1.5-7B takes some 300 MB of a 16-bit cache."""
+
 
 class LlamaPrefixes:
     """The least recently used prefixes fall out; `capacity` 0 keeps none."""
 
-    def __init__(self, llama_cpp: Any, capacity: int = 0) -> None:
+    def __init__(self, llama_cpp: Any, capacity: int = 0, max_bytes: int = _MOST_BYTES) -> None:
         self.capacity = capacity
+        self.max_bytes = max_bytes
         self._llama = llama_cpp
         self._states: OrderedDict[PrefixKey, Any] = OrderedDict()
 
@@ -51,8 +55,11 @@ class LlamaPrefixes:
         if self._llama.llama_state_seq_get_data(context, state, size, slot) != size:
             return
         self._states[key] = state
-        while len(self._states) > self.capacity:
+        while len(self._states) > self.capacity or self._bytes() > self.max_bytes:
             self._states.popitem(last=False)
+
+    def _bytes(self) -> int:
+        return sum(len(state) for state in self._states.values())
 
     def clear(self) -> None:
         """Drop all prefixes."""

@@ -246,11 +246,16 @@ def test_an_image_asked_about_again_is_not_encoded_again(
         assert [tokens_of(engine, prompt) for prompt in asked] == plain
         assert len(encoded) == 2
         # A third image drives the one out that was not asked about for longest.
-        tokens_of(engine, prompt_of(engine, "USER: <image>\nWho? ASSISTANT:", images[2]))
+        third = prompt_of(engine, "USER: <image>\nWho? ASSISTANT:", images[2])
+        tokens_of(engine, third)
         assert tokens_of(engine, asked[2]) == plain[2]
         assert len(encoded) == 3
         assert tokens_of(engine, asked[1]) == plain[1]
         assert len(encoded) == 4
+        engine._prefixes.max_bytes = 1
+        for _ in range(2):
+            tokens_of(engine, third)
+        assert len(encoded) == 6, "what has no room is not kept"
     finally:
         engine.close()
 
