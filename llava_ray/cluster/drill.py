@@ -49,6 +49,7 @@ _CLIENTS = 4
 _DISK_FULL_S = 10.0
 """How long an endpoint has to live with a full disk."""
 _AFTERWARDS_S = 5.0
+_SETTLING_TRIALS = 10
 
 _START_SERVE = (
     "import ray, sys; from ray import serve; ray.init(log_to_driver=False); "
@@ -104,6 +105,7 @@ def prepared(stage: Stage, folder: Path) -> Path:
     """
     base, done = folder / "base", folder / f"base-{stage.before}.done"
     if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         with drill_cluster(None, redis=False, nodes=NODES) as cluster:
             job = Job(cluster, stage.before, base, key="")
             if job.wait(2 * JOB_S) != 0:
@@ -123,7 +125,7 @@ def _play(stage: Stage, fault: str, base: Path, folder: Path) -> dict[str, Any]:
         network = Network() if why_not("network") is None else None
         cluster = stack.enter_context(drill_cluster(network, redis=fault == HEAD, nodes=NODES))
         scene = Scene(cluster, stage, fault, storage)
-        scene.seen["memory_before_bytes"] = cluster.memory_bytes()
+        scene.seen["memory_before_bytes"] = _settled_memory(cluster)
         try:
             _disturb_endpoint(scene) if stage.name == "serve" else _disturb_job(scene)
             scene.seen |= _left_behind(scene)
@@ -136,6 +138,17 @@ def _play(stage: Stage, fault: str, base: Path, folder: Path) -> dict[str, Any]:
             "artifacts_corrupt": corrupt,
             "staging_left": len(list(staging.iterdir())) if staging.is_dir() else 0,
         }
+
+
+def _settled_memory(cluster: DrillCluster) -> int:
+    """Return the memory of an idle cluster, once it grows no more."""
+    memory = cluster.memory_bytes()
+    for _ in range(_SETTLING_TRIALS):
+        time.sleep(2)
+        earlier, memory = memory, cluster.memory_bytes()
+        if memory < earlier * 1.01:
+            break
+    return memory
 
 
 def _disturb_job(scene: Scene) -> None:

@@ -68,6 +68,10 @@ class Clients:
         """Return how many answers have ended well so far."""
         return sum(len(tally.whole_at) for tally in self._tallies)
 
+    def running(self) -> bool:
+        """Say whether they still ask."""
+        return any(thread.is_alive() for thread in self._threads)
+
     def stop(self) -> Requests:
         """End them after the answers they are in, and count."""
         self._over.set()

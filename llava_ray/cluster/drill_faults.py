@@ -14,7 +14,7 @@ from llava_ray.cluster.drill_stages import STAGES, Stage
 from llava_ray.errors import ResourceError
 
 FAULTS = ("worker", "node", "head", "disk", "network", "replica")
-DISK_BYTES = 400_000_000
+DISK_BYTES = 400 * 2**20
 _SPARE = "w3"
 """The node that comes in a lost one's place."""
 _BUSY_S = 90.0

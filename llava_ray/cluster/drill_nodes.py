@@ -39,8 +39,11 @@ SETTINGS = {
     "gcs_rpc_server_reconnect_timeout_s": 600,
 }
 """Of Ray, given to every node."""
+RAYS_OWN = "_AutoscalingCoordinatorActor"
+"""One per cluster, which Ray Train starts and which stays by design."""
 OBJECT_STORE_BYTES = 100_000_000
 _LOST_S = 90.0
+_AGENTS_S = 60.0
 
 
 class DrillCluster:
@@ -76,6 +79,8 @@ class DrillCluster:
         self.start_head()
         for name in nodes:
             self.start_node(name)
+        # Until then the memory that a cluster takes by itself is not known.
+        wait_for(lambda: self._agents() > len(nodes), _AGENTS_S, "Ray's agents have not started")
 
     def start_head(self) -> None:
         """Start the head, or start it again at the same address."""
@@ -167,9 +172,11 @@ class DrillCluster:
         raise ResourceError(f"the head has not given {node} up after {_LOST_S:.0f} s")
 
     def actors(self) -> list[str]:
-        """Return the class and state of every actor that is not dead."""
+        """Return the class and state of every actor that is not dead, but for Ray's own."""
         return sorted(
-            f"{a['class_name']} {a['state']}" for a in self.api("actors") if a["state"] != "DEAD"
+            f"{a['class_name']} {a['state']}"
+            for a in self.api("actors")
+            if a["state"] != "DEAD" and a["class_name"] != RAYS_OWN
         )
 
     def memory_bytes(self) -> int:
@@ -205,6 +212,10 @@ class DrillCluster:
                 return body
         except OSError:
             return None
+
+    def _agents(self) -> int:
+        titles = self.processes().values()
+        return sum(title.startswith("ray::DashboardAgent") for title in titles)
 
     def _places(self) -> dict["psutil.Process", str]:
         """Return the node of each living process; none for what runs beside the cluster."""
@@ -290,7 +301,7 @@ def free_ports(count: int) -> list[int]:
 
 def is_work(title: str) -> bool:
     """Say whether a process's title is that of a Ray task or actor."""
-    idle = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    idle = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", f"ray::{RAYS_OWN}")
     return title.startswith("ray::") and not title.startswith(idle)
 
 

@@ -76,9 +76,10 @@ STAGES = {
 class Job:
     """A job's driver on the head, and every line it has said with its time."""
 
-    def __init__(self, cluster: DrillCluster, script: str, storage: Path, *arguments: str,
-                 key: str) -> None:  # fmt: skip
-        self.began = time.time()
+    def __init__(
+        self, cluster: DrillCluster, script: str, storage: Path, *arguments: str, key: str
+    ) -> None:
+        self._log = storage.with_suffix(".log")
         self.lines: list[tuple[float, str]] = []
         self._driver = subprocess.Popen(
             [sys.executable, str(REPOSITORY / "jobs" / script), f"storage.uri={storage}",
@@ -117,8 +118,10 @@ class Job:
 
     def _read(self) -> None:
         assert self._driver.stdout is not None
-        for line in self._driver.stdout:
-            self.lines.append((time.time(), line.strip()))
+        with self._log.open("a", encoding="utf-8") as log:
+            for line in self._driver.stdout:
+                self.lines.append((time.time(), line.strip()))
+                log.write(line)
 
 
 @dataclass(frozen=True)
@@ -157,18 +160,21 @@ def losses(stage: Stage, jobs: list[Job], storage: Path, struck_at: float) -> Lo
         for when, text in lines
         if when > struck_at and (match := _RESUMED.search(text))
     ]
-    steps_at = tuple(step for _, step in resumed)
-    if stage.name != "train":
-        recover_s = resumed[0][0] - struck_at if resumed else None
-        return Loss(recover_s, None, steps_at, ())
-    events = _train_events(storage)
-    before = [step for when, step in events if when <= struck_at]
-    if not resumed:
+    if stage.name == "train":
+        return _steps_again(_train_events(storage), struck_at)
+    recover_s = resumed[0][0] - struck_at if resumed else None
+    return Loss(recover_s, None, tuple(step for _, step in resumed), ())
+
+
+def _steps_again(files: list[list[tuple[float, int]]], struck_at: float) -> Loss:
+    """Compare the events of the processes that wrote before the fault with those of later ones."""
+    before = [step for events in files for when, step in events if when <= struck_at]
+    later = sorted(events for events in files if events[0][0] > struck_at)
+    if not later:
         return Loss(None, None, (), ())
-    after = [when for when, step in events if when > resumed[0][0] - 1 and step > steps_at[0]]
-    recover_s = (min(after) if after else resumed[0][0]) - struck_at
-    lost = max(before) - steps_at[0] if before else None
-    return Loss(recover_s, lost, steps_at, ())
+    resumed_at = tuple(events[0][1] - 1 for events in later)
+    lost = max(before) - resumed_at[0] if before else None
+    return Loss(later[0][0][0] - struck_at, lost, resumed_at, ())
 
 
 def _variants_again(lines: list[tuple[float, str]], struck_at: float) -> Loss:
@@ -185,13 +191,16 @@ def _variants_again(lines: list[tuple[float, str]], struck_at: float) -> Loss:
     return Loss(min(firsts) - struck_at if firsts else None, None, (), tuple(sorted(again)))
 
 
-def _train_events(storage: Path) -> list[tuple[float, int]]:
-    """Return (time, step) of every training step that TensorBoard heard of, repeated ones twice."""
+def _train_events(storage: Path) -> list[list[tuple[float, int]]]:
+    """Return (time, step) of the training steps that TensorBoard heard of, by file."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    found = []
+    files = []
     for path in storage.glob("*/adapter-*/tensorboard/events.*"):
-        for event in EventFileLoader(str(path)).Load():
-            if any(value.tag == "train/loss" for value in event.summary.value):
-                found.append((event.wall_time, event.step))
-    return sorted(found)
+        events = [
+            (event.wall_time, event.step)
+            for event in EventFileLoader(str(path)).Load()
+            if any(value.tag == "train/loss" for value in event.summary.value)
+        ]
+        files += [sorted(events)] if events else []
+    return files
