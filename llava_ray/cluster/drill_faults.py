@@ -47,7 +47,7 @@ def strike(cluster: DrillCluster, stage: Stage, fault: str, disk: Path) -> Strik
     Raises ResourceError where nothing is at work.
     """
     if fault == "head":
-        return Strike(tuple(cluster.kill(HEAD)))
+        return Strike(("the head", *cluster.kill(HEAD)))
     if fault == "disk":
         fill(disk)
         return Strike((f"all {DISK_BYTES} bytes of the disk are taken",))
@@ -57,7 +57,7 @@ def strike(cluster: DrillCluster, stage: Stage, fault: str, disk: Path) -> Strik
     wait_for(lambda: bool(cluster.working(*titles)), _BUSY_S, f"{stage.name} has no worker")
     process, node = next(iter(cluster.working(*titles).items()))
     if fault == "node":
-        return Strike(tuple(cluster.kill(node)), node)
+        return Strike((node, *cluster.kill(node)), node)
     if fault == "network":
         assert cluster.network is not None
         cluster.network.cut(node)

@@ -26,8 +26,8 @@ SHARED = (
 )  # fmt: skip
 """Small enough for two CPUs; the same for all stages, so that they find each other's artifacts."""
 _FEW = "quantize.variants=[none-fp16,hqq-w8-g64]"
-_RESUMED = re.compile(r"train: resumed at step (\d+)")
-_QUANTIZING = re.compile(r"(\S+): starts on ")
+_RESUMED = re.compile(r"pid=(\d+).*train: resumed at step (\d+)")
+_QUANTIZING = re.compile(r"pid=(\d+).* (\S+) INFO (\S+): starts on ")
 
 
 @dataclass(frozen=True)
@@ -155,15 +155,15 @@ def losses(stage: Stage, jobs: list[Job], storage: Path, struck_at: float) -> Lo
     lines = [line for job in jobs for line in job.lines]
     if stage.name == "quantize":
         return _variants_again(lines, struck_at)
-    resumed = [
-        (when, int(match[1]))
-        for when, text in lines
-        if when > struck_at and (match := _RESUMED.search(text))
-    ]
     if stage.name == "train":
         return _steps_again(_train_events(storage), struck_at)
-    recover_s = resumed[0][0] - struck_at if resumed else None
-    return Loss(recover_s, None, tuple(step for _, step in resumed), ())
+    resumed: dict[str, tuple[float, int]] = {}
+    for when, text in lines:
+        if when > struck_at and (match := _RESUMED.search(text)):
+            # The nodes of a drill share their logs, so each of them repeats a process's line.
+            resumed.setdefault(match[1], (when, int(match[2])))
+    recover_s = min(resumed.values())[0] - struck_at if resumed else None
+    return Loss(recover_s, None, tuple(step for _, step in resumed.values()), ())
 
 
 def _steps_again(files: list[list[tuple[float, int]]], struck_at: float) -> Loss:
@@ -178,17 +178,14 @@ def _steps_again(files: list[list[tuple[float, int]]], struck_at: float) -> Loss
 
 
 def _variants_again(lines: list[tuple[float, str]], struck_at: float) -> Loss:
-    begun: dict[str, list[float]] = {}
+    begun: dict[str, dict[tuple[str, str], float]] = {}
     for when, text in lines:
         if match := _QUANTIZING.search(text):
-            begun.setdefault(match[1], []).append(when)
-    again = {
-        slug: next((when for when in times if when > struck_at), None)
-        for slug, times in begun.items()
-        if len(times) > 1 and times[0] <= struck_at
-    }
-    firsts = [when for when in again.values() if when is not None]
-    return Loss(min(firsts) - struck_at if firsts else None, None, (), tuple(sorted(again)))
+            process, clock, slug = match.groups()
+            begun.setdefault(slug, {}).setdefault((process, clock), when)
+    again = {slug: sorted(times.values())[1] for slug, times in begun.items() if len(times) > 1}
+    recover_s = min(again.values()) - struck_at if again else None
+    return Loss(recover_s, None, (), tuple(sorted(again)))
 
 
 def _train_events(storage: Path) -> list[list[tuple[float, int]]]:

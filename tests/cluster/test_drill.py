@@ -92,12 +92,22 @@ def test_what_was_done_twice_is_read_from_the_jobs_lines(tmp_path: Path) -> None
     def job(*lines: tuple[float, str]) -> Any:
         return SimpleNamespace(lines=list(lines))
 
-    first = job((1, "12:00:00 INFO hqq-w4-g64: starts on cpu"), (2, "bnb-nf4: starts on cpu"))
-    again = job((14, "(make_variant pid=7) bnb-nf4: starts on cpu, about 3 MB"))
+    first = job(
+        (1, "(quantize x pid=5) 12:00:00 INFO hqq-w4-g64: starts on cpu, about 3 MB"),
+        (2, "(quantize x pid=6) 12:00:01 INFO bnb-nf4: starts on cpu, about 3 MB"),
+        # Another node that reads the same log.
+        (2, "(quantize x pid=6, ip=10.0.0.2) 12:00:01 INFO bnb-nf4: starts on cpu, about 3 MB"),
+    )
+    again = job((14, "(quantize x pid=7) 12:00:13 INFO bnb-nf4: starts on cpu, about 3 MB"))
     loss = losses(STAGES["quantize"], [first, again], tmp_path, struck_at=10)
     assert (loss.again, loss.recover_s) == (("bnb-nf4",), 4)
+    assert losses(STAGES["quantize"], [first], tmp_path, struck_at=10).again == ()
 
-    trained = job((3, "train: resumed at step 2"), (15, "(x) train: resumed at step 8"))
+    trained = job(
+        (3, "(RayTrainWorker pid=3) train: resumed at step 2"),
+        (15, "(RayTrainWorker pid=4) train: resumed at step 8"),
+        (15, "(RayTrainWorker pid=4, ip=10.0.0.2) train: resumed at step 8"),
+    )
     loss = losses(STAGES["sweep"], [trained], tmp_path, struck_at=10)
     assert (loss.resumed_at_steps, loss.recover_s, loss.again) == ((8,), 5, ())
 
@@ -112,8 +122,7 @@ def test_steps_done_twice_are_counted_from_tensorboard(tmp_path: Path) -> None:
 
     write(range(1, 7), 100)
     write(range(5, 9), 120)
-    lines = [(121.0, "train: resumed at step 4")]
-    loss = losses(STAGES["train"], [SimpleNamespace(lines=lines)], tmp_path, struck_at=110)  # type: ignore[list-item]
+    loss = losses(STAGES["train"], [], tmp_path, struck_at=110)
     assert (loss.steps_lost, loss.resumed_at_steps, loss.recover_s) == (2, (4,), 15)
 
 
