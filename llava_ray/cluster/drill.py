@@ -48,6 +48,7 @@ SUBMISSIONS = 3
 _CLIENTS = 4
 _DISK_FULL_S = 10.0
 """How long an endpoint has to live with a full disk."""
+_REPLICAS_S = 120.0
 _AFTERWARDS_S = 5.0
 _SETTLING_TRIALS = 10
 
@@ -93,7 +94,10 @@ def run(pairs: list[tuple[str, str]], folder: Path) -> Iterator[Outcome]:
             continue
         base = prepared(stage, folder)
         logger.info("drill: %s during %s", fault, stage_name)
-        seen = _play(stage, fault, base, folder / f"{stage_name}-{fault}")
+        try:
+            seen = _play(stage, fault, base, folder / f"{stage_name}-{fault}")
+        except LlavaRayError as error:
+            seen = {"error": str(error)}
         outcome = Outcome.model_validate({**begun, **seen})
         yield outcome.model_copy(update={"missed": missed_goals(outcome)})
 
@@ -197,10 +201,7 @@ def _disturb_endpoint(scene: Scene) -> None:
     addresses = sorted(set(cluster.addresses.values())) if cluster.network else [host]
     port = cluster.serve_port
     if cluster.network:
-        subprocess.run(
-            [sys.executable, "-c", _START_SERVE, str(port)],
-            env=cluster.client_environment(), check=True, timeout=JOB_S, capture_output=True,
-        )  # fmt: skip
+        _start_proxies(cluster)
     job = scene.submit(f"serve.host={host}", f"serve.port={port}")
     code = job.wait(JOB_S)
     if code != 0:
@@ -215,13 +216,23 @@ def _disturb_endpoint(scene: Scene) -> None:
         if scene.fault == "disk":
             time.sleep(_DISK_FULL_S)
         mend(cluster, scene.fault, hit, scene.storage)
-        wait_for(lambda: _all_replicas(cluster, hit), JOB_S, "not all replicas came back")
+        wait_for(lambda: _all_replicas(cluster, hit), _REPLICAS_S, "not all replicas came back")
         scene.seen["recover_s"] = round(time.monotonic() - start, 1)
         time.sleep(_AFTERWARDS_S)
         scene.seen["finished"] = True
     finally:
         scene.seen["requests"] = clients.stop()
     cluster.request("DELETE", "/api/serve/applications/")
+
+
+def _start_proxies(cluster: DrillCluster) -> None:
+    """Let every node with a replica listen, as on Kubernetes, so that the head can be lost."""
+    done = subprocess.run(
+        [sys.executable, "-c", _START_SERVE, str(cluster.serve_port)],
+        env=cluster.client_environment(), timeout=JOB_S, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise ResourceError(f"Ray Serve did not start: {done.stderr.strip().splitlines()[-1]}")
 
 
 def _all_replicas(cluster: DrillCluster, hit: Strike) -> bool:
