@@ -1,6 +1,7 @@
 """Break a small cluster on this machine in the middle of each stage, and tell what was lost."""
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="keep artifacts here, for a later drill")
     args = parser.parse_args(argv)
     set_up_logging()
+    # Ended from outside, it takes its clusters with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     missed = False
     with tempfile.TemporaryDirectory(prefix="drill-") as temporary:
         try:
