@@ -85,6 +85,8 @@ def connect() -> None:
         return
     try:
         ray.init(
+            # Not "auto", which would join whatever was started last, alive or not.
+            address=os.environ.get("RAY_ADDRESS") or "local",
             runtime_env={"worker_process_setup_hook": "llava_ray.cli.set_up_logging"},
             log_to_driver=True,
             logging_level=logging.WARNING,

@@ -4,8 +4,8 @@ pack       copy fonts and words to `assets`, for a machine without their package
 train      train until `minutes` are over; resumes the checkpoint in `out`
 tokenizer  choose the tokens anew and write the tokenizer to `model`
 export     write the checkpoint in `out` as fp16 LLaVA to `model`
-score      read held-out scenes with the model in `model`; write its scores.json
-card       write the model card of `model` from scores.json and log.jsonl of `out`
+score      read held-out scenes with the model in `model`; write `scores`
+card       write the model card of `model` from `scores` and the log beside the weights
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ class JobSettings:
     out: Path = Path("runs/pretrain")
     assets: Path | None = None
     model: Path = SHIPPED
+    scores: Path = Path("results/pretrain.json")
     images: int = 256
     """Held-out scenes that `score` reads."""
     training: dict[str, str] = field(default_factory=dict)
@@ -46,7 +47,7 @@ def parse_settings(pairs: Sequence[str]) -> JobSettings:
             raise ConfigError(f"argument {pair!r} has no '=': write key=value")
         values[key] = value
     own: dict[str, Any] = {}
-    for key in ("out", "assets", "model"):
+    for key in ("out", "assets", "model", "scores"):
         if key in values:
             own[key] = Path(values.pop(key)).expanduser()
     if "images" in values:
@@ -115,13 +116,13 @@ def _export(settings: JobSettings) -> str:
 def _score(settings: JobSettings) -> str:
     from llava_ray.tiny.scores import score_model
 
-    return str(score_model(settings.model, settings.images, settings.assets))
+    return str(score_model(settings.model, settings.images, settings.scores, settings.assets))
 
 
 def _card(settings: JobSettings) -> str:
     from llava_ray.tiny.scores import write_card
 
-    return str(write_card(settings.model, settings.out))
+    return str(write_card(settings.model, settings.scores))
 
 
 ACTIONS: dict[str, Callable[[JobSettings], str]] = {

@@ -8,23 +8,23 @@ from typing import Any, get_args
 from llava_ray.artifacts import sha256_of
 from llava_ray.errors import ConfigError
 from llava_ray.tiny.captions import DESCRIBE, plain
-from llava_ray.tiny.checkpoint import STATE
 from llava_ray.tiny.decode import SCORE_SEED
 from llava_ray.tiny.draw import degrade, draw
 from llava_ray.tiny.examples import IMAGE_SIZE
+from llava_ray.tiny.pretrain import PretrainSettings
 from llava_ray.tiny.reading import character_error_rate, word_recall
 from llava_ray.tiny.scene_text import Assets, dataset_scene, load_assets
 from llava_ray.tiny.words import Split
 
-SCORES = "scores.json"
 CARD = "README.md"
+LOG = "pretrain_log.jsonl"
 WEIGHTS = "model.safetensors"
 BATCH = 16
 MAX_NEW_TOKENS = 200
 
 
-def score_model(folder: Path, count: int, assets: Path | None = None) -> Path:
-    """Let a model folder read `count` scenes of each split; write and return scores.json.
+def score_model(folder: Path, count: int, out: Path, assets: Path | None = None) -> Path:
+    """Let a model folder read `count` scenes of each split; write the scores as JSON.
 
     Raises ConfigError where the folder has no weights.
     """
@@ -39,9 +39,9 @@ def score_model(folder: Path, count: int, assets: Path | None = None) -> Path:
         "question": DESCRIBE,
         "weights_sha256": sha256_of(folder / WEIGHTS),
     }
-    path = folder / SCORES
-    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-    return path
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    return out
 
 
 def _score_split(folder: Path, assets: Assets, count: int) -> dict[str, float]:
@@ -126,11 +126,13 @@ names the letters of each patch trained beside it and was dropped.
 
 | | |
 | --- | --- |
-| steps | {steps} |
-| pictures trained on, repeats counted | {samples} |
-| different pictures rendered | {rendered} |
-| seconds, start and scoring included | {seconds:.0f} |
+| steps | {steps:,} |
+| pictures a step | {batch_size} |
+| pictures trained on a second | {trained_per_s:,.0f} |
+| fresh pictures rendered a second | {rendered_per_s:,.0f} |
 | seed | {seed} |
+
+`pretrain_log.jsonl` beside this card is the run's own log.
 
 The pictures are drawn from the fonts and words of the packages in the extra `scene-text`. A tenth
 of the words (by hash) and the families Caladea, Fredoka One and Hanken Grotesk were held out.
@@ -148,26 +150,29 @@ quoted exactly, case and marks included.
 """
 
 
-def write_card(folder: Path, checkpoint: Path) -> Path:
-    """Write the model card from scores.json and the checkpoint's state.
+def write_card(folder: Path, scores: Path) -> Path:
+    """Write the model card from the scores and from the training's log in the model's folder.
 
-    Raises ConfigError where either is missing.
+    Raises ConfigError where either is missing or the scores are of other weights.
     """
-    for path in (folder / SCORES, checkpoint / STATE):
+    for path in (scores, folder / LOG):
         if not path.is_file():
             raise ConfigError(f"the card needs {path}, which is missing")
-    scores = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    tree = json.loads(scores.read_text(encoding="utf-8"))
+    if tree["weights_sha256"] != sha256_of(folder / WEIGHTS):
+        raise ConfigError(f"{scores} is of other weights than {folder}: score the model anew")
+    rows = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
+    paced = [row for row in rows if "trained_per_s" in row]
     text = CARD_TEXT.format(
-        steps=f"{state['steps']:,}",
-        samples=f"{state['samples']:,}",
-        rendered=f"{state['rendered']:,}",
-        seconds=state["seconds"],
-        seed=state["seed"],
-        question=scores["question"],
-        images=scores["images_per_split"],
-        held=scores["held_out"],
-        train=scores["train"],
+        steps=rows[-1]["step"],
+        batch_size=PretrainSettings.batch_size,
+        trained_per_s=paced[-1]["trained_per_s"],
+        rendered_per_s=paced[-1]["rendered_per_s"],
+        seed=PretrainSettings.seed,
+        question=tree["question"],
+        images=tree["images_per_split"],
+        held=tree["held_out"],
+        train=tree["train"],
     )
     path = folder / CARD
     path.write_text(text, encoding="utf-8")

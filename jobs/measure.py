@@ -1,0 +1,22 @@
+"""Run commands in a clean clone with an empty home; record their time, disk and memory as JSON.
+
+python jobs/measure.py results/costs.json 'bash jobs/quickstart.sh' 'bash tests/run.sh'
+The commands share the clone and the home, in the order given; all they leave is deleted.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+from llava_ray.cli import fail
+from llava_ray.errors import LlavaRayError
+from llava_ray.measure import measure
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        print(measure(Path(sys.argv[1]), sys.argv[2:]))
+    except LlavaRayError as error:
+        fail(error)

@@ -1,0 +1,15 @@
+"""Write README's tables anew from the JSON under results/."""
+
+from pathlib import Path
+
+from llava_ray.cli import fail
+from llava_ray.errors import LlavaRayError
+from llava_ray.report.readme import fill
+
+if __name__ == "__main__":
+    readme = Path("README.md")
+    try:
+        readme.write_text(fill(readme.read_text("utf-8"), Path("results")), encoding="utf-8")
+    except LlavaRayError as error:
+        fail(error)
+    print(readme)

@@ -1,0 +1,18 @@
+"""Score the embedded model before and after the quickstart's fine-tune, and every variant of it.
+
+python jobs/score_embedded.py results/embedded.json --config jobs/configs/embedded.yaml
+Further arguments are overrides as of the other jobs.
+"""
+
+import sys
+from pathlib import Path
+
+from llava_ray.cli import run_job
+from llava_ray.embedded import score
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
+    path = run_job(__doc__, lambda config: score(config, Path(sys.argv[1])), sys.argv[2:])
+    if path is not None:
+        print(path)

@@ -1,0 +1,93 @@
+"""What README's commands cost on this machine, from a clean clone and an empty home."""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_ray.errors import ResourceError
+
+logger = logging.getLogger(__name__)
+
+_EVERY_S = 2.0
+
+
+def measure(out: Path, commands: Sequence[str]) -> Path:
+    """Run the commands one after another and write a row for each.
+
+    Memory is what the whole machine took above what it had taken before, so nothing else should
+    run. Raises ResourceError for a command that fails; rows before it are written.
+    """
+    tree: dict[str, Any] = {"machine": _machine(), "rows": []}
+    with tempfile.TemporaryDirectory(prefix="llava_ray_clean_", ignore_cleanup_errors=True) as name:
+        clone, home = Path(name) / "clone", Path(name) / "home"
+        home.mkdir()
+        subprocess.run(["git", "clone", "-q", ".", str(clone)], check=True)
+        try:
+            for command in commands:
+                tree["rows"].append(_run(command, clone, home))
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+        finally:
+            # Before the folder goes: the cluster that a command has left running writes there.
+            down = "[ ! -x .venv/bin/python ] || .venv/bin/python -m llava_ray.cluster down"
+            _shell(f"{down} cluster/local.yaml", clone, home)
+    return out
+
+
+def _run(command: str, clone: Path, home: Path) -> dict[str, Any]:
+    import psutil
+
+    before, peak, ended = psutil.virtual_memory().used, [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_EVERY_S):
+            peak[0] = max(peak[0], psutil.virtual_memory().used - before)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    start = time.monotonic()
+    code = _shell(command, clone, home)
+    seconds = time.monotonic() - start
+    ended.set()
+    watcher.join()
+    if code:
+        raise ResourceError(f"{command!r} ended with exit code {code}: its output stands above")
+    disk = sum(_size_bytes(path) for folder in (clone, home) for path in folder.rglob("*"))
+    row = {
+        "command": command,
+        "seconds": round(seconds),
+        "disk_bytes": disk,
+        "memory_bytes": peak[0],
+    }
+    logger.info("%s", json.dumps(row))
+    return row
+
+
+def _shell(command: str, clone: Path, home: Path) -> int:
+    kept = {"PATH", "LANG", "TMPDIR"}
+    environment = {name: value for name, value in os.environ.items() if name in kept}
+    environment |= {"HOME": str(home), "CI": "true"}
+    return subprocess.run(["bash", "-c", command], cwd=clone, env=environment).returncode
+
+
+def _size_bytes(path: Path) -> int:
+    """Return what a file takes; a link nothing."""
+    try:
+        return 0 if path.is_symlink() or not path.is_file() else path.stat().st_blocks * 512
+    except OSError:
+        return 0
+
+
+def _machine() -> str:
+    import psutil
+
+    memory = psutil.virtual_memory().total / 1e9
+    return f"{platform.machine()}, {os.cpu_count()} CPUs, {memory:.0f} GB of memory"

@@ -1,0 +1,156 @@
+"""README's tables, made from the JSON under results/, so that no figure is typed by hand."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_ray.errors import ConfigError
+
+_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str, results: Path) -> str:
+    """Write each `<!-- table: name -->` block anew.
+
+    Raises ConfigError for an unknown name, or where its JSON is missing.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in TABLES:
+            raise ConfigError(f"README asks for table {name!r}: there are {', '.join(TABLES)}")
+        return f"{match[1]}{TABLES[name](results)}\n{match[3]}"
+
+    return _BLOCK.sub(block, text)
+
+
+def _read(results: Path, name: str) -> Any:
+    path = results / f"{name}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _decode(results: Path) -> str:
+    tree = _read(results, "decode_h100")
+    rows = [
+        [
+            f"{row['layout']}, {row['engine'].replace('llava_ray', '**llava_ray**')}",
+            str(row["batch"]),
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['first_token_ms']:.0f}",
+            f"{row['warm_up_s']:.0f}",
+            f"{row['share_of_bandwidth']:.0%}",
+            row["kernel"],
+        ]
+        for row in tree["rows"]
+    ]
+    titles = ["weights, engine", "batch", "tok/s", "first token ms", "warm-up s", "bandwidth"]
+    return _table([*titles, "kernel"], rows)
+
+
+def _train(results: Path) -> str:
+    tree = _read(results, "train_bench_h100")
+    rows = [
+        [
+            {"plain": "transformers + peft", "zero2": "**llava_ray**, DeepSpeed ZeRO-2"}.get(
+                row["engine"], "**llava_ray**, without DeepSpeed"
+            ),
+            str(row["batch"]),
+            "yes" if row["checkpointing"] else "no",
+            f"{row['samples_per_s']:.1f}",
+            f"{row['peak_bytes'] / 1e9:.1f}",
+        ]
+        for row in tree["rows"]
+        if not row["failed"]
+    ]
+    return _table(["trainer", "batch", "checkpointing", "samples/s", "peak GB"], rows)
+
+
+def _embedded(results: Path) -> str:
+    tree = _read(results, "embedded")
+    rows = [["base, before fine-tuning", "", *_scores(tree["base"])]]
+    mean, deviation = tree["fine_tuned_mean"], tree["fine_tuned_standard_deviation"]
+    spread = [f"{a} ± {b}" for a, b in zip(_scores(mean), _scores(deviation), strict=True)]
+    rows.append([f"fine-tuned, {len(tree['fine_tuned'])} seeds", "", *spread])
+    for slug, found in tree["variants"].items():
+        if "failed" in found:
+            rows.append([slug, "", f"failed: {found['failed']}", "", "", ""])
+        else:
+            rows.append([slug, f"{found['kl_divergence']:.4f}", *_scores(found["scores"])])
+    titles = ["model", "KL nats", "words read", "character errors", "ROUGE-L", "CIDEr-D"]
+    return _table(titles, rows)
+
+
+def _scores(scores: dict[str, float]) -> list[str]:
+    return [
+        f"{scores['word_recall']:.1%}",
+        f"{scores['character_error_rate']:.1%}",
+        f"{scores['rouge_l']:.3f}",
+        f"{scores['cider_d']:.2f}",
+    ]
+
+
+def _quickstart(results: Path) -> str:
+    return _report(_read(results, "quickstart_report"))
+
+
+def _photographs(results: Path) -> str:
+    return _report(_read(results, "photographs_report"))
+
+
+def _report(tree: Any) -> str:
+    rows = []
+    for row in tree["rows"]:
+        name = f"**{row['slug']}**" if row["status"] == "winner" else row["slug"]
+        if row["size_bytes"] is None:
+            rows.append([name, row["reason"], "", "", "", "", ""])
+            continue
+        rows.append(
+            [
+                name,
+                f"{row['size_bytes'] / 1e6:.1f}",
+                f"{row['decode_tokens_per_s']['median']:.0f}",
+                f"{row['kl_divergence']['median']:.4f}",
+                f"{row['top1_agreement']:.1%}",
+                _figure(row["article_size_gb"]),
+                _figure(row["article_tokens_per_s"]),
+            ]
+        )
+    titles = ["variant", "MB", "tok/s", "KL nats", "top-1", "article GB", "article tok/s"]
+    return _table(titles, rows)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def _costs(results: Path) -> str:
+    rows = [
+        [
+            f"`{row['command']}`",
+            f"{row['seconds'] / 60:.0f}",
+            f"{row['disk_bytes'] / 1e9:.1f}",
+            f"{row['memory_bytes'] / 1e9:.1f}",
+        ]
+        for row in _read(results, "costs")["rows"]
+    ]
+    return _table(["command", "minutes", "disk GB", "memory GB"], rows)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "costs": _costs,
+    "decode": _decode,
+    "embedded": _embedded,
+    "photographs": _photographs,
+    "quickstart": _quickstart,
+    "train": _train,
+}
