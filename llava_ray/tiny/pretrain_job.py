@@ -5,6 +5,7 @@ train      train until `minutes` are over; resumes the checkpoint in `out`
 tokenizer  choose the tokens anew and write the tokenizer to `model`
 export     write the checkpoint in `out` as fp16 LLaVA to `model`
 score      read held-out scenes with the model in `model`; write `scores`
+picture    draw held-out scenes with the model's answers to `picture`
 card       write the model card of `model` from `scores` and the log beside the weights
 """
 
@@ -28,7 +29,8 @@ class JobSettings:
     out: Path = Path("runs/pretrain")
     assets: Path | None = None
     model: Path = SHIPPED
-    scores: Path = Path("results/pretrain.json")
+    scores: Path = Path("jobs/results/pretrain.json")
+    picture: Path = Path("jobs/results/reading.png")
     images: int = 256
     """Held-out scenes that `score` reads."""
     training: dict[str, str] = field(default_factory=dict)
@@ -47,7 +49,7 @@ def parse_settings(pairs: Sequence[str]) -> JobSettings:
             raise ConfigError(f"argument {pair!r} has no '=': write key=value")
         values[key] = value
     own: dict[str, Any] = {}
-    for key in ("out", "assets", "model", "scores"):
+    for key in ("out", "assets", "model", "scores", "picture"):
         if key in values:
             own[key] = Path(values.pop(key)).expanduser()
     if "images" in values:
@@ -119,6 +121,14 @@ def _score(settings: JobSettings) -> str:
     return str(score_model(settings.model, settings.images, settings.scores, settings.assets))
 
 
+def _picture(settings: JobSettings) -> str:
+    from llava_ray.tiny.picture import draw_readings
+    from llava_ray.tiny.scene_text import load_assets
+
+    assets = load_assets("held_out", settings.assets)
+    return str(draw_readings(settings.model, settings.picture, assets))
+
+
 def _card(settings: JobSettings) -> str:
     from llava_ray.tiny.scores import write_card
 
@@ -130,6 +140,7 @@ ACTIONS: dict[str, Callable[[JobSettings], str]] = {
     "train": _train,
     "tokenizer": _tokenizer,
     "export": _export,
+    "picture": _picture,
     "score": _score,
     "card": _card,
 }
