@@ -23,15 +23,14 @@ def compare(config: RunConfig, first: str, second: str, out: Path) -> Path:
     """
     variants = tuple(dict.fromkeys((config.benchmark.baseline, first, second)))
     quantize = config.quantize.model_copy(update={"variants": variants})
-    measured = {m.slug: m for m in run_benchmark(config.model_copy(update={"quantize": quantize}))}
+    config = config.model_copy(update={"quantize": quantize})
+    measured = {result.slug: result for result in run_benchmark(config)}
     a, b = (_card(measured[slug]) for slug in (first, second))
     difference = paired_difference(read_fidelity(a), read_fidelity(b))
     tree = {
-        "model": config.model.path,
-        "dataset": config.data.source,
-        "calibration_samples": config.quantize.calibration_samples,
-        "fidelity_samples": a.kl_divergence.repeats,
-        "caption_samples": config.benchmark.caption_samples,
+        "config": config.model_dump(
+            mode="json", include={"model", "data", "train", "merge", "quantize", "benchmark"}
+        ),
         "device": a.device,
         "versions": a.versions,
         "code_version": a.code_version,

@@ -37,7 +37,7 @@ def run_prepare(config: RunConfig) -> DatasetRecord:
 def run_sweep(config: RunConfig) -> SweepResult:
     """Search the train section's settings.
 
-    Raises ConfigError when sweep.space is empty or sweep.objective is none.
+    Raises ConfigError when sweep.space is empty or sweep.objective unknown.
     """
     if not config.sweep.space:
         raise ConfigError("sweep.space is empty: name keys of train, such as learning_rate")

@@ -78,13 +78,13 @@ def up(path: Path) -> Head:
             cluster_id=secrets.token_hex(8),
             address=f"{tree['provider']['head_ip']}:{ports['port']}",
             dashboard=f"http://{tree['provider']['head_ip']}:{ports['dashboard-port']}",
-            token_path=str(_token(folder)),
+            token_path=str(token_file(folder)),
             log_path=str(folder / "head.log"),
         )
         try:
-            _start(head, commands)
+            start(head, commands)
         except BaseException:
-            _stop(head)
+            stop(head)
             raise
         (folder / "head.json").write_text(json.dumps(asdict(head), indent=1), encoding="utf-8")
     return head
@@ -96,7 +96,7 @@ def down(path: Path) -> int:
     head = _remembered(tree)
     if head is None:
         return 0
-    stopped = _stop(head)
+    stopped = stop(head)
     (_folder(tree) / "head.json").unlink(missing_ok=True)
     return stopped
 
@@ -185,7 +185,11 @@ def _expand(command: str) -> str:
     return _VARIABLE.sub(lambda match: os.environ.get(match[1]) or match[2], command)
 
 
-def _start(head: Head, commands: list[str]) -> None:
+def start(head: Head, commands: list[str]) -> None:
+    """Run commands in bash with the head's mark and token, until its job API answers.
+
+    Raises ResourceError with the last error of its log.
+    """
     environment = {**os.environ, **head.environment(), MARK: head.cluster_id}
     # RAY_AUTH_TOKEN would win over the file; the addresses would make `ray start` join another.
     for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
@@ -241,7 +245,8 @@ def _answer(head: Head) -> int | None:
         return None
 
 
-def _stop(head: Head) -> int:
+def stop(head: Head) -> int:
+    """End all processes that carry the head's mark; return how many that were."""
     import psutil
 
     stopped: set[int] = set()
@@ -259,7 +264,7 @@ def _stop(head: Head) -> int:
     return len(stopped)
 
 
-def _token(folder: Path) -> Path:
+def token_file(folder: Path) -> Path:
     """Return the file with the cluster's token, made once and readable by its owner alone."""
     path = folder / "auth_token"
     try:

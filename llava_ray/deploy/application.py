@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_ray.artifacts import ArtifactStore, ChosenVariant, Scorecard
 from llava_ray.config import RunConfig
+from llava_ray.deploy import front
 from llava_ray.errors import ConfigError, ResourceError
 from llava_ray.serving.settings import AppArgs, CanaryArgs, ModelArgs
 
@@ -177,8 +178,6 @@ def _start_serve(target: Target) -> None:
 
     Raises ResourceError when another process has the port, or Serve listens elsewhere.
     """
-    from ray import serve
-
     host, port = target.config.serve.host, target.config.serve.port
     if _serve_is_up():
         if not _is_proxy(target.root_url):
@@ -197,7 +196,18 @@ def _start_serve(target: Target) -> None:
                 f"port {port} of {host} cannot be had ({error.strerror}): set serve.port to a free "
                 "one or end what listens there"
             ) from error
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    start_serve(host, port, target.config.serve.request_timeout_s)
+
+
+def start_serve(host: str, port: int, request_timeout_s: float) -> None:
+    """Start Serve's controller and what listens for it on the head node."""
+    from ray import serve
+
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": host, "port": port},
+        controller_options={"runtime_env": {"env_vars": front.environment(2 * request_timeout_s)}},
+    )
 
 
 def _serve_is_up() -> bool:

@@ -20,6 +20,7 @@ from llava_ray.images import Pixels
 from llava_ray.models import vision_shape
 from llava_ray.serving.engine import Engine, Prompt
 from llava_ray.serving.llama_native import Batch, last_error, load_llama_cpp
+from llava_ray.serving.llama_prefixes import LlamaPrefixes
 from llava_ray.serving.llama_vision import ImageEncoder
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class LlamaCppEngine(Engine):
         self._images: ImageEncoder | None = None
         self.slots, self.context = slots, context
         self._lengths: list[int | None] = [None] * slots
+        self._prefixes = LlamaPrefixes(self._llama)
         self._text_file, mmproj = find_pair(folder)
         self.offloaded = device.startswith("cuda") and self._gpu_offload()
         shape = vision_shape(folder)
@@ -61,6 +63,10 @@ class LlamaCppEngine(Engine):
         except BaseException:
             self.close()
             raise
+
+    def keep_prefixes(self, count: int) -> None:
+        """Keep llama.cpp's cache of the last `count` image prefixes, to skip their prefill."""
+        self._prefixes = LlamaPrefixes(self._llama, count)
 
     def prefill(self, prompt: Prompt) -> tuple[int, torch.Tensor]:
         """Run a prompt into a free slot; return the slot and the next token's logits."""
@@ -125,6 +131,7 @@ class LlamaCppEngine(Engine):
 
     def close(self) -> None:
         """Free the model, its cache and the image encoder."""
+        self._prefixes.clear()
         if self._images is not None:
             self._images.close()
         if self._context:
@@ -211,7 +218,13 @@ class LlamaCppEngine(Engine):
         collected: list[NDArray[np.float32]] = []
         first_wanted = len(ids) - rows
         remaining = iter(images)
+        key = self._prefixes.key(ids, images, self.image_token_id, rows=rows)
+        begin = 0
+        if key is not None and self._prefixes.load(key, self._context, slot):
+            begin = len(key.ids)
         for start, end, is_image in self._segments(ids):
+            if end <= begin:
+                continue
             embeddings = self.embed_image(next(remaining)) if is_image else None
             for low in range(start, end, self._batch.capacity):
                 high = min(low + self._batch.capacity, end)
@@ -224,6 +237,8 @@ class LlamaCppEngine(Engine):
                     self._decode(self._batch.of_embeddings(part))
                 if count:
                     collected.append(self._logits(count).copy())
+            if key is not None and not begin and end == len(key.ids):
+                self._prefixes.save(key, self._context, slot)
         self._lengths[slot] = len(ids)
         return torch.from_numpy(np.concatenate(collected))
 

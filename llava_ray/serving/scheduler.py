@@ -68,10 +68,11 @@ class Answer:
 
 @dataclass
 class _Batch:
-    """Sampled tokens that were not read yet, with the answers they belong to."""
+    """Sampled tokens, with the answers they belong to."""
 
     sampled: Sampled
     answers: list[Answer]
+    was_read: bool = False
 
 
 class Scheduler:
@@ -89,6 +90,7 @@ class Scheduler:
         self._closing = False
         self._batches: list[_Batch] = []
         self._active: list[Answer] = []
+        self._prefilling = 0
         self._prefill_failures = 0
         self._outbox: list[tuple[Answer, Step | FinishReason | ApiError]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -121,9 +123,7 @@ class Scheduler:
         broke, BadRequest when the engine refuses the prompt.
         """
         inbox: asyncio.Queue[Step | FinishReason | ApiError] = asyncio.Queue()
-        now = time.monotonic()
-        answer = Answer(prompt, sampling, now + timeout_s, inbox.put_nowait, now)
-        self._submit(answer)
+        answer = self.submit(prompt, sampling, timeout_s, inbox.put_nowait)
         try:
             while True:
                 items = [await inbox.get()]
@@ -141,10 +141,21 @@ class Scheduler:
                 yield Chunk(steps, last)
                 return
         finally:
-            if not answer.over:
-                self._cancel(answer)
+            self.cancel(answer)
 
-    def _submit(self, answer: Answer) -> None:
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        timeout_s: float,
+        deliver: Callable[[Step | FinishReason | ApiError], None],
+    ) -> Answer:
+        """Queue a request; `deliver` gets its tokens on the event loop, then how it ended.
+
+        Raises Overloaded when the queue is full and Unavailable when the engine broke.
+        """
+        now = time.monotonic()
+        answer = Answer(prompt, sampling, now + timeout_s, deliver, now)
         with self._wake:
             self.check()
             if len(self._waiting) >= self._max_waiting + self._free_slots():
@@ -152,14 +163,18 @@ class Scheduler:
             self._waiting.append(answer)
             self._recorder.waiting(len(self._waiting))
             self._wake.notify()
+        return answer
 
-    def _cancel(self, answer: Answer) -> None:
+    def cancel(self, answer: Answer) -> None:
+        """Stop working on an answer, unless it has ended."""
+        if answer.over:
+            return
         with self._wake:
             answer.cancelled = True
             self._wake.notify()
 
     def _free_slots(self) -> int:
-        return self._engine.slots - len(self._active)
+        return self._engine.slots - len(self._active) - self._prefilling
 
     def _run(self) -> None:
         try:
@@ -203,10 +218,13 @@ class Scheduler:
                     return
                 answer = self._waiting.popleft()
                 self._recorder.waiting(len(self._waiting))
+                self._prefilling = 1
             self._prefill(answer)
+            self._prefilling = 0
             if not alone:
                 return
-            # What one prompt's first token costs the next is worth less than its wait.
+            # A burst's first tokens do not wait for its last prompt.
+            self._read(self._batches)
             self._deliver()
 
     def _prefill(self, answer: Answer) -> None:
@@ -239,6 +257,8 @@ class Scheduler:
         batches, self._batches = self._batches, []
         if not self._ahead:
             self._read(batches)
+            # A step takes long where it is not launched ahead: what is known goes out before it.
+            self._deliver()
         following = self._decode(batches)
         if self._ahead:
             self._read(batches)
@@ -265,6 +285,9 @@ class Scheduler:
 
     def _read(self, batches: Sequence[_Batch]) -> None:
         for batch in batches:
+            if batch.was_read:
+                continue
+            batch.was_read = True
             for answer, step in zip(batch.answers, batch.sampled.read(), strict=True):
                 if not answer.over:
                     self._emit(answer, step)

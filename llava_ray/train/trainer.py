@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from llava_ray.artifacts import DatasetRecord
 from llava_ray.config import RunConfig, TrainConfig
 from llava_ray.errors import ConfigError, LlavaRayError
-from llava_ray.storage import Storage
+from llava_ray.storage import Storage, disk_errors
 from llava_ray.train.resources import WorkerPlan
 from llava_ray.train.worker import WorkerTask, train_worker
 
@@ -69,17 +69,23 @@ def make_trainer(
 def fit(trainer: "TorchTrainer", train: TrainConfig) -> "Result":
     """Run a trainer to its end.
 
-    Raises the worker's own error where it is the user's to mend, ConfigError for a loss that is
-    no longer finite.
+    Raises the worker's own error where it is the user's to mend, ResourceError for a full disk,
+    ConfigError for a loss that is no longer finite.
     """
     from ray.train import TrainingFailedError
 
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
-        for failure in getattr(error, "worker_failures", {}).values():
+        failures = [*getattr(error, "worker_failures", {}).values()]
+        # Ray Train's controller writes too: what it knows of the checkpoints.
+        failures.append(getattr(error, "controller_failure", None))
+        for failure in failures:
             if isinstance(failure, LlavaRayError):
                 raise failure from error
+            if isinstance(failure, OSError):
+                with disk_errors(str(trainer.run_config.storage_path)):
+                    raise failure from error
         raise
     metrics = result.metrics or {}
     if metrics.get("diverged"):

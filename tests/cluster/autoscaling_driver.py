@@ -21,7 +21,8 @@ def alive() -> int:
 
 
 def main(storage: str, captions: str) -> None:
-    variants = ["none-fp16", "bnb-nf4", "hqq-w4-g64", "hqq-w8-g64"]
+    # AutoAWQ is not in the base environment: its task brings its own.
+    variants = ["none-fp16", "bnb-nf4", "hqq-w4-g64", "hqq-w8-g64", "awq-w4-g128"]
     config = load_config(
         None,
         [
@@ -29,6 +30,7 @@ def main(storage: str, captions: str) -> None:
             f"data.source={captions}",
             f"quantize.variants={json.dumps(variants)}",
             "quantize.placement_timeout_s=120",
+            "quantize.calibration_samples=2",
         ],
     )
     dataset = prepare.run(config)

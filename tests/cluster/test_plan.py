@@ -1,4 +1,5 @@
 import math
+import random
 import subprocess
 import sys
 from argparse import Namespace
@@ -81,6 +82,39 @@ def test_lost_spot_nodes_stretch_training_until_it_never_ends() -> None:
     assert never.train_s is None and never.total_s is None and never.usd is None
     safe = predict(CONFIG, market(), RATES, samples=3600, gpus=6, interruptions=often)
     assert safe.train_s is not None
+
+
+def simulated_stretch(often: Interruptions, nodes: int, work_s: float) -> float:
+    """Play training on spot nodes: a loss takes the work since the checkpoint."""
+    draw = random.Random(0)
+    clock = saved = done = 0.0
+    loss = draw.expovariate(nodes * often.per_node_hour / 3600)
+    while done < work_s:
+        until_saved = saved + often.checkpoint_every_s - done
+        if clock + until_saved <= loss:
+            clock, done = clock + until_saved, done + until_saved
+            saved = done
+            continue
+        clock, done = loss + often.restart_s, saved
+        loss = clock + draw.expovariate(nodes * often.per_node_hour / 3600)
+    return clock / work_s
+
+
+@pytest.mark.parametrize("nodes", [1, 4, 16])
+def test_the_price_of_interruptions_agrees_with_a_simulation(nodes: int) -> None:
+    often = Interruptions(per_node_hour=0.05, restart_s=300, checkpoint_every_s=600)
+    stretch = often.stretch(nodes)
+    assert stretch is not None and stretch > 1
+    played = simulated_stretch(often, nodes, work_s=3e7)
+    # The formula lets nodes be lost while they restart too, and so errs on the dear side.
+    assert played == pytest.approx(stretch, rel=0.03)
+    assert played - 1 <= (stretch - 1) * 1.05
+
+
+def test_rates_are_read_from_json_results_too(tmp_path: Path) -> None:
+    path = tmp_path / "rates.json"
+    path.write_text(RATES.model_dump_json())
+    assert read_rates(path) == RATES
 
 
 def test_rates_of_another_gpu_need_a_relative_speed() -> None:

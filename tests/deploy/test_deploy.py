@@ -30,7 +30,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
                 "port": free_port(),
                 "cpus_per_replica": 0.5,
                 "max_concurrent_requests": 2,
-                "max_new_tokens": 64,
+                "max_new_tokens": 250,
                 "context": 512,
             },
         }
@@ -97,6 +97,52 @@ def test_metrics_of_all_replicas_come_from_the_ingress(served: DeploymentRecord)
     assert text.count("# HELP llava_ray_time_to_first_token_seconds ") == 1
 
 
+def test_a_client_that_hangs_up_stops_the_engine(served: DeploymentRecord) -> None:
+    import httpx
+
+    with OpenAI(base_url=served.url, api_key="unused") as client:
+        stream = client.chat.completions.create(
+            model="none-fp32",
+            messages=[{"role": "user", "content": "Go on."}],
+            max_tokens=250,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        next(iter(stream))
+        stream.close()
+    for _ in range(100):
+        text = httpx.get(served.url.removesuffix("/v1") + "/metrics").text
+        found = [line for line in text.splitlines() if 'outcome="cancelled"' in line]
+        if found:
+            break
+        time.sleep(0.1)
+    assert found and float(found[0].split()[-1]) == 1
+    active = [line for line in text.splitlines() if line.startswith("llava_ray_active_requests")]
+    assert [float(line.split()[-1]) for line in active] == [0]
+
+
+def test_nobody_is_told_the_routes(served: DeploymentRecord) -> None:
+    import httpx
+
+    assert httpx.get(served.url.removesuffix("/v1") + "/-/routes").status_code == 404
+
+
+def test_haproxy_takes_the_requests_in_and_listens_on_loopback_only(
+    served: DeploymentRecord,
+) -> None:
+    import psutil
+
+    listening = {
+        (connection.laddr.ip, connection.laddr.port)
+        for process in psutil.Process().children(recursive=True)
+        if process.name() == "haproxy"
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert ("127.0.0.1", int(served.url.removesuffix("/v1").rpartition(":")[2])) in listening
+    assert {address for address, _ in listening} == {"127.0.0.1"}
+
+
 def test_a_second_call_reuses_the_deployment(
     served: DeploymentRecord, config: RunConfig, chosen: ChosenVariant
 ) -> None:
@@ -118,33 +164,39 @@ def test_a_new_deployment_takes_over_without_a_failed_request(
 ) -> None:
     import threading
 
-    outcomes: list[object] = []
+    outcomes: dict[bool, list[object]] = {False: [], True: []}
     over = threading.Event()
 
-    def keep_asking() -> None:
+    def keep_asking(stream: bool) -> None:
         with OpenAI(base_url=served.url, api_key="unused", max_retries=0) as client:
             while not over.is_set():
                 try:
                     answer = client.chat.completions.create(
                         model="none-fp32",
                         messages=[{"role": "user", "content": "What does the sign say?"}],
-                        max_tokens=4,
+                        max_tokens=20,
+                        stream=stream,
+                        extra_body={"ignore_eos": True},
                     )
-                    outcomes.append(answer.usage.completion_tokens)
+                    last = list(answer)[-1] if stream else answer
+                    outcomes[stream].append(last.choices[0].finish_reason)
                 except Exception as error:
-                    outcomes.append(error)
+                    outcomes[stream].append(error)
 
-    thread = threading.Thread(target=keep_asking)
-    thread.start()
+    threads = [threading.Thread(target=keep_asking, args=(stream,)) for stream in outcomes]
+    for thread in threads:
+        thread.start()
     try:
         changed = config.serve.model_copy(update={"max_new_tokens": 32})
         second = deploy.run(config.model_copy(update={"serve": changed}), chosen)
     finally:
         over.set()
-        thread.join()
+        for thread in threads:
+            thread.join()
     assert second.id != served.id
-    assert len(outcomes) > 3
-    assert [o for o in outcomes if not isinstance(o, int)] == []
+    for found in outcomes.values():
+        assert len(found) > 3
+        assert [outcome for outcome in found if outcome != "length"] == []
 
 
 def test_a_replica_that_fits_no_node_is_refused(

@@ -225,6 +225,53 @@ def test_a_released_slot_forgets_its_sequence(engine: LlamaCppEngine) -> None:
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
+def test_an_image_asked_about_again_is_not_encoded_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = LlamaCppEngine(folder, device="cpu", slots=2, context=CONTEXT)
+    try:
+        images = [noise(seed, engine.image_size) for seed in (1, 2, 3)]
+        asked = [
+            prompt_of(engine, f"USER: <image>\n{text} ASSISTANT:", image)
+            for image, text in [(images[0], "What?"), (images[1], "What?"), (images[0], "Where?")]
+        ]
+        plain = [tokens_of(engine, prompt) for prompt in asked]
+        assert plain[0] != plain[1], "the images must matter to this test"
+        engine.keep_prefixes(2)
+        encoded: list[Pixels] = []
+        real = engine.embed_image
+        monkeypatch.setattr(
+            engine, "embed_image", lambda pixels: (encoded.append(pixels), real(pixels))[1]
+        )
+        assert [tokens_of(engine, prompt) for prompt in asked] == plain
+        assert len(encoded) == 2
+        # A third image drives the one out that was not asked about for longest.
+        third = prompt_of(engine, "USER: <image>\nWho? ASSISTANT:", images[2])
+        tokens_of(engine, third)
+        assert tokens_of(engine, asked[2]) == plain[2]
+        assert len(encoded) == 3
+        assert tokens_of(engine, asked[1]) == plain[1]
+        assert len(encoded) == 4
+        engine._prefixes.max_bytes = 1
+        for _ in range(2):
+            tokens_of(engine, third)
+        assert len(encoded) == 6, "what has no room is not kept"
+    finally:
+        engine.close()
+
+
+def tokens_of(engine: LlamaCppEngine, prompt: Prompt) -> list[tuple[int, float]]:
+    """Return greedy tokens, each with its logit."""
+    slot, logits = engine.prefill(prompt)
+    found = []
+    for _ in range(5):
+        token = int(logits.argmax())
+        found.append((token, round(float(logits[token]), 4)))
+        logits = engine.decode([slot], torch.tensor([token]))[0]
+    engine.release(slot)
+    return found
+
+
 def test_logits_outlive_the_next_decode(engine: LlamaCppEngine) -> None:
     slot, _ = engine.prefill(prompt_of(engine, "One"))
     first = engine.decode([slot], torch.tensor([5]))

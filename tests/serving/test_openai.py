@@ -276,6 +276,27 @@ def test_a_failure_in_the_middle_of_a_stream_is_an_error_event() -> None:
         with pytest.raises(openai.InternalServerError) as caught:
             client.get("../health", cast_to=object)
         assert caught.value.status_code == 503
+        headers = caught.value.response.headers
+        assert (headers["x-should-retry"], headers["retry-after"]) == ("true", "2")
+
+
+def test_an_answer_past_its_deadline_is_ended() -> None:
+    endless = TableEngine(slots=1, context=10_000_000)
+    endless.eos_token_id = -1
+    limits = {"max_new_tokens": 9_000_000, "context": 10_000_000, "request_timeout_s": 0.3}
+    with (
+        serving({"tiny": endless}, **limits) as running,
+        OpenAI(base_url=f"{running.url}/v1", api_key="unused", max_retries=0) as client,
+    ):
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.chat.completions.create(model="tiny", messages=_ask())
+        assert (caught.value.status_code, caught.value.code) == (504, "deadline_exceeded")
+        assert caught.value.response.headers["x-should-retry"] == "false"
+        stream = client.chat.completions.create(model="tiny", messages=_ask(), stream=True)
+        with pytest.raises(openai.APIError, match="deadline passed"):
+            for _ in stream:
+                pass
+    assert endless.held == {}
 
 
 def test_hanging_up_frees_the_slot(client: OpenAI) -> None:

@@ -61,6 +61,8 @@ def serving(
     # With the protocol named, asyncio turns Nagle's algorithm off on what is accepted.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
+    # Who comes before the server has started waits, and is not refused.
+    listener.listen()
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", timeout_keep_alive=30)
     )

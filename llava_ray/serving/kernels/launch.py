@@ -262,7 +262,7 @@ class Attention:
     heads: int
     order: Format = "dense"
     pdl: bool = False
-    block: int = 32
+    block: int = 64
     """Rows of the cache that a program reads at a time."""
 
     def launch(

@@ -1,0 +1,304 @@
+"""What serving costs over the bare engine: the same prompts to both, at 1, 8 and 64 clients.
+
+Both engines are loaded in processes of one CPU thread. They take turns, so that a machine that
+slows down does so for both, and the medians over the rounds are compared.
+"""
+
+import base64
+import io
+import json
+import logging
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_ray import __version__
+from llava_ray.serving.engine import Engine, Prompt
+from llava_ray.serving.load import Timeline, drive
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+CLIENTS = (1, 8, 64)
+GOAL_FIRST_TOKEN_MS = 7.0
+GOAL_PER_TOKEN_MS = 0.2
+GOAL_THROUGHPUT_SHARE = 0.95
+
+_SLUG = "none-fp32"
+_QUESTION = "What does the sign say?"
+_TOKENS = 64
+"""Per answer."""
+_ROUNDS = 3
+_REQUESTS = {1: 8, 8: 24, 64: 128}
+"""Per round, by clients."""
+_CONTEXT = 512
+_SIDE = 336
+"""Pixels on a side of the images that are sent: LLaVA-1.5's own."""
+_SLOTS = max(CLIENTS)
+_PROCESSES = {
+    "bare_engine": "ray::BareEngine",
+    "engine_replica": "ray::ServeReplica:bench:engine-0",
+    "ingress_replica": "ray::ServeReplica:bench:ingress",
+    "proxy": "/haproxy -db",
+}
+"""How Ray titles the processes whose CPU time is counted."""
+
+
+def run(out: Path, *, port: int = 8731, rounds: int = _ROUNDS) -> dict[str, Any]:
+    """Measure, write the result as JSON and return it. Starts and ends a Ray of its own.
+
+    The served engine and the bare one get one CPU thread each, and only one of them works at a
+    time; the ingress, Serve's proxy and the load generator share what other CPUs there are.
+    """
+    import ray
+    from ray import serve
+
+    with tempfile.TemporaryDirectory() as folder:
+        variant_uri = _make_variant(Path(folder))
+        ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+        try:
+            bare = ray.remote(num_cpus=1)(BareEngine).remote(variant_uri)
+            host = _serve(variant_uri, port)
+            result = _measure(bare, host, port, rounds)
+        finally:
+            serve.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def _make_variant(folder: Path) -> str:
+    """Write the embedded model as a variant; return its URI."""
+    from llava_ray.artifacts import ArtifactStore, Variant
+    from llava_ray.models import EMBEDDED
+    from llava_ray.quantize.registry import spec_for
+    from llava_ray.quantize.spec import Calibration
+
+    spec = spec_for(_SLUG)
+    with ArtifactStore(str(folder)).build(Variant, "variant-bench", settings={}) as build:
+        calibration = Calibration(dataset_folder=build.folder, num_samples=0)
+        spec.quantize(EMBEDDED, build.folder, calibration, "cpu")
+        variant = build.finish(
+            Variant,
+            device="cpu",
+            slug=_SLUG,
+            method=spec.method,
+            bits_per_weight=spec.bits_per_weight(),
+            quantize_s=0.0,
+            peak_memory_bytes=0,
+        )
+    return variant.uri
+
+
+def _args(variant_uri: str) -> Any:
+    from llava_ray.serving.settings import AppArgs, ModelArgs
+
+    return AppArgs(
+        models=(ModelArgs(variant_uri=variant_uri, name="bench"),),
+        host="127.0.0.1",
+        context=_CONTEXT,
+        max_concurrent_requests=_SLOTS,
+        # Each request is another image's; a prefix kept for one would help neither side.
+        kept_prefixes=0,
+    )
+
+
+def _serve(variant_uri: str, port: int) -> str:
+    """Start the real application; return the host that it listens on."""
+    from ray import serve
+
+    from llava_ray.deploy.application import start_serve
+    from serve.app import build
+
+    args = _args(variant_uri)
+    start_serve(args.host, port, args.request_timeout_s)
+    serve.run(build(args), name="bench", route_prefix="/")
+    return str(args.host)
+
+
+class BareEngine:
+    """The engine alone, in a process of its own: no queue, no event loop, no text."""
+
+    def __init__(self, variant_uri: str) -> None:
+        from llava_ray.serving.loading import open_variant
+
+        args = _args(variant_uri)
+        self._engine, _ = open_variant(args.models[0], args)
+
+    def load(self, count: int, clients: int) -> list[Timeline]:
+        """Answer `count` prompts from `clients` closed loops."""
+        from llava_ray.serving.prompts import make_prompt
+
+        prompts = [make_prompt(self._engine, _QUESTION, [_image(i)]) for i in range(count)]
+        return closed_loop(self._engine, prompts, clients=clients, tokens=_TOKENS)
+
+
+@dataclass
+class _Client:
+    prompts: deque[Prompt]
+    slot: int = 0
+    token: int = 0
+    sent: float = 0.0
+    first: float = 0.0
+    left: int = 0
+
+
+def closed_loop(
+    engine: Engine, prompts: Sequence[Prompt], *, clients: int, tokens: int
+) -> list[Timeline]:
+    """Give each client its next prompt once its last answer has ended; greedy, in this thread.
+
+    Prompts are prefilled as the scheduler does: one between two decode steps, or as many as wait
+    where nothing is decoded.
+    """
+    import torch
+
+    now = time.perf_counter()
+    waiting = deque(_Client(deque(prompts[i::clients]), sent=now) for i in range(clients))
+    active: list[_Client] = []
+    done: list[Timeline] = []
+    while waiting or active:
+        alone = not active
+        while waiting and (alone or len(active) < engine.slots):
+            client = waiting.popleft()
+            client.slot, logits = engine.prefill(client.prompts.popleft())
+            client.token, client.left = int(logits.argmax()), tokens - 1
+            client.first = time.perf_counter()
+            active.append(client)
+            if not alone:
+                break
+        logits = engine.decode([c.slot for c in active], torch.tensor([c.token for c in active]))
+        now = time.perf_counter()
+        for client, token in zip(list(active), logits.argmax(-1).tolist(), strict=True):
+            client.token, client.left = token, client.left - 1
+            if client.left == 0:
+                engine.release(client.slot)
+                active.remove(client)
+                done.append(Timeline(client.sent, client.first, now, tokens))
+                if client.prompts:
+                    client.sent = now
+                    waiting.append(client)
+    return done
+
+
+def _image(index: int) -> "Image.Image":
+    """Draw a sign; each index gives other pixels."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (_SIDE, _SIDE), (index % 256, index * 7 % 256, 90))
+    ImageDraw.Draw(image).text((40, 150), f"GATE {index}", fill="white", font_size=60)
+    return image
+
+
+def _body(index: int) -> bytes:
+    stream = io.BytesIO()
+    _image(index).save(stream, "JPEG", quality=90)
+    url = f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    content = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": _QUESTION},
+    ]
+    body = {
+        "model": "bench",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": _TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    return json.dumps(body).encode()
+
+
+def _measure(bare: Any, host: str, port: int, rounds: int) -> dict[str, Any]:
+    import ray
+
+    bodies = [_body(i) for i in range(max(_REQUESTS.values()))]
+    drive(host, port, bodies[:2], clients=2, tokens=_TOKENS)
+    ray.get(bare.load.remote(2, 2))
+    loads: dict[str, Any] = {}
+    for clients in CLIENTS:
+        count = _REQUESTS[clients]
+        sides: dict[str, list[dict[str, float]]] = {"bare": [], "served": []}
+        before = _cpu_s()
+        for _ in range(rounds):
+            sides["bare"].append(summarize(ray.get(bare.load.remote(count, clients))))
+            served = drive(host, port, bodies[:count], clients=clients, tokens=_TOKENS)
+            sides["served"].append(summarize(served))
+        tokens = rounds * count * _TOKENS
+        loads[str(clients)] = compare(sides["bare"], sides["served"]) | {
+            "requests_per_round": count,
+            "cpu_ms_per_token": {
+                name: 1000 * (used - before.get(name, 0.0)) / tokens
+                for name, used in _cpu_s().items()
+            },
+        }
+        logger.info("%d clients: %s", clients, json.dumps(loads[str(clients)]))
+    return {
+        "device": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "code_version": __version__,
+        "ray": ray.__version__,
+        "variant": _SLUG,
+        "tokens_per_answer": _TOKENS,
+        "rounds": rounds,
+        "engine_threads": 1,
+        "goals": {
+            "added_first_token_ms": GOAL_FIRST_TOKEN_MS,
+            "added_per_token_ms": GOAL_PER_TOKEN_MS,
+            "throughput_share": GOAL_THROUGHPUT_SHARE,
+        },
+        "clients": loads,
+    }
+
+
+def summarize(timelines: Sequence[Timeline]) -> dict[str, float]:
+    """Return one round's medians in ms, and its tokens per second of wall time."""
+    took = max(t.last for t in timelines) - min(t.sent for t in timelines)
+    return {
+        "first_token_ms": 1000 * statistics.median(t.first_token_s for t in timelines),
+        "per_token_ms": 1000 * statistics.median(t.per_token_s for t in timelines),
+        "tokens_per_s": sum(t.tokens for t in timelines) / took,
+    }
+
+
+def compare(bare: Sequence[dict[str, float]], served: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Return the medians over the rounds of both sides, and what serving adds."""
+    ours, theirs = _medians(served), _medians(bare)
+    added = {
+        "added_first_token_ms": ours["first_token_ms"] - theirs["first_token_ms"],
+        "added_per_token_ms": ours["per_token_ms"] - theirs["per_token_ms"],
+        "throughput_share": ours["tokens_per_s"] / theirs["tokens_per_s"],
+    }
+    met = {
+        "first_token": added["added_first_token_ms"] <= GOAL_FIRST_TOKEN_MS,
+        "per_token": added["added_per_token_ms"] <= GOAL_PER_TOKEN_MS,
+        "throughput": added["throughput_share"] >= GOAL_THROUGHPUT_SHARE,
+    }
+    return {**added, "goals_met": met, "bare": theirs, "served": ours}
+
+
+def _medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
+
+
+def _cpu_s() -> dict[str, float]:
+    """Return the CPU seconds that each process of the line has used so far."""
+    import psutil
+
+    found = {"load_generator": sum(psutil.Process().cpu_times()[:2])}
+    for process in psutil.Process().children(recursive=True):
+        title = " ".join(process.cmdline())
+        for name, mark in _PROCESSES.items():
+            if mark in title:
+                found[name] = sum(process.cpu_times()[:2])
+    return found

@@ -1,0 +1,64 @@
+"""Replicas come under load, and the second one shares the work."""
+
+import os
+import threading
+import time
+
+import httpx
+import pytest
+from askers import Asker, engine_pids
+from free_port import free_port
+from served_variant import make_chosen
+
+from llava_ray import deploy
+from llava_ray.config import RunConfig
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("LLAVA_RAY_SLOW" not in os.environ, reason="slow: set LLAVA_RAY_SLOW=1"),
+]
+
+# Serve waits half a minute before it believes in a load; then the replica has to start.
+_PATIENCE_S = 150
+
+
+def _replicas_that_answered(url: str) -> int:
+    text = httpx.get(url.removesuffix("/v1") + "/metrics", timeout=30).text
+    lines = [line for line in text.splitlines() if line.startswith("llava_ray_generated_tokens")]
+    return sum(float(line.split()[-1]) > 0 for line in lines)
+
+
+def test_load_brings_a_second_replica_that_shares_it(ray_local: None, tmp_path: object) -> None:
+    from ray import serve
+
+    config = RunConfig.model_validate(
+        {
+            "storage": {"uri": str(tmp_path)},
+            "serve": {
+                "port": free_port(),
+                "cpus_per_replica": 0.25,
+                "min_replicas": 1,
+                "max_replicas": 2,
+                "max_concurrent_requests": 2,
+                "context": 512,
+            },
+        }
+    )
+    record = deploy.run(config, make_chosen(config))
+    over = threading.Event()
+    askers = [Asker(record.url, over, number) for number in range(4)]
+    try:
+        assert len(engine_pids()) == 1
+        for asker in askers:
+            asker.start()
+        start = time.monotonic()
+        while _replicas_that_answered(record.url) < 2:
+            assert time.monotonic() - start < _PATIENCE_S, f"{len(engine_pids())} replicas"
+            time.sleep(1)
+    finally:
+        over.set()
+        for asker in askers:
+            asker.join()
+        serve.shutdown()
+    assert [repr(error) for asker in askers for error in asker.lost] == []
+    assert all(asker.whole for asker in askers)

@@ -1,0 +1,42 @@
+"""What a failed training says: the errors that Ray Train hands back, without a cluster."""
+
+import errno
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.train import ControllerError, WorkerGroupError
+
+from llava_ray.config import TrainConfig
+from llava_ray.errors import DataError, ResourceError
+from llava_ray.train.trainer import fit
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def trainer(error: Exception) -> Any:
+    def fail() -> None:
+        raise pickle.loads(pickle.dumps(error))
+
+    return SimpleNamespace(fit=fail, run_config=SimpleNamespace(storage_path="/mine"))
+
+
+@pytest.mark.parametrize(
+    "error", [WorkerGroupError("rank 1 failed", {1: FULL}), ControllerError(FULL)]
+)
+def test_a_full_disk_is_named(error: Exception) -> None:
+    with pytest.raises(ResourceError, match="no space left at /mine"):
+        fit(trainer(error), TrainConfig())
+
+
+def test_a_workers_own_error_is_raised() -> None:
+    error = WorkerGroupError("rank 0 failed", {0: DataError("no image 7.png")})
+    with pytest.raises(DataError, match=r"no image 7\.png"):
+        fit(trainer(error), TrainConfig())
+
+
+def test_other_failures_keep_their_traceback() -> None:
+    error = WorkerGroupError("rank 0 failed", {0: ValueError("a bug")})
+    with pytest.raises(WorkerGroupError, match="rank 0 failed"):
+        fit(trainer(error), TrainConfig())
