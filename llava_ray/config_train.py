@@ -21,9 +21,9 @@ class TrainConfig(Section):
     """Default: one per GPU of the cluster, or one CPU worker."""
     cpus_per_worker: Positive | None = Field(default=None)
     """Default: 4 beside a GPU, else the CPUs that stay free, shared by the workers."""
-    zero_stage: Literal["auto", 0, 2, 3] = Field(default="auto")
-    """DeepSpeed's [deepspeed zero2.json, zero3.json]; 0 trains without it, every worker holding
-    all. `auto`: 0 where little is trained, 2 for method=full, offload and fp16."""
+    zero_stage: Literal[0, 2, 3] = Field(default=2)
+    """DeepSpeed's [deepspeed zero2.json, zero3.json]; 0 trains without DeepSpeed, every worker
+    holding all, which is faster where little is trained."""
     offload: Literal["none", "optimizer", "optimizer+weights"] = Field(default="none")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(default="auto")
     """`auto`: bf16 on GPUs, fp32 on CPUs."""
@@ -87,18 +87,9 @@ class TrainConfig(Section):
     )
     seed: int = Field(default=0)
 
-    @property
-    def stage(self) -> Literal[0, 2, 3]:
-        """Resolve zero_stage `auto`."""
-        if self.zero_stage != "auto":
-            return self.zero_stage
-        # Whole weights, a scaled loss and offloading are what DeepSpeed is for.
-        large = self.method == "full" and self.optimizer == "adamw"
-        return 2 if large or self.offload != "none" or self.precision == "fp16" else 0
-
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        stage = self.stage
+        stage = self.zero_stage
         if self.use_dora and stage == 3:
             raise ValueError("use_dora needs zero_stage=2: DoRA reads whole weights")
         if self.method in ("qlora", "hqq") and stage == 3:

@@ -58,7 +58,7 @@ def _decode(results: Path) -> str:
 
 
 def _train(results: Path) -> str:
-    tree = _read(results, "train_bench_h100")
+    tree = _read(results, "train_h100")
     rows = [
         [
             {"plain": "transformers + peft", "zero2": "**llava_ray**, DeepSpeed ZeRO-2"}.get(

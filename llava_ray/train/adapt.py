@@ -165,7 +165,7 @@ def loss_module(model: "nn.Module", train: TrainConfig) -> "nn.Module":
 
 def fused_decoder(model: "nn.Module", train: TrainConfig) -> Any:
     """Return the decoder with a backward of its own, or None where peft's modules must run."""
-    if not train.fused_layers or train.method != "lora" or train.stage == 3:
+    if not train.fused_layers or train.method != "lora" or train.zero_stage == 3:
         return None
     from llava_ray.train import fused
 

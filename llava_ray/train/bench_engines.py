@@ -141,7 +141,7 @@ class Product:
         loss = adapt.loss_module(adapt.adapt(model, train), train)
         groups = adapt.parameter_groups(loss, train)
         self.engine: Any
-        if train.stage == 0:
+        if train.zero_stage == 0:
             self.engine = ReplicaEngine(loss, groups, train, model.dtype)
         else:
             config = zero.zero_config(train, "bf16" if gpu else "fp32", gpu=gpu)

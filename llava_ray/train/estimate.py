@@ -103,14 +103,14 @@ def estimate(sizes: Sizes, train: TrainConfig, *, workers: int, load: Load) -> M
     if train.method == "full":
         frozen = sizes.vision_tower() * width
     whole = frozen + trained * width
-    share = workers if train.stage == 3 else 1
+    share = workers if train.zero_stage == 3 else 1
     weights = whole / share
-    workspace = 2.0 * BUCKET * width if train.stage else 0.0
-    if train.stage == 3 and workers > 1:
+    workspace = 2.0 * BUCKET * width if train.zero_stage else 0.0
+    if train.zero_stage == 3 and workers > 1:
         workspace += min(whole - weights, LIVE_WEIGHTS * width)
     # Beside the moments DeepSpeed keeps a copy of the weights, also where they are in fp32.
     gradients, optimizer = trained * width / workers, trained * 12 / workers
-    if train.stage == 0:
+    if train.zero_stage == 0:
         gradients = trained * width
         if train.optimizer == "adamw" and width < 4 and train.gradient_accumulation > 1:
             # Those of earlier micro-batches wait in fp32.
@@ -190,7 +190,7 @@ def head_bytes(sizes: Sizes, rows: int, width: int) -> float:
 def runs_fused(train: TrainConfig) -> bool:
     """Say whether layers run with a backward of their own (llava_ray/train/fused.py)."""
     plain_lora = train.method == "lora" and not train.use_dora
-    return train.fused_layers and plain_lora and train.stage != 3
+    return train.fused_layers and plain_lora and train.zero_stage != 3
 
 
 def alternatives(train: TrainConfig) -> list[tuple[str, TrainConfig]]:

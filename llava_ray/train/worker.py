@@ -184,7 +184,7 @@ class Loop:
         config = zero.zero_config(self.train, self.precision, gpu=self.gpu)
         # While this object lives, from_pretrained shards each weight as it is read; without it
         # every rank of ZeRO-3 would hold the whole model in RAM.
-        shards = zero.shard_on_load(config) if self.train.stage == 3 else None
+        shards = zero.shard_on_load(config) if self.train.zero_stage == 3 else None
         torch.manual_seed(self.train.seed)
         model = adapt.load_base(
             model_folder(self.task.model),
@@ -201,7 +201,7 @@ class Loop:
         model = adapt.adapt(model, self.train)
         groups = adapt.parameter_groups(model, self.train)
         module = adapt.loss_module(model, self.train)
-        if self.train.stage == 0:
+        if self.train.zero_stage == 0:
             return replica.ReplicaEngine(module, groups, self.train, torch_dtype(self.precision))
         engine = zero.make_engine(module, groups, config)
         del shards

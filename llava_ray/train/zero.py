@@ -35,7 +35,7 @@ _SETTLING_S = 30
 def zero_config(train: TrainConfig, precision: Precision, *, gpu: bool) -> dict[str, Any]:
     """Return DeepSpeed's JSON for a train section."""
     stage: dict[str, Any] = {
-        "stage": train.stage,
+        "stage": train.zero_stage,
         "contiguous_gradients": True,
         "overlap_comm": gpu,
         # DeepSpeed's default takes 2 GB for buffers that LoRA's gradients do not fill.

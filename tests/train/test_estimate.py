@@ -84,7 +84,7 @@ def test_each_saving_lowers_what_it_should() -> None:
     assert of(fused_layers=False).activations > 1.5 * base.activations
     assert of(workers=4, zero_stage=2).optimizer == base.optimizer / 4
     assert of(workers=4, zero_stage=2).weights == base.weights
-    assert of(optimizer="adamw8bit").optimizer < base.optimizer / 4
+    assert of(optimizer="adamw8bit", zero_stage=0).optimizer < base.optimizer / 4
     assert of(workers=4, zero_stage=3).weights == pytest.approx(base.weights / 4)
     assert of(method="qlora").weights < 0.4 * base.weights
     assert of(precision="fp32").weights == 2 * base.weights
