@@ -1,4 +1,4 @@
-"""The drill's own judgement, and two of its scenarios played for real."""
+"""The drill's own judgement and tools, and scenarios played for real."""
 
 import http.server
 import json
@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 
 from llava_ray.artifacts import ArtifactStore, DatasetRecord
@@ -23,6 +22,7 @@ from llava_ray.cluster.drill_results import (
     corrupt_artifacts,
     missed_goals,
     outcome_line,
+    plain,
     write_results,
 )
 from llava_ray.cluster.drill_stages import CHECKPOINT_EVERY_STEPS, STAGES, losses
@@ -134,6 +134,11 @@ def test_results_of_other_scenarios_are_kept(tmp_path: Path) -> None:
     write_results(path, [one.model_copy(update={"steps_lost": 1})])
     rows = json.loads(path.read_text())["scenarios"]
     assert [(row["fault"], row["steps_lost"]) for row in rows] == [("worker", 3), ("node", 1)]
+
+
+def test_results_name_no_folder_of_this_machine() -> None:
+    told = "\x1b[36m(x pid=1)\x1b[0m no space left at /tmp/a-1/storage: see 1/2"
+    assert plain(told) == "(x pid=1) no space left at storage: see 1/2"
 
 
 def test_scenarios_are_named_by_stage_and_fault() -> None:
@@ -255,22 +260,9 @@ def play(names: list[str], folder: Path) -> dict[str, Outcome]:
     return found
 
 
-def test_a_killed_worker_of_a_training_costs_little_and_leaves_nothing(tmp_path: Path) -> None:
-    outcome = play(["train:worker"], tmp_path)["train:worker"]
-    assert outcome.missed == ()
-    assert outcome.submissions == 1
-    assert "RayTrainWorker" in outcome.struck[0]
-    assert outcome.artifacts_checked >= 2
-    assert not [p for p in psutil.process_iter(["cmdline"]) if _of_drill(p)]
-
-
-def _of_drill(process: psutil.Process) -> bool:
-    return any("/drill-" in part for part in process.info["cmdline"] or ())
-
-
 @pytest.mark.slow
 @pytest.mark.skipif("LLAVA_RAY_SLOW" not in os.environ, reason="minutes: set LLAVA_RAY_SLOW=1")
-@pytest.mark.parametrize("name", ["train:head", "quantize:node", "serve:replica"])
+@pytest.mark.parametrize("name", ["train:worker", "train:head", "quantize:node", "serve:replica"])
 def test_what_is_lost_comes_back(tmp_path: Path, name: str) -> None:
     outcome = play([name], tmp_path)[name]
     assert outcome.missed == ()
