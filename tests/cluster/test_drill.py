@@ -3,6 +3,8 @@
 import http.server
 import json
 import os
+import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from llava_ray.cluster import drill
 from llava_ray.cluster.drill_clients import ATTEMPTS, Clients
 from llava_ray.cluster.drill_faults import DISK_BYTES, fill, scenarios, small_disk
 from llava_ray.cluster.drill_network import Network, why_no_network
+from llava_ray.cluster.drill_nodes import DrillCluster
 from llava_ray.cluster.drill_results import (
     MEMORY_ALLOWANCE_BYTES,
     Outcome,
@@ -238,8 +241,6 @@ def test_a_cut_cable_is_felt(tmp_path: Path) -> None:
 
 def _reaches(address: str) -> bool:
     """Whether a node answers at all: a refusal is an answer."""
-    import socket
-
     with socket.socket() as probe:
         probe.settimeout(2)
         try:
@@ -249,6 +250,21 @@ def _reaches(address: str) -> bool:
         except OSError:
             return False
     return True
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="no redis-server here")
+def test_redis_starts_with_a_password_and_goes_with_its_cluster() -> None:
+    cluster = DrillCluster(None, redis=True)
+    try:
+        cluster._start_redis("secret")
+        with socket.create_connection(("127.0.0.1", cluster.redis_port), timeout=5) as client:
+            client.sendall(b"PING\r\n")
+            assert client.recv(100).startswith(b"-NOAUTH")
+    finally:
+        cluster.stop()
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", cluster.redis_port)) != 0
+    assert not cluster.folder.exists()
 
 
 def play(names: list[str], folder: Path) -> dict[str, Outcome]:
