@@ -35,6 +35,7 @@ from llava_ray.cluster.drill_results import (
     corrupt_artifacts,
     missed_goals,
     now,
+    plain,
 )
 from llava_ray.cluster.drill_stages import STAGES, Job, Stage, checkpoint_steps, losses
 from llava_ray.errors import LlavaRayError, ResourceError
@@ -97,7 +98,7 @@ def run(pairs: list[tuple[str, str]], folder: Path) -> Iterator[Outcome]:
         try:
             seen = _play(stage, fault, base, folder / f"{stage_name}-{fault}")
         except LlavaRayError as error:
-            seen = {"error": str(error)}
+            seen = {"error": plain(str(error))}
         outcome = Outcome.model_validate({**begun, **seen})
         yield outcome.model_copy(update={"missed": missed_goals(outcome)})
 
@@ -134,7 +135,7 @@ def _play(stage: Stage, fault: str, base: Path, folder: Path) -> dict[str, Any]:
             _disturb_endpoint(scene) if stage.name == "serve" else _disturb_job(scene)
             scene.seen |= _left_behind(scene)
         except LlavaRayError as error:
-            scene.seen["error"] = str(error)
+            scene.seen["error"] = plain(str(error))
         checked, corrupt = corrupt_artifacts(storage)
         staging = storage / ".staging"
         return scene.seen | {
@@ -288,4 +289,6 @@ def _failed_parts(storage: Path) -> tuple[str, ...]:
 
 
 def _last_words(job: Job, code: int | None) -> str:
-    return f"exit code {code}: {job.last_line}" if code is not None else "did not end in time"
+    return (
+        f"exit code {code}: {plain(job.last_line)}" if code is not None else "did not end in time"
+    )

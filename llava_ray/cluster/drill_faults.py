@@ -1,5 +1,6 @@
 """What a drill breaks, and how it is mended, as the machinery around a cluster would mend it."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -13,11 +14,14 @@ from llava_ray.cluster.drill_nodes import HEAD, DrillCluster, wait_for
 from llava_ray.cluster.drill_stages import STAGES, Stage
 from llava_ray.errors import ResourceError
 
+logger = logging.getLogger(__name__)
+
 FAULTS = ("worker", "node", "head", "disk", "network", "replica")
 DISK_BYTES = 400 * 2**20
 _SPARE = "w3"
 """The node that comes in a lost one's place."""
 _BUSY_S = 90.0
+_HEAD_STARTS = 3
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def strike(cluster: DrillCluster, stage: Stage, fault: str, disk: Path) -> Strik
 def mend(cluster: DrillCluster, fault: str, hit: Strike, disk: Path) -> None:
     """Put a new node in the lost one's place, start the head again, plug in, free the disk."""
     if fault == "head":
-        cluster.start_head()
+        _restart_head(cluster)
     if fault == "disk":
         (disk / "ballast").unlink()
     if hit.node is not None:
@@ -79,6 +83,17 @@ def mend(cluster: DrillCluster, fault: str, hit: Strike, disk: Path) -> None:
     if fault == "network" and hit.node is not None:
         assert cluster.network is not None
         cluster.network.heal(hit.node)
+
+
+def _restart_head(cluster: DrillCluster) -> None:
+    """Start the head until it comes up, as Kubernetes does with a container that fails."""
+    for _ in range(_HEAD_STARTS - 1):
+        try:
+            return cluster.start_head()
+        except ResourceError as error:
+            logger.warning("drill: %s; it is started again", error)
+            cluster.kill(HEAD)
+    return cluster.start_head()
 
 
 @contextmanager

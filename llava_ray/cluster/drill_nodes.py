@@ -66,6 +66,7 @@ class DrillCluster:
         )
         self._known: dict[psutil.Process, str] = {}
         self._by_id: dict[int, str] = {}
+        self._redis: subprocess.Popen[bytes] | None = None
         self._password = secrets.token_hex(16) if redis else None
 
     def start(self, nodes: tuple[str, ...]) -> None:
@@ -118,6 +119,9 @@ class DrillCluster:
     def stop(self) -> None:
         """End every process, and take the networks and the folder away."""
         self._kill(None)
+        if self._redis is not None:
+            self._redis.kill()
+            self._redis.wait()
         if self.network:
             self.network.remove()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -262,16 +266,15 @@ class DrillCluster:
             f'save ""\ndir {self.folder}\nlogfile {self.folder / "redis.log"}\n'
         )
         # The configuration through stdin, so that no process list shows the password.
-        server = subprocess.Popen(
+        self._redis = subprocess.Popen(
             ["redis-server", "-"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            env={**os.environ, local.MARK: self.head.cluster_id},
             start_new_session=True,
         )
-        assert server.stdin is not None
-        server.stdin.write(text.encode())
-        server.stdin.close()
+        assert self._redis.stdin is not None
+        self._redis.stdin.write(text.encode())
+        self._redis.stdin.close()
         wait_for(lambda: not _is_free(self.redis_port), 10, "redis-server does not answer")
 
 

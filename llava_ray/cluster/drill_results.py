@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -147,6 +148,11 @@ def outcome_line(outcome: Outcome) -> str:
         parts.append(f"clean after {outcome.clean_after_s:.0f} s")
     lines = [f"{'BAD ' if outcome.missed else 'ok  '} {name:<17} {'; '.join(parts)}"]
     return "\n".join([*lines, *(f"       {text}" for text in outcome.missed)])
+
+
+def plain(text: str) -> str:
+    """Return a line without colours and without the folders that only this machine has."""
+    return re.sub(r"(/[\w.-]+)+/", "", re.sub(r"\x1b\[[0-9;]*m", "", text))
 
 
 def now() -> str:

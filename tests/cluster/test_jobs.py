@@ -1,6 +1,7 @@
 """Jobs through the job API: ids, status, logs, the reason of a failure, stop and go on."""
 
 import json
+import os
 import re
 import sys
 import time
@@ -77,6 +78,8 @@ def test_a_job_that_fails_says_why_in_its_last_line(head: Head, tmp_path: Path) 
     assert last in told["message"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif("LLAVA_RAY_SLOW" not in os.environ, reason="trains twice: LLAVA_RAY_SLOW=1")
 def test_a_stopped_job_goes_on_from_its_checkpoint_when_submitted_again(
     head: Head, tmp_path: Path
 ) -> None:
