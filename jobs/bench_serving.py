@@ -1,7 +1,7 @@
 """Measure what the real Serve application adds to the bare engine, at 1, 8 and 64 clients.
 
 On this machine's CPU with the embedded model; needs no download and no running Ray:
-python jobs/bench_serving.py --out results/serving.json
+python jobs/bench_serving.py --out jobs/results/serving.json
 """
 
 import argparse

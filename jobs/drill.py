@@ -16,7 +16,7 @@ from llava_ray.errors import LlavaRayError
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scenarios", nargs="*", help="such as train:node or serve; default: all")
-    parser.add_argument("--out", type=Path, default=Path("results/drill.json"))
+    parser.add_argument("--out", type=Path, default=Path("jobs/results/drill.json"))
     parser.add_argument("--folder", type=Path, help="keep artifacts here, for a later drill")
     args = parser.parse_args(argv)
     set_up_logging()

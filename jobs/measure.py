@@ -1,6 +1,6 @@
 """Run commands in a clean clone with an empty home; record their time, disk and memory as JSON.
 
-python jobs/measure.py results/costs.json 'bash jobs/quickstart.sh' 'bash tests/run.sh'
+python jobs/measure.py jobs/results/costs.json 'bash jobs/quickstart.sh' 'bash tests/run.sh'
 The commands share the clone and the home, in the order given; all they leave is deleted.
 """
 

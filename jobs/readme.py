@@ -1,4 +1,4 @@
-"""Write README's tables anew from the JSON under results/."""
+"""Write README's tables anew from the JSON under jobs/results/."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from llava_ray.report.readme import fill
 if __name__ == "__main__":
     readme = Path("README.md")
     try:
-        readme.write_text(fill(readme.read_text("utf-8"), Path("results")), encoding="utf-8")
+        readme.write_text(fill(readme.read_text("utf-8"), Path("jobs/results")), encoding="utf-8")
     except LlavaRayError as error:
         fail(error)
     print(readme)

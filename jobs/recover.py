@@ -1,6 +1,6 @@
 """Measure how much of HQQ's loss LoRA wins back, on the held-out captions; needs no Ray.
 
-python jobs/recover.py --out results/hqq_recovery.json train.max_steps=60 train.batch_size=8
+python jobs/recover.py --out jobs/results/hqq_recovery.json train.max_steps=60 train.batch_size=8
 """
 
 import argparse

@@ -75,7 +75,7 @@ def test_the_articles_run() -> None:
 
 
 def test_documented_keys_beside_llavas_flags_exist() -> None:
-    table = Path("docs/llava_flags.md").read_text()
+    table = Path("jobs/configs/llava_flags.md").read_text()
     named = set(re.findall(r"`((?:train|model|data)\.\w+)", table))
     assert named <= set(known_keys())
     own = {"num_workers", "cpus_per_worker", "max_failures", "fused_layers"}

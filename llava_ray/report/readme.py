@@ -1,4 +1,4 @@
-"""README's tables, made from the JSON under results/, so that no figure is typed by hand."""
+"""README's tables, made from the JSON under jobs/results/, so that no figure is typed by hand."""
 
 import json
 import re

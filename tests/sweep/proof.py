@@ -1,6 +1,6 @@
 """Prove what sweeps promise on a model of a second, and write the figures as JSON.
 
-python tests/sweep/proof.py results/sweep.json
+python tests/sweep/proof.py jobs/results/sweep.json
 
 Eight learning rates, of which the highest is known to be best: in so few steps it learns most,
 and the model still takes it. Each seed is swept with ASHA; the first one's driver is killed

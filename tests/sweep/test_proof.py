@@ -1,4 +1,4 @@
-"""The promises of a sweep, proved anew; results/sweep.json holds a run's figures."""
+"""The promises of a sweep, proved anew; jobs/results/sweep.json holds a run's figures."""
 
 import json
 import os

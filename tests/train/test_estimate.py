@@ -115,7 +115,7 @@ def test_table_names_the_figures() -> None:
 
 
 def test_peaks_that_an_h100_showed_are_met_within_a_tenth() -> None:
-    found = check(Path("results/train_h100.json"))
+    found = check(Path("jobs/results/train_h100.json"))
     assert len(found) >= 4
     for row in found:
         assert row.ratio == pytest.approx(1, abs=0.1), row.row
