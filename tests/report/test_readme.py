@@ -1,0 +1,50 @@
+"""README says what is there: its tables come from the results, its files and commands exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava_ray.errors import ConfigError
+from llava_ray.report.readme import TABLES, fill
+
+README = Path("README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.partition("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+
+
+def test_tables_are_made_from_the_results() -> None:
+    assert fill(README, Path("jobs/results")) == README
+    assert set(re.findall(r"<!-- table: (\w+) -->", README)) == set(TABLES)
+
+
+def test_a_table_without_its_results_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"decode_h100\.json: cannot be read"):
+        fill("<!-- table: decode -->\n<!-- end -->", tmp_path)
+    with pytest.raises(ConfigError, match="'speed': there are"):
+        fill("<!-- table: speed -->\n<!-- end -->", tmp_path)
+
+
+def test_files_that_are_named_exist() -> None:
+    named = re.findall(r"\]\(([^)#]+)\)", README)
+    named += re.findall(r"\b(?:jobs|serve|cluster|tests|llava_ray)/[\w./-]*\w", README)
+    missing = [name for name in named if "://" not in name and not Path(name).exists()]
+    assert not missing
+
+
+def test_jobs_of_the_commands_say_how_they_are_used() -> None:
+    scripts = {part for c in COMMANDS for part in shlex.split(c) if re.match(r"jobs/\w+\.py", part)}
+    assert scripts
+    for script in sorted(scripts):
+        done = subprocess.run(
+            [sys.executable, script, "--help"], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert "--config" in done.stdout
