@@ -5,12 +5,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from llava_ray.artifacts import Scorecard, VariantFailure
 from llava_ray.benchmark.fidelity import paired_difference
 from llava_ray.benchmark.measure import read_fidelity
 from llava_ray.config import RunConfig
 from llava_ray.errors import VariantError
 from llava_ray.pipeline import run_benchmark
+from llava_ray.records import Scorecard, VariantFailure
 
 logger = logging.getLogger(__name__)
 

@@ -7,13 +7,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from llava_ray.artifacts import ArtifactStore, Scorecard, Variant, VariantFailure, artifact_id
+from llava_ray.artifacts import ArtifactStore, artifact_id
 from llava_ray.benchmark.measure import measure_captions
 from llava_ray.benchmark.plan import make_plan
 from llava_ray.config import RunConfig
 from llava_ray.errors import ConfigError, VariantError
 from llava_ray.models import EMBEDDED, weights_sha256
 from llava_ray.pipeline import run_benchmark, run_prepare
+from llava_ray.records import Scorecard, Variant, VariantFailure
 
 logger = logging.getLogger(__name__)
 

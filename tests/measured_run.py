@@ -5,8 +5,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from llava_ray.artifacts import (
-    ArtifactStore,
+from llava_ray.artifacts import ArtifactStore
+from llava_ray.config import RunConfig, load_config
+from llava_ray.records import (
     DatasetRecord,
     Generation,
     MergedModel,
@@ -16,7 +17,6 @@ from llava_ray.artifacts import (
     Variant,
     VariantFailure,
 )
-from llava_ray.config import RunConfig, load_config
 
 # slug, bytes, tokens/s, KL, words read
 SHAPES = (

@@ -3,16 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_ray.artifacts import (
-    ArtifactStore,
-    DatasetRecord,
-    MergedModel,
-    artifact_id,
-    local_folder,
-    read_record,
-    verify,
-)
+from llava_ray.artifacts import ArtifactStore, artifact_id, local_folder, read_record, verify
 from llava_ray.errors import ArtifactError, ConfigError, ResourceError
+from llava_ray.records import DatasetRecord, MergedModel
 from llava_ray.storage import Storage, disk_errors
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from llava_ray.artifacts import ArtifactStore, VariantFailure, local_folder
+from llava_ray.artifacts import ArtifactStore, local_folder
 from llava_ray.config import load_config
 from llava_ray.embedded import _base_variant, _over_seeds, _scores, _with_seed, score
 from llava_ray.errors import ConfigError, VariantError
 from llava_ray.models import EMBEDDED, weights_sha256
+from llava_ray.records import VariantFailure
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 from PIL import Image
 
-from llava_ray.artifacts import ArtifactStore, DatasetRecord
+from llava_ray.artifacts import ArtifactStore
 from llava_ray.config import RunConfig, load_config
 from llava_ray.models import EMBEDDED
+from llava_ray.records import DatasetRecord
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 30), "blue": (20, 40, 220)}
 

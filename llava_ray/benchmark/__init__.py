@@ -5,16 +5,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.artifacts import (
-    ArtifactStore,
-    DatasetRecord,
-    ReferenceScores,
-    Scorecard,
-    Variant,
-    VariantFailure,
-)
+from llava_ray.artifacts import ArtifactStore
 from llava_ray.config import RunConfig
 from llava_ray.errors import LlavaRayError, VariantError
+from llava_ray.records import DatasetRecord, ReferenceScores, Scorecard, Variant, VariantFailure
 
 if TYPE_CHECKING:
     from llava_ray.benchmark.plan import Plan

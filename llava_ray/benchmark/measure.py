@@ -9,17 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_ray.artifacts import (
-    ArtifactStore,
-    DatasetRecord,
-    Generation,
-    ReferenceScores,
-    Scorecard,
-    Spread,
-    Variant,
-    artifact_id,
-    local_folder,
-)
+from llava_ray.artifacts import ArtifactStore, artifact_id, local_folder
 from llava_ray.benchmark.captions import caption_scores
 from llava_ray.benchmark.fidelity import SampleFidelity, compare, summarize
 from llava_ray.benchmark.plan import Plan, held_out
@@ -34,6 +24,7 @@ from llava_ray.conversation import Sample
 from llava_ray.errors import VariantError
 from llava_ray.images import open_image
 from llava_ray.models import vision_shape
+from llava_ray.records import DatasetRecord, Generation, ReferenceScores, Scorecard, Spread, Variant
 from llava_ray.serving.engine import Engine, Prompt
 from llava_ray.serving.generate import generate_text
 from llava_ray.serving.prompts import make_prompt

@@ -9,18 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_ray.artifacts import (
-    ArtifactStore,
-    DatasetRecord,
-    ReferenceScores,
-    Variant,
-    artifact_id,
-    local_folder,
-)
+from llava_ray.artifacts import ArtifactStore, artifact_id, local_folder
 from llava_ray.benchmark.plan import Plan, held_out
 from llava_ray.conversation import Sample, encode_sample
 from llava_ray.errors import DataError
 from llava_ray.images import open_image, square_pixels
+from llava_ray.records import DatasetRecord, ReferenceScores, Variant
 from llava_ray.serving.engine import Engine, Prompt
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llava_ray.artifacts import Spread
+from llava_ray.records import Spread
 from llava_ray.serving.engine import Engine, Prompt
 from llava_ray.serving.generate import generate
 from llava_ray.serving.sampling import SamplingParams

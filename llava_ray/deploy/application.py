@@ -10,10 +10,11 @@ import urllib.request
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.artifacts import ArtifactStore, ChosenVariant, Scorecard
+from llava_ray.artifacts import ArtifactStore
 from llava_ray.config import RunConfig
 from llava_ray.deploy import front
 from llava_ray.errors import ConfigError, ResourceError
+from llava_ray.records import ChosenVariant, Scorecard
 from llava_ray.serving.settings import AppArgs, CanaryArgs, ModelArgs
 
 if TYPE_CHECKING:

@@ -2,18 +2,12 @@
 
 import logging
 
-from llava_ray.artifacts import (
-    AdapterCheckpoint,
-    ArtifactStore,
-    DatasetRecord,
-    MergedModel,
-    artifact_id,
-    read_record,
-)
+from llava_ray.artifacts import ArtifactStore, artifact_id, read_record
 from llava_ray.config import RunConfig
 from llava_ray.errors import LlavaRayError, ResourceError
 from llava_ray.merge.fold import MergeTask, merge_task
 from llava_ray.models import model_folder
+from llava_ray.records import AdapterCheckpoint, DatasetRecord, MergedModel
 
 logger = logging.getLogger(__name__)
 

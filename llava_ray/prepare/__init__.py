@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import llava_ray.tiny
-from llava_ray.artifacts import ArtifactStore, DatasetRecord, artifact_id
+from llava_ray.artifacts import ArtifactStore, artifact_id
 from llava_ray.config import DataConfig, RunConfig
 from llava_ray.conversation import IMAGE_TOKEN
 from llava_ray.errors import ConfigError, DataError
@@ -20,6 +20,7 @@ from llava_ray.prepare.pictures import StoredRow, hash_image_files, store_images
 from llava_ray.prepare.rows import Rejection, RowReader
 from llava_ray.prepare.split import split_rows
 from llava_ray.prepare.tables import Table, open_file, open_table
+from llava_ray.records import DatasetRecord
 
 logger = logging.getLogger(__name__)
 

@@ -5,18 +5,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from llava_ray.artifacts import (
-    ArtifactStore,
-    DatasetRecord,
-    MergedModel,
-    QuantizationRun,
-    Variant,
-    VariantFailure,
-    artifact_id,
-)
+from llava_ray.artifacts import ArtifactStore, artifact_id
 from llava_ray.config import RunConfig
 from llava_ray.errors import LlavaRayError
 from llava_ray.quantize.tasks import Job, reason, run_remotely
+from llava_ray.records import DatasetRecord, MergedModel, QuantizationRun, Variant, VariantFailure
 
 logger = logging.getLogger(__name__)
 

@@ -2,19 +2,18 @@
 
 from dataclasses import dataclass
 
-from llava_ray.artifacts import (
-    ArtifactStore,
+from llava_ray.artifacts import ArtifactStore, read_record
+from llava_ray.benchmark.fidelity import SampleFidelity
+from llava_ray.benchmark.measure import read_fidelity
+from llava_ray.config import RunConfig
+from llava_ray.records import (
     DatasetRecord,
     MergedModel,
     QuantizationRun,
     Scorecard,
     Variant,
     VariantFailure,
-    read_record,
 )
-from llava_ray.benchmark.fidelity import SampleFidelity
-from llava_ray.benchmark.measure import read_fidelity
-from llava_ray.config import RunConfig
 
 
 @dataclass(frozen=True)

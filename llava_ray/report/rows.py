@@ -6,8 +6,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from llava_ray import article
-from llava_ray.artifacts import Scorecard, Spread
 from llava_ray.benchmark.fidelity import paired_difference
+from llava_ray.records import Scorecard, Spread
 from llava_ray.report.findings import Findings, Origins
 
 

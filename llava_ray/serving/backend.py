@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from llava_ray.artifacts import Scorecard, Variant
+from llava_ray.records import Scorecard, Variant
 from llava_ray.serving.engine import Engine, Prompt
 from llava_ray.serving.metrics import Recorder
 from llava_ray.serving.sampling import SamplingParams

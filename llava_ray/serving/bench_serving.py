@@ -79,10 +79,11 @@ def run(out: Path, *, port: int = 8731, rounds: int = _ROUNDS) -> dict[str, Any]
 
 def _make_variant(folder: Path) -> str:
     """Write the embedded model as a variant; return its URI."""
-    from llava_ray.artifacts import ArtifactStore, Variant
+    from llava_ray.artifacts import ArtifactStore
     from llava_ray.models import EMBEDDED
     from llava_ray.quantize.registry import spec_for
     from llava_ray.quantize.spec import Calibration
+    from llava_ray.records import Variant
 
     spec = spec_for(_SLUG)
     with ArtifactStore(str(folder)).build(Variant, "variant-bench", settings={}) as build:

@@ -4,16 +4,10 @@ import logging
 import time
 from pathlib import Path, PurePosixPath
 
-from llava_ray.artifacts import (
-    Scorecard,
-    Variant,
-    local_folder,
-    read_record,
-    sha256_of,
-    verify,
-)
+from llava_ray.artifacts import local_folder, read_record, sha256_of, verify
 from llava_ray.errors import ArtifactError
 from llava_ray.quantize.registry import spec_for
+from llava_ray.records import Scorecard, Variant
 from llava_ray.serving.backend import ModelCard, make_card
 from llava_ray.serving.engine import Engine
 from llava_ray.serving.settings import AppArgs, ModelArgs

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.artifacts import DatasetRecord, Trial
 from llava_ray.config import RunConfig, TrainConfig
 from llava_ray.errors import ConfigError
+from llava_ray.records import DatasetRecord, Trial
 from llava_ray.storage import Storage
 from llava_ray.sweep.space import domains, num_samples
 from llava_ray.sweep.trial import Scorer, TrialRun, TrialTask

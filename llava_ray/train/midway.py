@@ -3,9 +3,10 @@
 import shutil
 from pathlib import Path
 
-from llava_ray.artifacts import AdapterCheckpoint, ArtifactStore, DatasetRecord, artifact_id
+from llava_ray.artifacts import ArtifactStore, artifact_id
 from llava_ray.config import RunConfig
 from llava_ray.models import model_folder, weights_sha256
+from llava_ray.records import AdapterCheckpoint, DatasetRecord
 from llava_ray.train.trackers import METRICS, read_metrics
 
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from llava_ray.artifacts import DatasetRecord, local_folder
+from llava_ray.artifacts import local_folder
 from llava_ray.config import RunConfig, TrainConfig
 from llava_ray.conversation import IGNORE_INDEX, read_samples
 from llava_ray.low_bits import round_base
 from llava_ray.models import model_folder, vision_shape, weights_sha256
+from llava_ray.records import DatasetRecord
 from llava_ray.train import adapt
 from llava_ray.train.batches import (
     Batch,

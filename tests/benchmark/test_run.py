@@ -7,17 +7,11 @@ import pytest
 from measured_run import make_config, make_dataset
 
 from llava_ray import benchmark
-from llava_ray.artifacts import (
-    ArtifactStore,
-    DatasetRecord,
-    ReferenceScores,
-    Scorecard,
-    Variant,
-    VariantFailure,
-)
+from llava_ray.artifacts import ArtifactStore
 from llava_ray.config import RunConfig
 from llava_ray.errors import ConfigError, VariantError
 from llava_ray.models import EMBEDDED
+from llava_ray.records import DatasetRecord, ReferenceScores, Scorecard, Variant, VariantFailure
 
 FAILED = VariantFailure(slug="awq-w4-g128", reason="quantize: no package")
 

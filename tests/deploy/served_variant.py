@@ -4,19 +4,12 @@ import json
 
 from PIL import Image, ImageDraw
 
-from llava_ray.artifacts import (
-    ArtifactStore,
-    ChosenVariant,
-    DatasetRecord,
-    Record,
-    Scorecard,
-    Spread,
-    Variant,
-)
+from llava_ray.artifacts import ArtifactStore
 from llava_ray.config import RunConfig
 from llava_ray.models import EMBEDDED
 from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.spec import Calibration
+from llava_ray.records import ChosenVariant, DatasetRecord, Record, Scorecard, Spread, Variant
 
 SLUG = "none-fp32"
 

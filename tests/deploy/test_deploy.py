@@ -15,9 +15,9 @@ from openai import OpenAI
 from served_variant import make_chosen
 
 from llava_ray import deploy
-from llava_ray.artifacts import ChosenVariant, DeploymentRecord
 from llava_ray.config import RunConfig
 from llava_ray.errors import ConfigError, ResourceError
+from llava_ray.records import ChosenVariant, DeploymentRecord
 
 
 @pytest.fixture(scope="module")

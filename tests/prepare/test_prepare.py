@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from llava_ray import prepare
-from llava_ray.artifacts import DatasetRecord, local_folder
+from llava_ray.artifacts import local_folder
 from llava_ray.config import RunConfig
 from llava_ray.conversation import read_samples
 from llava_ray.errors import ConfigError, DataError
+from llava_ray.records import DatasetRecord
 
 Row = dict[str, Any]
 

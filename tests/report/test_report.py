@@ -8,7 +8,8 @@ import pytest
 from measured_run import FAILURES, SHAPES, SIGNS, make_config, make_scorecards
 
 from llava_ray import article, choose
-from llava_ray.artifacts import ChosenVariant, local_folder
+from llava_ray.artifacts import local_folder
+from llava_ray.records import ChosenVariant
 from llava_ray.report.columns import number, size_text
 
 
@@ -121,7 +122,8 @@ def test_every_measured_variant_gets_a_card_with_its_hashes(
 
 
 def test_a_second_call_finds_the_first(storage: Path, chosen: ChosenVariant) -> None:
-    from llava_ray.artifacts import ArtifactStore, Scorecard
+    from llava_ray.artifacts import ArtifactStore
+    from llava_ray.records import Scorecard
 
     cards = ArtifactStore(str(storage)).latest(Scorecard)
     assert choose.run(make_config(storage), cards, list(FAILURES)) == chosen

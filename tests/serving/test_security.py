@@ -19,8 +19,9 @@ from table_engine import TableEngine
 from web_server import Running, app_args, data_url, serving
 
 import llava_ray
-from llava_ray.artifacts import ArtifactStore, Variant
+from llava_ray.artifacts import ArtifactStore
 from llava_ray.errors import ArtifactError
+from llava_ray.records import Variant
 from llava_ray.serving.api_errors import BadRequest, TooLarge
 from llava_ray.serving.fetch import ImageFetcher, is_public, resolve_public
 from llava_ray.serving.loading import verified_variant

@@ -12,7 +12,6 @@ from llava_ray.serving.kernels.gemv import gemv_kernel
 from llava_ray.serving.kernels.shared import EPILOGUES, INTERPRETED, ORDERS
 from llava_ray.serving.torch_weights import Format, Weight
 
-ASM_GEMM = True
 MAX_BATCH = 8
 MAX_PARTS = 2048
 """Partial sums of squares that one token can have."""
@@ -212,7 +211,7 @@ class Product:
             OUT_COLUMNS=weight.rows // (2 if self.epilogue == "swiglu" else 1),
             ORDER=ORDERS[self.order],
             PARTS=triton.next_power_of_2(max(1, squares.parts)),
-            ASM=ASM_GEMM and not INTERPRETED,
+            ASM=not INTERPRETED,
             PDL=self.pdl,
             num_warps=block.warps,
             **({"launch_pdl": True} if self.pdl else {}),

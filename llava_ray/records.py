@@ -1,0 +1,259 @@
+"""The records that flow between stages, one class for each kind of artifact."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class FileEntry(BaseModel):
+    """Size and hash of one file of an artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size_bytes: int
+    sha256: str
+
+
+class Record(BaseModel):
+    """What every artifact's manifest holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: ClassVar[str]
+
+    id: str
+    uri: str
+    """Where the folder is: a path or an fsspec URI."""
+    parents: tuple[str, ...]
+    """Ids of the artifacts that this one was made from."""
+    settings: dict[str, Any]
+    """The part of the config that shaped it."""
+    code_version: str
+    created: str
+    """ISO 8601, UTC."""
+    wall_s: float
+    device: str
+    files: dict[str, FileEntry]
+    """By path relative to the folder, manifest.json left out."""
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of all files together."""
+        return sum(entry.size_bytes for entry in self.files.values())
+
+
+class DatasetRecord(Record):
+    """LLaVA JSON (train.json, test.json), images/ and rejected.jsonl."""
+
+    kind: ClassVar[str] = "dataset"
+
+    source: str
+    num_train: int
+    num_test: int
+    rejected: dict[str, int]
+    """How many rows were left out, by reason."""
+    further_exchanges: int = 0
+    """Exchanges of longer conversations that were left out; the first of each is kept."""
+
+
+class AdapterCheckpoint(Record):
+    """A peft adapter folder, the trained projector, metrics.jsonl and its curve.png.
+
+    A full fine-tune leaves the language model's weights in place of the adapter folder. Names in
+    the safetensors are those of LlavaForConditionalGeneration.
+    """
+
+    kind: ClassVar[str] = "adapter"
+    peft_folder: ClassVar[str] = "adapter"
+    projector_file: ClassVar[str] = "projector.safetensors"
+    language_model_file: ClassVar[str] = "language_model.safetensors"
+
+    base_model: str
+    base_model_sha256: str
+    dataset_uri: str
+    steps: int
+    train_loss: float
+    """Mean over the last tenth of the steps, nats per supervised token."""
+    eval_loss: float | None
+    samples_per_s: float
+    num_workers: int
+
+
+class Trial(BaseModel):
+    """One row of a sweep."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    number: int
+    status: Literal["finished", "stopped early", "diverged", "failed"]
+    settings: dict[str, Any]
+    """The keys of train that the space names."""
+    value: float | None
+    """The objective; None where the trial did not get that far."""
+    steps: int
+    error: str | None = None
+
+
+class SweepResult(Record):
+    """The best train settings and every trial; report.md and its pictures lie beside it."""
+
+    kind: ClassVar[str] = "sweep"
+
+    objective: str
+    best: dict[str, Any]
+    """The keys of train that the space names, as the best trial had them."""
+    best_value: float
+    steps: int
+    """Of all trials together."""
+    steps_without_early_stop: int
+    trials: tuple[Trial, ...]
+
+
+class MergedModel(Record):
+    """A plain Hugging Face LlavaForConditionalGeneration folder with processor and tokenizer."""
+
+    kind: ClassVar[str] = "merged"
+
+    base_model: str
+    base_model_sha256: str
+    max_logit_difference: float
+    """Largest |adapted - merged| over the probe's logits, both in fp32."""
+    mean_logit_difference: float
+    rounded_max_logit_difference: float
+    """The same once the merged weights are rounded to the dtype that is written."""
+
+
+class Variant(Record):
+    """A quantized (or baseline) model folder that one of the engines opens."""
+
+    kind: ClassVar[str] = "variant"
+    status: Literal["ok"] = "ok"
+
+    slug: str
+    method: str
+    bits_per_weight: float
+    """Of the language model's quantized linear layers, scales and zeros counted in."""
+    quantize_s: float
+    peak_memory_bytes: int
+    estimated_bytes: int | None = None
+    """Size as it was expected from the merged model's shapes."""
+
+
+class VariantFailure(BaseModel):
+    """Why a variant does not exist; kept apart from the scorecards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    status: Literal["failed"] = "failed"
+
+    slug: str
+    reason: str
+
+
+class QuantizationRun(Record):
+    """How long the variants made together took, apart and in all (`wall_s`)."""
+
+    kind: ClassVar[str] = "quantization"
+
+    variant_wall_s: dict[str, float]
+    """By slug; what each took by itself, waiting for resources left out."""
+    failures: tuple[VariantFailure, ...]
+
+    @property
+    def sum_s(self) -> float:
+        """What the variants take one after the other."""
+        return sum(self.variant_wall_s.values())
+
+
+class Spread(BaseModel):
+    """A repeated measurement."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+
+class Generation(BaseModel):
+    """What a variant says about one image of the held-out split."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image: str
+    reference: str
+    text: str
+
+
+class Scorecard(Record):
+    """Every measurement of one variant, with its generations."""
+
+    kind: ClassVar[str] = "scorecard"
+
+    slug: str
+    variant_uri: str
+    dataset_uri: str
+    versions: dict[str, str]
+    """Of the packages that the engine runs on, by name."""
+    variant_bytes: int
+    memory_bytes: int
+    """Peak resident (CPU) or allocated (GPU) memory of the engine's process."""
+    weight_bytes: int
+    """Weights that one decoded token reads."""
+    copy_bytes_per_s: float
+    """Memory bandwidth of the device, measured by a copy: bytes read and written."""
+    load_s: float
+    prefill_s: Spread
+    decode_tokens_per_s: Spread
+    kl_divergence: Spread
+    """Mean over tokens of KL(baseline || variant) in nats; low and high are a 95% interval."""
+    top1_agreement: float
+    """Share of teacher-forced tokens where the variant's argmax is the baseline's."""
+    perplexity: float
+    scores: dict[str, float]
+    """Caption scores on the held-out split: rouge_l, cider_d (0 to 10), word_recall,
+    character_error_rate; the last two only where the captions quote words."""
+    generations: tuple[Generation, ...]
+
+    @property
+    def bandwidth_share(self) -> float:
+        """The share of the device's bandwidth that reading the weights takes while decoding."""
+        return self.weight_bytes * self.decode_tokens_per_s.median / self.copy_bytes_per_s
+
+
+class ReferenceScores(Record):
+    """The baseline's log probabilities: one safetensors file per held-out sample, its tokens and
+    pixels with it."""
+
+    kind: ClassVar[str] = "reference"
+
+    num_samples: int
+    num_tokens: int
+
+
+class ChosenVariant(Record):
+    """The winner and the reason against every other; report.md and report.html lie beside it."""
+
+    kind: ClassVar[str] = "chosen"
+
+    slug: str
+    variant_uri: str
+    reasons: tuple[str, ...]
+    """Why the winner won."""
+    against: dict[str, str]
+    """By slug of every other variant, the failed ones included: why not."""
+
+
+class DeploymentRecord(Record):
+    """A running endpoint."""
+
+    kind: ClassVar[str] = "deployment"
+
+    slug: str
+    variant_uri: str
+    url: str
+    """Base URL for an OpenAI client, ending in /v1."""
+    app_name: str
+    model_name: str
+    curl: str
+    """A command that asks the endpoint about a held-out image."""
