@@ -20,19 +20,20 @@ _EVERY_S = 2.0
 
 
 def measure(out: Path, commands: Sequence[str]) -> Path:
-    """Run the commands one after another and write a row for each.
+    """Run the commands one after another and write a row for each; rows of others are kept.
 
     Memory is what the whole machine took above what it had taken before, so nothing else should
     run. Raises ResourceError for a command that fails; rows before it are written.
     """
-    tree: dict[str, Any] = {"machine": _machine(), "rows": []}
+    rows = _earlier_rows(out)
     with tempfile.TemporaryDirectory(prefix="llava_ray_clean_", ignore_cleanup_errors=True) as name:
         clone, home = Path(name) / "clone", Path(name) / "home"
         home.mkdir()
         subprocess.run(["git", "clone", "-q", ".", str(clone)], check=True)
         try:
             for command in commands:
-                tree["rows"].append(_run(command, clone, home))
+                rows[command] = _run(command, clone, home)
+                tree = {"machine": _machine(), "rows": list(rows.values())}
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
         finally:
@@ -40,6 +41,13 @@ def measure(out: Path, commands: Sequence[str]) -> Path:
             down = "[ ! -x .venv/bin/python ] || .venv/bin/python -m llava_ray.cluster down"
             _shell(f"{down} cluster/local.yaml", clone, home)
     return out
+
+
+def _earlier_rows(out: Path) -> dict[str, dict[str, Any]]:
+    if not out.is_file():
+        return {}
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    return {row["command"]: row for row in rows}
 
 
 def _run(command: str, clone: Path, home: Path) -> dict[str, Any]:

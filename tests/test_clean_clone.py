@@ -41,3 +41,5 @@ def test_a_failing_command_keeps_the_rows_before_it(repository: Path, tmp_path: 
     with pytest.raises(ResourceError, match="'exit 3' ended with exit code 3"):
         measure(out, ["true", "exit 3"])
     assert [row["command"] for row in json.loads(out.read_text())["rows"]] == ["true"]
+    measure(out, [":"])
+    assert [row["command"] for row in json.loads(out.read_text())["rows"]] == ["true", ":"]
