@@ -26,7 +26,7 @@ install_environment() {  # $1: extras, comma-separated
     python=$(find_python) || die "no Python 3.11 or 3.12 with venv found: install one or set PYTHON=/path/to/python"
     command -v c++ >/dev/null || die "no C++ compiler found: install g++ (llama-cpp-python is compiled)"
     free_kb=$(df -Pk . | awk 'NR == 2 { print $4 }')
-    [ "$free_kb" -gt 6000000 ] || die "$((free_kb / 1024)) MB free in $PWD: the environment needs 6000 MB"
+    [ "$free_kb" -gt 9000000 ] || die "$((free_kb / 1024)) MB free in $PWD: the environment needs 9000 MB"
     echo "installing into $venv (about 5 minutes, 5 to 15 more where llama-cpp-python must be compiled)"
     "$python" -m venv "$venv" || die "$python cannot make a virtual environment at $venv"
     "$venv/bin/pip" install -q --upgrade pip

@@ -22,7 +22,7 @@ COMMANDS = [
 
 def test_tables_are_made_from_the_results() -> None:
     assert fill(README, Path("jobs/results")) == README
-    assert set(re.findall(r"<!-- table: (\w+) -->", README)) == set(TABLES)
+    assert set(re.findall(r"<!-- table: (\w+) -->", README)) <= set(TABLES)
 
 
 def test_a_table_without_its_results_is_named(tmp_path: Path) -> None:
