@@ -4,7 +4,7 @@ import logging
 import time
 from pathlib import Path, PurePosixPath
 
-from llava_ray.artifacts import local_folder, read_record, sha256_of, verify
+from llava_ray.artifacts import MANIFEST, local_folder, read_record, sha256_of, verify
 from llava_ray.errors import ArtifactError
 from llava_ray.quantize.registry import spec_for
 from llava_ray.records import Scorecard, Variant
@@ -14,6 +14,8 @@ from llava_ray.serving.settings import AppArgs, ModelArgs
 
 logger = logging.getLogger(__name__)
 
+CARD = "README.md"
+"""The model card, which the report writes later than the manifest; nothing loads it."""
 _TEXT = {".json", ".jinja", ".model", ".txt", ".md"}
 _ALLOWED = {".safetensors", ".gguf", *_TEXT}
 """Weights that hold numbers only, and text; no pickle, no code."""
@@ -53,7 +55,7 @@ def verified_variant(uri: str) -> tuple[Variant, Path]:
     verify(variant, folder)
     # What the manifest does not name was not checked, so it must not be there to be loaded.
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    extra = sorted(present - set(variant.files) - {"manifest.json"})
+    extra = sorted(present - set(variant.files) - {MANIFEST, CARD})
     if extra:
         raise ArtifactError(f"{variant.id}: {extra[0]} is not in the manifest: delete it")
     for name in variant.files:

@@ -354,6 +354,8 @@ def test_changed_weights_are_not_loaded(variant: Variant) -> None:
 
 
 def test_files_beside_the_manifest_and_code_are_not_loaded(variant: Variant) -> None:
+    (Path(variant.uri) / "README.md").write_text("The model card, written by the report.")
+    verified_variant(variant.uri)
     extra = Path(variant.uri) / "modeling.py"
     extra.write_text("print('hello')")
     with pytest.raises(ArtifactError, match="modeling.py is not in the manifest"):
