@@ -25,6 +25,8 @@ from llava_ray.storage import Storage, cache_folder, disk_errors
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+CARD = "README.md"
+"""A model card; a variant's is written later than its manifest, and nothing loads it."""
 
 
 R = TypeVar("R", bound=Record)

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from llava_ray.artifacts import CARD
 from llava_ray.report.findings import Findings
 from llava_ray.storage import Storage
 
@@ -47,8 +48,8 @@ def write_report(folder: Path, findings: Findings) -> None:
     for card in findings.scorecards:
         variant = origins.variants[card.slug]
         text = write_card(card, variant, origins)
-        texts[f"cards/{card.slug}/README.md"] = text
-        Storage(variant.uri).write_text("README.md", text)
+        texts[f"cards/{card.slug}/{CARD}"] = text
+        Storage(variant.uri).write_text(CARD, text)
     for name, text in texts.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import logging
 import time
 from pathlib import Path, PurePosixPath
 
-from llava_ray.artifacts import MANIFEST, local_folder, read_record, sha256_of, verify
+from llava_ray.artifacts import CARD, MANIFEST, local_folder, read_record, sha256_of, verify
 from llava_ray.errors import ArtifactError
 from llava_ray.quantize.registry import spec_for
 from llava_ray.records import Scorecard, Variant
@@ -14,8 +14,6 @@ from llava_ray.serving.settings import AppArgs, ModelArgs
 
 logger = logging.getLogger(__name__)
 
-CARD = "README.md"
-"""The model card, which the report writes later than the manifest; nothing loads it."""
 _TEXT = {".json", ".jinja", ".model", ".txt", ".md"}
 _ALLOWED = {".safetensors", ".gguf", *_TEXT}
 """Weights that hold numbers only, and text; no pickle, no code."""

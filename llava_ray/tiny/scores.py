@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any, get_args
 
-from llava_ray.artifacts import sha256_of
+from llava_ray.artifacts import CARD, sha256_of
 from llava_ray.errors import ConfigError
 from llava_ray.tiny.captions import DESCRIBE, plain
 from llava_ray.tiny.decode import SCORE_SEED
@@ -16,7 +16,6 @@ from llava_ray.tiny.reading import character_error_rate, word_recall
 from llava_ray.tiny.scene_text import Assets, dataset_scene, load_assets
 from llava_ray.tiny.words import Split
 
-CARD = "README.md"
 LOG = "pretrain_log.jsonl"
 WEIGHTS = "model.safetensors"
 BATCH = 16
