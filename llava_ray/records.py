@@ -77,6 +77,10 @@ class AdapterCheckpoint(Record):
     eval_loss: float | None
     samples_per_s: float
     num_workers: int
+    peak_memory_bytes: int | None = None
+    """Largest of the first worker's: allocated on its GPU, or resident without one."""
+    zero_stage: int | None = None
+    """DeepSpeed's, 0 without it; not among the settings, for it shapes no weight."""
 
 
 class Trial(BaseModel):
@@ -121,6 +125,8 @@ class MergedModel(Record):
     mean_logit_difference: float
     rounded_max_logit_difference: float
     """The same once the merged weights are rounded to the dtype that is written."""
+    peak_memory_bytes: int | None = None
+    """Allocated on the GPU that merged, or resident without one."""
 
 
 class Variant(Record):

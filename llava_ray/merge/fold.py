@@ -17,6 +17,7 @@ from llava_ray.conversation import encode_sample, read_samples
 from llava_ray.errors import ArtifactError
 from llava_ray.images import normalize, open_image, square_pixels
 from llava_ray.low_bits import rounded_base
+from llava_ray.memory import peak_bytes, reset_peaks
 from llava_ray.models import model_folder, vision_shape, weights_sha256
 from llava_ray.records import AdapterCheckpoint, DatasetRecord, MergedModel
 
@@ -56,6 +57,7 @@ def merge_task(task: MergeTask) -> MergedModel:
         store.build(MergedModel, task.id, settings=settings, parents=[task.adapter.id]) as build,
     ):
         device = _device(base)
+        reset_peaks(device)
         probe = [_moved(inputs, device) for inputs in _probe(task, base)]
         adapted = adapted_model(base, local_folder(task.adapter), device, hqq=hqq_of(task.adapter))
         before = [_logits(adapted, inputs) for inputs in probe]
@@ -74,6 +76,7 @@ def merge_task(task: MergeTask) -> MergedModel:
             max_logit_difference=exact[0],
             mean_logit_difference=exact[1],
             rounded_max_logit_difference=rounded[0],
+            peak_memory_bytes=peak_bytes(device),
         )
 
 

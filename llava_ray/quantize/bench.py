@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 from llava_ray import article
+from llava_ray.memory import host_peak_bytes, peak_bytes, reset_peaks
 from llava_ray.models import EMBEDDED
 from llava_ray.quantize import llava_folder
-from llava_ray.quantize.memory import host_peak_bytes, peak_bytes, reset_peaks
 from llava_ray.quantize.registry import known_slugs, spec_for
 from llava_ray.quantize.spec import Calibration
 

@@ -14,7 +14,7 @@ from typing import Any
 from llava_ray.artifacts import ArtifactStore, artifact_id, local_folder
 from llava_ray.config import RunConfig
 from llava_ray.errors import LlavaRayError
-from llava_ray.quantize.memory import peak_bytes, reset_peaks
+from llava_ray.memory import peak_bytes, reset_peaks
 from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.spec import Calibration, Resources
 from llava_ray.records import DatasetRecord, MergedModel, Variant

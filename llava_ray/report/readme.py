@@ -107,7 +107,33 @@ def _photographs(results: Path) -> str:
     return _report(_read(results, "photographs_report"))
 
 
-def _report(tree: Any) -> str:
+def _stages_7b(results: Path) -> str:
+    rows = []
+    for row in _read(results, "llava_7b_h100")["stages"]:
+        if row["stage"] == "variant":
+            continue
+        what = row["stage"]
+        if what == "train":
+            what += f", ZeRO-{row['zero_stage']}, {row['num_workers']} GPU(s)"
+        elif what == "quantize":
+            what += f", {len(row['variant_wall_s'])} variants in parallel"
+        rate, peak = row.get("samples_per_s"), row.get("peak_memory_bytes")
+        rows.append(
+            [
+                what,
+                f"{row['wall_s']:.0f}",
+                "" if rate is None else f"{rate:.1f}",
+                "" if peak is None else f"{peak / 1e9:.1f}",
+            ]
+        )
+    return _table(["stage", "seconds", "samples/s", "peak GB a GPU"], rows)
+
+
+def _variants_7b(results: Path) -> str:
+    return _report(_read(results, "llava_7b_h100"), unit="GB")
+
+
+def _report(tree: Any, unit: str = "MB") -> str:
     rows = []
     for row in tree["rows"]:
         name = f"**{row['slug']}**" if row["status"] == "winner" else row["slug"]
@@ -117,7 +143,9 @@ def _report(tree: Any) -> str:
         rows.append(
             [
                 name,
-                f"{row['size_bytes'] / 1e6:.1f}",
+                f"{row['size_bytes'] / 1e6:.1f}"
+                if unit == "MB"
+                else f"{row['size_bytes'] / 1e9:.2f}",
                 f"{row['decode_tokens_per_s']['median']:.0f}",
                 f"{row['kl_divergence']['median']:.4f}",
                 f"{row['top1_agreement']:.1%}",
@@ -125,7 +153,7 @@ def _report(tree: Any) -> str:
                 _figure(row["article_tokens_per_s"]),
             ]
         )
-    titles = ["variant", "MB", "tok/s", "KL nats", "top-1", "article GB", "article tok/s"]
+    titles = ["variant", unit, "tok/s", "KL nats", "top-1", "article GB", "article tok/s"]
     return _table(titles, rows)
 
 
@@ -152,5 +180,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "embedded": _embedded,
     "photographs": _photographs,
     "quickstart": _quickstart,
+    "stages_7b": _stages_7b,
     "train": _train,
+    "variants_7b": _variants_7b,
 }

@@ -60,6 +60,7 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
             base_model_sha256=settings["base_model_sha256"],
             dataset_uri=dataset.uri,
             num_workers=plan.num_workers,
+            zero_stage=train.zero_stage,
             **_summary(build.folder, result),
         )
     if store.storage.is_local:
@@ -98,4 +99,5 @@ def _summary(folder: Path, result: "Result") -> dict[str, Any]:
         "train_loss": sum(last) / len(last),
         "eval_loss": held_out[-1] if held_out else None,
         "samples_per_s": metrics["samples_per_s"],
+        "peak_memory_bytes": metrics["peak_memory_bytes"],
     }

@@ -21,6 +21,7 @@ from llava_ray import low_bits
 from llava_ray.artifacts import local_folder
 from llava_ray.config import ModelConfig, TrainConfig
 from llava_ray.conversation import IGNORE_INDEX, read_samples
+from llava_ray.memory import peak_bytes
 from llava_ray.models import model_folder, vision_shape
 from llava_ray.records import DatasetRecord
 from llava_ray.train import adapt, checkpoint, export, replica, zero
@@ -340,6 +341,7 @@ class Loop:
         if final:
             values["device"] = device_name(self.device)
             values["samples_per_s"] = self.state.samples / max(self.state.train_s, 1e-9)
+            values["peak_memory_bytes"] = peak_bytes(self.device.type)
         with tempfile.TemporaryDirectory(prefix="llava_ray_") as name:
             folder = Path(name)
             if not save:

@@ -10,6 +10,7 @@ def reset_peaks(device: str) -> None:
     if device.startswith("cuda"):
         import torch
 
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.cuda.reset_peak_memory_stats(device)
     # Linux: 5 resets VmHWM (proc(5)).
     path = Path("/proc/self/clear_refs")

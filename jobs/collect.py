@@ -1,0 +1,25 @@
+"""Gather what each stage of finished runs took, with the report's rows, into one JSON.
+
+python jobs/collect.py OUT.json STORAGE [STORAGE ...] [--note TEXT]
+STORAGE is a run's storage.uri.
+"""
+
+import argparse
+from pathlib import Path
+
+from llava_ray.cli import fail
+from llava_ray.errors import LlavaRayError
+from llava_ray.report.stages import collect
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("storage", nargs="+")
+    parser.add_argument("--note", default="", help="conditions that the records do not hold")
+    arguments = parser.parse_args()
+    try:
+        print(collect(arguments.storage, arguments.out, arguments.note))
+    except LlavaRayError as error:
+        fail(error)

@@ -1,0 +1,64 @@
+"""What each stage of a run took, read from the manifests below its storage."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_ray.artifacts import ArtifactStore
+from llava_ray.errors import ConfigError
+from llava_ray.records import (
+    AdapterCheckpoint,
+    ChosenVariant,
+    DatasetRecord,
+    DeploymentRecord,
+    MergedModel,
+    QuantizationRun,
+    Record,
+    Variant,
+)
+
+_TOLD: dict[type[Record], tuple[str, set[str]]] = {
+    DatasetRecord: ("prepare", {"num_train", "num_test"}),
+    AdapterCheckpoint: (
+        "train",
+        {"num_workers", "zero_stage", "steps", "samples_per_s", "peak_memory_bytes", "train_loss"},
+    ),
+    MergedModel: (
+        "merge",
+        {"peak_memory_bytes", "max_logit_difference", "rounded_max_logit_difference"},
+    ),
+    QuantizationRun: ("quantize", {"variant_wall_s", "failures"}),
+    Variant: ("variant", {"slug", "quantize_s", "peak_memory_bytes", "bits_per_weight"}),
+    ChosenVariant: ("choose", {"slug", "against"}),
+    DeploymentRecord: ("deploy", {"slug"}),
+}
+"""By record: the stage's name, and which of the record's own fields are told."""
+
+
+def collect(uris: Sequence[str], out: Path, note: str = "") -> Path:
+    """Write every stage's time, device, size and memory as JSON, with the newest report's rows.
+
+    `uris` are storages, as in storage.uri. Raises ConfigError where none holds a finished stage.
+    """
+    rows: list[dict[str, Any]] = []
+    report: dict[str, Any] = {}
+    for store in map(ArtifactStore, uris):
+        for record_type, (stage, fields) in _TOLD.items():
+            for record in store.latest(record_type):
+                rows.append(_row(stage, record, fields))
+        for chosen in store.latest(ChosenVariant):
+            text = store.storage.read_text(f"{chosen.kind}/{chosen.id}/report.json")
+            report = json.loads(text) if text else report
+    if not rows:
+        raise ConfigError(f"no finished stage at {', '.join(uris)}: run jobs/pipeline.py first")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tree = {"note": note, "stages": rows, **report}
+    out.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    return out
+
+
+def _row(stage: str, record: Record, fields: set[str]) -> dict[str, Any]:
+    common = {"stage": stage, "id": record.id, "device": record.device, "wall_s": record.wall_s}
+    told = record.model_dump(mode="json", include=fields)
+    return {**common, "size_bytes": record.size_bytes, **told}

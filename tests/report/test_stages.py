@@ -1,0 +1,33 @@
+"""What a run took, gathered from its manifests."""
+
+import json
+from pathlib import Path
+
+import pytest
+from measured_run import FAILURES, make_config, make_scorecards
+
+from llava_ray import choose
+from llava_ray.artifacts import ArtifactStore
+from llava_ray.errors import ConfigError
+from llava_ray.records import Variant
+from llava_ray.report.stages import collect
+
+
+def test_stages_and_the_report_are_gathered(tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
+    chosen = choose.run(make_config(storage), make_scorecards(storage), list(FAILURES))
+    out = collect([str(storage)], tmp_path / "out.json", note="random weights")
+    tree = json.loads(out.read_text(encoding="utf-8"))
+    assert tree["note"] == "random weights"
+    assert tree["winner"] == chosen.slug
+    variants = {row["id"]: row for row in tree["stages"] if row["stage"] == "variant"}
+    records = ArtifactStore(str(storage)).latest(Variant)
+    assert {row.id for row in records} == set(variants)
+    for record in records:
+        assert variants[record.id]["size_bytes"] == record.size_bytes
+        assert variants[record.id]["slug"] == record.slug
+
+
+def test_a_storage_without_a_run_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no finished stage"):
+        collect([str(tmp_path)], tmp_path / "out.json")
