@@ -1,13 +1,16 @@
 """Where a base model's folder is, and what of its config the stages need."""
 
+import contextlib
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from llava_ray.artifacts import sha256_of
 from llava_ray.config import ModelConfig
 from llava_ray.errors import ConfigError
+from llava_ray.storage import cache_folder
 
 EMBEDDED = Path(__file__).parent / "tiny" / "model"
 
@@ -63,11 +66,35 @@ def vision_shape(folder: Path) -> VisionShape:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Hash all safetensors of a folder, in the order of their names."""
+    """Hash all safetensors of a folder, in the order of their names.
+
+    A file's hash is remembered in the cache folder for as long as its size and time stay: each
+    stage asks, and the 14 GB of the 7B take 14 s.
+    """
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name} {sha256_of(path)}\n".encode())
+        digest.update(f"{path.name} {_remembered_sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _remembered_sha256(path: Path) -> str:
+    real = path.resolve()
+    note = cache_folder() / "sha256" / hashlib.sha256(str(real).encode()).hexdigest()
+    stat = real.stat()
+    state = f"{stat.st_size} {stat.st_mtime_ns}"
+    try:
+        if (text := note.read_text(encoding="ascii").splitlines())[0] == state:
+            return text[1]
+    except (OSError, UnicodeDecodeError, IndexError):
+        pass
+    digest = sha256_of(real)
+    # A cache that cannot be written costs time alone.
+    with contextlib.suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        draft = note.with_suffix(f".{os.getpid()}")
+        draft.write_text(f"{state}\n{digest}\n", encoding="ascii")
+        draft.replace(note)
+    return digest
 
 
 def _download(config: ModelConfig) -> Path:

@@ -68,8 +68,9 @@ class GgufSpec(QuantizationSpec):
         return tuple(PREFIX + name for name in FILE_TYPES if name not in NEEDS_IMATRIX)
 
     def resources(self, model_bytes: int, *, gpu: bool) -> Resources:
-        """Ask for CPUs only: llama.cpp quantizes there, several rows of a tensor at a time."""
-        return Resources(num_cpus=2, memory_bytes=process_memory(model_bytes))
+        """Ask for CPUs only, one for each GB: llama.cpp quantizes there, rows beside each other."""
+        cpus = min(8, max(2, model_bytes // 10**9))
+        return Resources(num_cpus=cpus, memory_bytes=process_memory(model_bytes))
 
     def bits_per_weight(self) -> float:
         """Return the expected mean; `measured_bits_per_weight` reads a file's own."""

@@ -86,9 +86,7 @@ def _with_lora(model: "nn.Module", train: TrainConfig) -> "nn.Module":
     )
     # ZeRO-3 shards trained weights of one dtype only, so peft must not raise LoRA's to fp32 there;
     # all engines keep fp32 masters besides.
-    adapted: nn.Module = get_peft_model(
-        model, config, autocast_adapter_dtype=train.zero_stage != 3
-    )
+    adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=train.zero_stage != 3)
     return adapted
 
 
