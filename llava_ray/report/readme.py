@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_ray import article
 from llava_ray.errors import ConfigError
 
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -110,30 +111,42 @@ def _photographs(results: Path) -> str:
 def _stages_7b(results: Path) -> str:
     rows = []
     for row in _read(results, "llava_7b_h100")["stages"]:
-        if row["stage"] == "variant":
+        if row["stage"] in ("variant", "benchmark"):
             continue
         what = row["stage"]
         if what == "train":
-            what += f", ZeRO-{row['zero_stage']}, {row['num_workers']} GPU(s)"
+            what += f", ZeRO-{row['zero_stage']}, {row['num_workers']} GPU(s), {row['steps']} steps"
         elif what == "quantize":
             what += f", {len(row['variant_wall_s'])} variants in parallel"
-        rate, peak = row.get("samples_per_s"), row.get("peak_memory_bytes")
-        rows.append(
-            [
-                what,
-                f"{row['wall_s']:.0f}",
-                "" if rate is None else f"{rate:.1f}",
-                "" if peak is None else f"{peak / 1e9:.1f}",
-            ]
-        )
-    return _table(["stage", "seconds", "samples/s", "peak GB a GPU"], rows)
+        peak = row.get("peak_memory_bytes")
+        rows.append([what, f"{row['wall_s']:.0f}", "" if peak is None else f"{peak / 1e9:.1f}"])
+    return _table(["stage", "seconds", "peak GB a GPU"], rows)
 
 
 def _variants_7b(results: Path) -> str:
-    return _report(_read(results, "llava_7b_h100"), unit="GB")
+    stages = _read(results, "llava_7b_h100")["stages"]
+    cards = {row["slug"]: row for row in stages if row["stage"] == "benchmark"}
+    variants = {row["slug"]: row for row in stages if row["stage"] == "variant"}
+    rows = []
+    for slug, variant in sorted(variants.items(), key=lambda item: -item[1]["size_bytes"]):
+        card = cards.get(slug)
+        size, rate = article.TABLE.get(slug, (None, None))
+        rows.append(
+            [
+                slug,
+                f"{variant['size_bytes'] / 1e9:.2f}",
+                _figure(size),
+                f"{variant['quantize_s']:.0f}",
+                f"{card['decode_tokens_per_s']['median']:.0f}" if card else "not measured",
+                _figure(rate),
+                f"{card['prefill_s']['median'] * 1e3:.0f}" if card else "",
+            ]
+        )
+    titles = ["variant", "GB", "article GB", "seconds to make", "tok/s", "article tok/s"]
+    return _table([*titles, "prefill ms"], rows)
 
 
-def _report(tree: Any, unit: str = "MB") -> str:
+def _report(tree: Any) -> str:
     rows = []
     for row in tree["rows"]:
         name = f"**{row['slug']}**" if row["status"] == "winner" else row["slug"]
@@ -143,9 +156,7 @@ def _report(tree: Any, unit: str = "MB") -> str:
         rows.append(
             [
                 name,
-                f"{row['size_bytes'] / 1e6:.1f}"
-                if unit == "MB"
-                else f"{row['size_bytes'] / 1e9:.2f}",
+                f"{row['size_bytes'] / 1e6:.1f}",
                 f"{row['decode_tokens_per_s']['median']:.0f}",
                 f"{row['kl_divergence']['median']:.4f}",
                 f"{row['top1_agreement']:.1%}",
@@ -153,7 +164,7 @@ def _report(tree: Any, unit: str = "MB") -> str:
                 _figure(row["article_tokens_per_s"]),
             ]
         )
-    titles = ["variant", unit, "tok/s", "KL nats", "top-1", "article GB", "article tok/s"]
+    titles = ["variant", "MB", "tok/s", "KL nats", "top-1", "article GB", "article tok/s"]
     return _table(titles, rows)
 
 

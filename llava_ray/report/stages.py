@@ -15,6 +15,7 @@ from llava_ray.records import (
     MergedModel,
     QuantizationRun,
     Record,
+    Scorecard,
     Variant,
 )
 
@@ -30,6 +31,18 @@ _TOLD: dict[type[Record], tuple[str, set[str]]] = {
     ),
     QuantizationRun: ("quantize", {"variant_wall_s", "failures"}),
     Variant: ("variant", {"slug", "quantize_s", "peak_memory_bytes", "bits_per_weight"}),
+    Scorecard: (
+        "benchmark",
+        {
+            "slug",
+            "memory_bytes",
+            "load_s",
+            "prefill_s",
+            "decode_tokens_per_s",
+            "kl_divergence",
+            "top1_agreement",
+        },
+    ),
     ChosenVariant: ("choose", {"slug", "against"}),
     DeploymentRecord: ("deploy", {"slug"}),
 }
