@@ -4,10 +4,12 @@ import json
 import logging
 import os
 import socket
+import sys
 import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_ray.artifacts import ArtifactStore
@@ -65,14 +67,21 @@ def ensure_served(target: Target) -> str:
     if _running_deployment(target) == target.deployment_id:
         logger.info("%s is served at %s already", target.chosen.slug, target.url)
         return device
-    application = _build(_app_args(target, gpus))
+    application = build_application(_app_args(target, gpus))
     _start_serve(target)
     _run_application(application)
     _wait_until_running(target)
     return device
 
 
-def _build(args: AppArgs) -> "Application":
+def build_application(args: AppArgs) -> "Application":
+    """Build serve/app.py's application; a script in jobs/ has the folder above not on its path.
+
+    Raises ConfigError when there is none.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
     try:
         from serve.app import build
     except ModuleNotFoundError as error:

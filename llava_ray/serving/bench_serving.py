@@ -118,12 +118,11 @@ def _serve(variant_uri: str, port: int) -> str:
     """Start the real application; return the host that it listens on."""
     from ray import serve
 
-    from llava_ray.deploy.application import start_serve
-    from serve.app import build
+    from llava_ray.deploy.application import build_application, start_serve
 
     args = _args(variant_uri)
     start_serve(args.host, port, args.request_timeout_s)
-    serve.run(build(args), name="bench", route_prefix="/")
+    serve.run(build_application(args), name="bench", route_prefix="/")
     return str(args.host)
 
 
