@@ -172,6 +172,22 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
+def _serving(results: Path) -> str:
+    rows = [
+        [
+            clients,
+            f"{load['bare']['first_token_ms']:.0f}",
+            f"{load['added_first_token_ms']:.1f}",
+            f"{load['bare']['per_token_ms']:.2f}",
+            f"{load['added_per_token_ms']:.2f}",
+            f"{load['throughput_share']:.1%}",
+        ]
+        for clients, load in _read(results, "serving")["clients"].items()
+    ]
+    titles = ["clients", "first token ms", "added", "ms a token", "added", "throughput kept"]
+    return _table(titles, rows)
+
+
 def _costs(results: Path) -> str:
     rows = [
         [
@@ -191,6 +207,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "embedded": _embedded,
     "photographs": _photographs,
     "quickstart": _quickstart,
+    "serving": _serving,
     "stages_7b": _stages_7b,
     "train": _train,
     "variants_7b": _variants_7b,
