@@ -24,7 +24,9 @@ def build(args: AppArgs) -> Application:
     engines = [_engine(model, args, index) for index, model in enumerate(args.models)]
     ingress = serve.deployment(
         name="ingress",
-        ray_actor_options={"num_cpus": 0.1},
+        # As Serve's own proxies: it waits for the engines most of the time, and a tenth of a CPU
+        # would keep a task that asks for a whole one from the last.
+        ray_actor_options={"num_cpus": 0},
         # Above what the ingress itself lets in, so that a refusal is its own, in OpenAI's words.
         max_ongoing_requests=2 * args.capacity + 64,
         max_surge_percent=100,

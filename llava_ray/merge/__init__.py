@@ -3,6 +3,7 @@
 import logging
 
 from llava_ray.artifacts import ArtifactStore, artifact_id, read_record
+from llava_ray.capacity import free_nodes
 from llava_ray.config import RunConfig
 from llava_ray.errors import LlavaRayError, ResourceError
 from llava_ray.merge.fold import MergeTask, merge_task
@@ -53,20 +54,18 @@ def run(config: RunConfig, adapter: AdapterCheckpoint) -> MergedModel:
 
 
 def _resources(config: RunConfig) -> dict[str, float]:
-    import ray
-
     folder = model_folder(config.model)
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 2
     memory = weights * _MEMORY_PER_WEIGHT_BYTES
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
-    largest = max((node.get("memory", 0) for node in nodes), default=0)
+    nodes = free_nodes()
+    largest = max((node["memory"] for node in nodes), default=0)
     if largest < memory:
         raise ResourceError(
             f"merging in fp32 needs {memory / 2**30:.1f} GiB of memory on one machine; the "
             f"cluster's largest has {largest / 2**30:.1f} GiB"
         )
-    cpus = max((node.get("CPU", 0) for node in nodes), default=1)
-    gpus = any(node.get("GPU", 0) >= 1 for node in nodes)
+    cpus = max((node["CPU"] for node in nodes), default=1)
+    gpus = any(node["GPU"] >= 1 for node in nodes)
     # Half of a machine: a waiting replica or trial may hold the rest.
     return {
         "num_cpus": max(1, min(8, cpus // 2)),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.artifacts import ArtifactStore, artifact_id, local_folder
+from llava_ray.capacity import free_nodes
 from llava_ray.config import RunConfig
 from llava_ray.errors import LlavaRayError
 from llava_ray.memory import peak_bytes, reset_peaks
@@ -98,7 +99,7 @@ def run_remotely(job: Job, *, gpu: bool, placement_timeout_s: float) -> Variant:
     import ray
 
     spec = spec_for(job.slug)
-    need = fitted(spec.resources(job.merged.size_bytes, gpu=gpu), _nodes())
+    need = fitted(spec.resources(job.merged.size_bytes, gpu=gpu), free_nodes())
     remote = ray.remote(make_variant).options(
         name=f"quantize {job.slug}",
         num_cpus=need.num_cpus,
@@ -111,8 +112,9 @@ def run_remotely(job: Job, *, gpu: bool, placement_timeout_s: float) -> Variant:
     deadline = time.monotonic() + placement_timeout_s
     poll_s = min(_POLL_S, placement_timeout_s / 2 + 0.1)
     while not ray.wait([ref], timeout=poll_s)[0]:
-        lack = shortage(need, _nodes())
-        if lack and time.monotonic() > deadline:
+        if time.monotonic() < deadline:
+            continue
+        if lack := shortage(need, free_nodes()):
             ray.cancel(ref)
             raise LlavaRayError(lack)
     result: Variant = ray.get(ref)
@@ -166,13 +168,6 @@ def _resources_text(values: dict[str, float]) -> str:
     memory = values.get("memory", 0) / 2**30
     cpus, gpus = values.get("CPU", 0), values.get("GPU", 0)
     return f"{cpus:g} CPUs, {gpus:g} GPUs and {memory:.1f} GiB of memory"
-
-
-def _nodes() -> list[dict[str, float]]:
-    import ray
-
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return [node["Resources"] for node in nodes if node["Alive"]]
 
 
 def _device() -> str:

@@ -8,16 +8,15 @@ from typing import Any
 
 from llava_ray.errors import VariantError
 from llava_ray.images import Pixels
-from llava_ray.serving.torch_cache import PrefixKey
-
-_MOST_BYTES = 2**31
-"""All of them together: one image of LLaVA-1.5-7B takes some 300 MB of a 16-bit cache."""
+from llava_ray.serving.torch_cache import MOST_PREFIX_BYTES, PrefixKey
 
 
 class LlamaPrefixes:
     """The least recently used prefixes fall out; `capacity` 0 keeps none."""
 
-    def __init__(self, llama_cpp: Any, capacity: int = 0, max_bytes: int = _MOST_BYTES) -> None:
+    def __init__(
+        self, llama_cpp: Any, capacity: int = 0, max_bytes: int = MOST_PREFIX_BYTES
+    ) -> None:
         self.capacity = capacity
         self.max_bytes = max_bytes
         self._llama = llama_cpp

@@ -79,11 +79,16 @@ class PrefixKey:
     images: tuple[str, ...]
 
 
+MOST_PREFIX_BYTES = 2**31
+"""All kept prefixes together: one image of LLaVA-1.5-7B takes some 300 MB of a 16-bit cache."""
+
+
 class PrefixStore:
     """The least recently used prefixes fall out; `capacity` 0 keeps none."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, max_bytes: int = MOST_PREFIX_BYTES) -> None:
         self.capacity = capacity
+        self.max_bytes = max_bytes
         self._rows: OrderedDict[PrefixKey, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 
     def load(self, key: PrefixKey, cache: SlotCache, slot: int) -> bool:
@@ -99,18 +104,24 @@ class PrefixStore:
         return True
 
     def save(self, key: PrefixKey, cache: SlotCache, slot: int) -> None:
-        """Keep a copy of a slot's first rows."""
-        if self.capacity <= 0:
-            return
+        """Keep a copy of a slot's first rows, unless it alone is too large."""
         end = len(key.ids)
-        self._rows[key] = (
-            cache.keys[:, slot, :, :end].clone(),
-            cache.values[:, slot, :, :end].clone(),
-        )
-        self._rows.move_to_end(key)
-        while len(self._rows) > self.capacity:
+        rows = cache.keys[:, slot, :, :end], cache.values[:, slot, :, :end]
+        if self.capacity <= 0 or _bytes(rows) > self.max_bytes:
+            return
+        self._rows.pop(key, None)
+        # Before the copy is made: on a GPU there may be no room for one more.
+        while len(self._rows) >= self.capacity or self._held() + _bytes(rows) > self.max_bytes:
             self._rows.popitem(last=False)
+        self._rows[key] = (rows[0].clone(), rows[1].clone())
 
     def clear(self) -> None:
         """Drop all prefixes."""
         self._rows.clear()
+
+    def _held(self) -> int:
+        return sum(map(_bytes, self._rows.values()))
+
+
+def _bytes(rows: tuple[torch.Tensor, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in rows)

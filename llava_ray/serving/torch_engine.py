@@ -15,7 +15,13 @@ import torch
 from llava_ray.errors import DataError, ResourceError
 from llava_ray.images import normalize
 from llava_ray.serving.engine import Engine, Prompt
-from llava_ray.serving.torch_cache import PrefixKey, PrefixStore, Segment, SlotCache
+from llava_ray.serving.torch_cache import (
+    MOST_PREFIX_BYTES,
+    PrefixKey,
+    PrefixStore,
+    Segment,
+    SlotCache,
+)
 from llava_ray.serving.torch_llama import LlamaForward, Shape, linear_groups, module_layers
 
 if TYPE_CHECKING:
@@ -116,9 +122,13 @@ class TorchEngine(Engine):
     def keep_prefixes(self, count: int) -> None:
         """Keep the keys and values of the last `count` image prefixes, to skip their prefill.
 
-        Off at first, so that timings of prefill mean what they say.
+        Fewer where they would take more than 2 GiB, or half of what a GPU has free. Off at first,
+        so that timings of prefill mean what they say.
         """
-        self.prefixes = PrefixStore(capacity=count)
+        room = MOST_PREFIX_BYTES
+        if self.device.startswith("cuda"):
+            room = min(room, torch.cuda.mem_get_info(self.device)[0] // 2)
+        self.prefixes = PrefixStore(capacity=count, max_bytes=room)
 
     @torch.no_grad()
     def prefill(self, prompt: Prompt) -> tuple[int, torch.Tensor]:

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llava_ray.capacity import free_nodes
 from llava_ray.config import TrainConfig
 from llava_ray.errors import ConfigError, ResourceError
 
 
 @dataclass(frozen=True)
 class Node:
-    """What one machine of the cluster has in total."""
+    """What one machine of the cluster has."""
 
     cpus: float
     gpus: float
@@ -34,14 +35,8 @@ class WorkerPlan:
 
 
 def cluster_nodes() -> list[Node]:
-    """Return the living machines of the connected cluster."""
-    import ray
-
-    return [
-        Node(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
-        for node in ray.nodes()  # type: ignore[no-untyped-call]
-        if node["Alive"]
-    ]
+    """Return the living machines of the connected cluster, without what is served from them."""
+    return [Node(node["CPU"], node["GPU"]) for node in free_nodes()]
 
 
 def plan_workers(train: TrainConfig, nodes: Sequence[Node], *, spare_cpus: float = 0) -> WorkerPlan:

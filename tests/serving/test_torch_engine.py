@@ -191,6 +191,21 @@ def test_prefix_reuse_skips_the_vision_tower(
     torch.testing.assert_close(after, before, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+def test_prefixes_keep_to_their_bytes(model: Any, folder: Path) -> None:
+    engine = open_engine(model, folder)
+    engine.keep_prefixes(8)
+    prompts = [make_prompt(9, images=1, seed=seed) for seed in range(3)]
+    keys = [engine._prefix_key(prompt) for prompt in prompts]
+    rows = len(keys[0].ids) * engine._cache.keys[:, 0, :, 0].numel()
+    engine.prefixes.max_bytes = 2 * 2 * rows * engine._cache.keys.element_size()
+    for prompt in prompts:
+        engine.release(engine.prefill(prompt)[0])
+    assert list(engine.prefixes._rows) == keys[1:], "the oldest of three makes room"
+    engine.prefixes.max_bytes = 1
+    engine.release(engine.prefill(prompts[0])[0])
+    assert list(engine.prefixes._rows) == keys[1:], "what never fits drives nothing out"
+
+
 def test_a_released_slot_is_clean(model: Any, folder: Path) -> None:
     engine = open_engine(model, folder, slots=1)
     greedy(engine, [make_prompt(40, images=1, seed=1)], 5)
