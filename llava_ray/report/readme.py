@@ -192,13 +192,13 @@ def _costs(results: Path) -> str:
     rows = [
         [
             f"`{row['command']}`",
-            f"{row['seconds'] / 60:.0f}",
+            f"{row['seconds'] / 60:.0f} min" if row["seconds"] >= 90 else f"{row['seconds']:.0f} s",
             f"{row['disk_bytes'] / 1e9:.1f}",
             f"{row['memory_bytes'] / 1e9:.1f}",
         ]
         for row in _read(results, "costs")["rows"]
     ]
-    return _table(["command", "minutes", "disk GB", "memory GB"], rows)
+    return _table(["command", "time", "disk GB", "memory GB"], rows)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
