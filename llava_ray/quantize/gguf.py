@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from llava_ray.errors import VariantError
 from llava_ray.quantize import llava_folder
 from llava_ray.quantize.gguf_parity import check_parity, check_tokenization
+from llava_ray.quantize.gguf_source import shared_pair
 from llava_ray.quantize.gguf_types import (
     FILE_TYPES,
     NEEDS_IMATRIX,
@@ -101,11 +102,11 @@ class GgufSpec(QuantizationSpec):
             write_pair(merged, text, mmproj, precision=self.name)
         with tempfile.TemporaryDirectory(dir=out) as scratch:
             self._gate(merged, out, Path(scratch))
-            if self.name not in PLAIN:
-                source = Path(scratch) / "source.gguf"
-                precision = Checkpoint(merged).lossless_precision()
-                write_pair(merged, source, mmproj, precision=precision)
-                importance = self._importance(merged, calibration, device)
+        if self.name not in PLAIN:
+            importance = self._importance(merged, calibration, device)
+            precision = Checkpoint(merged).lossless_precision()
+            with shared_pair(merged, out.parent, precision) as (source, vision):
+                shutil.copyfile(vision, mmproj)
                 quantize_file(source, text, FILE_TYPES[self.name], importance)
         self._report(text)
 
