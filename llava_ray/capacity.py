@@ -7,7 +7,6 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 _COUNTED = ("CPU", "GPU", "memory")
-_SERVE_NAMESPACE = "serve"
 
 
 def free_nodes() -> list[dict[str, float]]:
@@ -44,23 +43,25 @@ def _tell_of_waiting(key: str) -> None:
 
 
 def _held_by_replicas() -> list[tuple[str, dict[str, float]]]:
-    """Return the node and the resources of each actor of Ray Serve."""
-    import ray
-    from ray.util.state import list_actors
-    from ray.util.state.exception import RayStateApiException
+    """Return the node and the resources of each replica of Ray Serve."""
+    # Ray's list of actors would be public, but needs a dashboard, and asks another Ray's instead.
+    from ray.serve.context import _get_global_client
 
-    try:
-        actors = list_actors(
-            address=ray.get_runtime_context().gcs_address,
-            filters=[("state", "=", "ALIVE"), ("ray_namespace", "=", _SERVE_NAMESPACE)],
-            limit=10_000,
-            detail=True,
-        )
-    except (RayStateApiException, OSError):
-        # Without a dashboard there is no such list; a Ray like that is one of our own.
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
         return []
-    return [
-        (actor.node_id, {key: float(value) for key, value in actor.required_resources.items()})
-        for actor in actors
-        if actor.node_id and actor.required_resources
-    ]
+    held = []
+    for application in client.get_serve_details()["applications"].values():
+        for deployment in application["deployments"].values():
+            options = deployment["deployment_config"]["ray_actor_options"]
+            resources = {
+                "CPU": float(options.get("num_cpus") or 0),
+                "GPU": float(options.get("num_gpus") or 0),
+                "memory": float(options.get("memory") or 0),
+            }
+            held += [
+                (replica["node_id"], resources)
+                for replica in deployment["replicas"]
+                if replica["node_id"]
+            ]
+    return held

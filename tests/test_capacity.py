@@ -1,7 +1,6 @@
-"""A stage does not count on what a served application holds."""
+"""A stage does not count on what served replicas hold; tests/deploy has it on a real one."""
 
 import logging
-from collections.abc import Iterator
 
 import pytest
 import ray
@@ -10,48 +9,17 @@ from llava_ray import capacity
 from llava_ray.capacity import free_nodes
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    # With a dashboard, for the list of actors comes from there.
-    ray.init(address="local", num_cpus=3, include_dashboard=True, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@ray.remote
-class Replica:
-    """Holds CPUs as a served replica does."""
-
-    def ready(self) -> bool:
-        return True
-
-
-def held(cpus: float, namespace: str) -> ray.actor.ActorHandle:
-    options = {"num_cpus": cpus, "namespace": namespace, "name": f"{namespace}-{cpus}"}
-    actor = Replica.options(**options).remote()
-    ray.get(actor.ready.remote())
-    return actor
-
-
-def test_replicas_are_left_out_and_other_jobs_counted_in(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    assert [node["CPU"] for node in free_nodes()] == [3]
-    other = held(0.5, "another")
-    assert [node["CPU"] for node in free_nodes()] == [3]
-    served = held(1, "serve")
+def test_without_an_application_all_is_free(ray_local: None) -> None:
     (node,) = free_nodes()
-    assert node["CPU"] == 2 and node["GPU"] == 0 and node["memory"] > 0
-    ray.kill(other)
-    ray.kill(served)
+    assert (node["CPU"], node["GPU"]) == (2, 0) and node["memory"] > 0
 
 
 def test_where_replicas_hold_all_a_stage_waits_and_is_told(
-    caplog: pytest.LogCaptureFixture,
+    ray_local: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    here = ray.get_runtime_context().get_node_id()
+    monkeypatch.setattr(capacity, "_held_by_replicas", lambda: [(here, {"CPU": 1.5})])
     capacity._tell_of_waiting.cache_clear()
-    served = held(2.5, "serve")
     with caplog.at_level(logging.WARNING):
-        assert [node["CPU"] for node in free_nodes()] == [3]
+        assert [node["CPU"] for node in free_nodes()] == [2]
     assert "hold all CPUs" in caplog.text and "serve shutdown" in caplog.text
-    ray.kill(served)

@@ -15,6 +15,7 @@ from openai import OpenAI
 from served_variant import make_chosen
 
 from llava_ray import deploy
+from llava_ray.capacity import free_nodes
 from llava_ray.config import RunConfig
 from llava_ray.errors import ConfigError, ResourceError
 from llava_ray.records import ChosenVariant, DeploymentRecord
@@ -58,6 +59,10 @@ def served(ray_local: None, config: RunConfig, chosen: ChosenVariant) -> Iterato
 
     yield deploy.run(config, chosen)
     serve.shutdown()
+
+
+def test_stages_do_not_count_on_what_the_replica_holds(served: DeploymentRecord) -> None:
+    assert [node["CPU"] for node in free_nodes()] == [2 - 0.5]
 
 
 def test_the_curl_line_answers_about_an_image(served: DeploymentRecord) -> None:
