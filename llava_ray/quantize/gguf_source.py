@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -26,16 +26,40 @@ def shared_pair(merged: Path, beside: Path, precision: str) -> Iterator[tuple[Pa
     that is killed leaves them to the next. Raises what `write_pair` raises.
     """
     folder = beside / f"gguf-{_key(merged, precision)}"
-    with ExitStack() as open_files:
-        lock = _share(folder, merged, precision, open_files)
+    in_use, being_written = folder.with_suffix(".use"), folder.with_suffix(".write")
+    with _held_with_others(in_use) as use:
         try:
+            # Nobody deletes the second lock while anyone holds the first.
+            with being_written.open("w") as writing:
+                fcntl.flock(writing, fcntl.LOCK_EX)
+                if not folder.is_dir():
+                    _write(folder, merged, precision)
             yield folder / TEXT, folder / MMPROJ
         finally:
-            # Refused as long as another process reads the pair.
+            # Refused as long as another process uses the pair.
             with suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
-                Path(lock.name).unlink(missing_ok=True)
+                being_written.unlink(missing_ok=True)
+                in_use.unlink(missing_ok=True)
+
+
+@contextmanager
+def _held_with_others(path: Path) -> Iterator[IO[str]]:
+    """Hold a lock that any number may hold; its last holder may delete it at any time."""
+    while True:
+        with path.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if _is(lock, path):
+                yield lock
+                return
+
+
+def _is(lock: IO[str], path: Path) -> bool:
+    """Say whether the path still leads to the file that was opened."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
+    return False
 
 
 def _key(merged: Path, precision: str) -> str:
@@ -43,27 +67,6 @@ def _key(merged: Path, precision: str) -> str:
     weights = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     told = repr((precision, str(merged.resolve()), weights))
     return hashlib.sha256(told.encode()).hexdigest()[:12]
-
-
-def _share(folder: Path, merged: Path, precision: str, open_files: ExitStack) -> IO[str]:
-    """Return the pair's lock, held together with others, once the pair is there."""
-    path = folder.with_suffix(".lock")
-    while True:
-        lock = open_files.enter_context(path.open("w"))
-        # Its last holder may have deleted it while this one waited.
-        while _lock(lock, fcntl.LOCK_SH, path):
-            if folder.is_dir():
-                return lock
-            if _lock(lock, fcntl.LOCK_EX, path) and not folder.is_dir():
-                _write(folder, merged, precision)
-
-
-def _lock(lock: IO[str], how: int, path: Path) -> bool:
-    """Wait for a lock; return whether the path still leads to it."""
-    fcntl.flock(lock, how)
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
-    return False
 
 
 def _write(folder: Path, merged: Path, precision: str) -> None:
