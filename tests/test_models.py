@@ -1,5 +1,6 @@
 """The hash of a base model's weights, remembered between stages."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,11 @@ def test_a_file_is_hashed_once(cache: Path, folder: Path, monkeypatch: pytest.Mo
 
 
 def test_a_changed_file_is_hashed_anew(cache: Path, folder: Path) -> None:
-    first = weights_sha256(folder)
-    (folder / "a.safetensors").write_bytes(b"other")
+    first, path = weights_sha256(folder), folder / "a.safetensors"
+    before = path.stat().st_mtime_ns
+    path.write_bytes(b"other")
+    # Two writes within one tick of the file system's clock would have the same time.
+    os.utime(path, ns=(before, before + 1_000_000))
     assert weights_sha256(folder) != first
 
 
