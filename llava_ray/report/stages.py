@@ -60,9 +60,9 @@ def collect(uris: Sequence[str], out: Path, note: str = "") -> Path:
         for record_type, (stage, fields) in _TOLD.items():
             for record in store.latest(record_type):
                 rows.append(_row(stage, record, fields))
-        for chosen in store.latest(ChosenVariant):
-            text = store.storage.read_text(f"{chosen.kind}/{chosen.id}/report.json")
-            report = json.loads(text) if text else report
+                if isinstance(record, ChosenVariant):
+                    text = store.storage.read_text(f"{record.kind}/{record.id}/report.json")
+                    report = json.loads(text) if text else report
     if not rows:
         raise ConfigError(f"no finished stage at {', '.join(uris)}: run jobs/pipeline.py first")
     out.parent.mkdir(parents=True, exist_ok=True)
