@@ -1,7 +1,9 @@
 """Measure what the real Serve application adds to the bare engine, at 1, 8 and 64 clients.
 
-On this machine's CPU with the embedded model; needs no download and no running Ray:
+On this machine's CPU with the embedded model, or on its GPUs with a variant of a finished run
+(storage.uri/variant/ID); needs no download and no running Ray:
 python jobs/bench_serving.py --out jobs/results/serving.json
+python jobs/bench_serving.py --out jobs/results/serving_7b_h100.json --variant VARIANT_URI
 """
 
 import argparse
@@ -11,11 +13,14 @@ from pathlib import Path
 from llava_ray.serving.bench_serving import run
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--variant", help="URI of a variant; default: the embedded model's")
     parser.add_argument("--port", type=int, default=8731, help="a free one")
-    parser.add_argument("--rounds", type=int, default=3, help="of each side, at each load")
+    parser.add_argument("--rounds", type=int, help="of each side, at each load; default: 9, 9, 5")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    run(arguments.out, port=arguments.port, rounds=arguments.rounds)
+    run(arguments.out, variant_uri=arguments.variant, port=arguments.port, rounds=arguments.rounds)
     print(arguments.out)

@@ -11,6 +11,7 @@ from ray import serve
 from ray.serve import Application
 
 from llava_ray.errors import ConfigError
+from llava_ray.serving.autoscaling import replicas_for_answers
 from llava_ray.serving.guard import key_digest
 from llava_ray.serving.replica import EngineReplica, Ingress
 from llava_ray.serving.settings import AppArgs, ModelArgs, is_loopback
@@ -62,6 +63,7 @@ def _engine(model: ModelArgs, args: AppArgs, index: int) -> Application:
             "min_replicas": model.min_replicas,
             "max_replicas": model.max_replicas,
             "target_ongoing_requests": max(1, args.max_concurrent_requests // 2),
+            "policy": {"policy_function": replicas_for_answers},
         },
         max_surge_percent=100 if model.surge else 0,
         health_check_period_s=2,

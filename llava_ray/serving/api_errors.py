@@ -1,7 +1,9 @@
 """Failures of one request, each with its status and OpenAI error code.
 
-They cross from engine replicas to the ingress, so they pickle.
+They cross from engine replicas to the ingress: as JSON on the channel, pickled in Serve's calls.
 """
+
+from typing import Any
 
 from llava_ray.errors import LlavaRayError
 
@@ -35,6 +37,10 @@ class ApiError(LlavaRayError):
                 "code": self.code,
             }
         }
+
+    def plain(self) -> list[Any]:
+        """Return what `from_plain` reads, as JSON has it."""
+        return [type(self).__name__, self.message, self.param, self.code]
 
     def headers(self) -> dict[str, str]:
         """Return the headers that tell a client whether and when to try again."""
@@ -128,3 +134,11 @@ class DeadlineExceeded(ApiError):
 
     status = 504
     code = "deadline_exceeded"
+
+
+def from_plain(plain: list[Any]) -> ApiError:
+    """Return the error whose `plain` this is."""
+    name, message, param, code = plain
+    classes: list[type[ApiError]] = [ApiError, *ApiError.__subclasses__()]
+    known = {each.__name__: each for each in classes}
+    return known[name](message, param, code)

@@ -1,7 +1,8 @@
 """What serving costs over the bare engine: the same prompts to both, at 1, 8 and 64 clients.
 
-Both engines are loaded in processes of one CPU thread. They take turns, so that a machine that
-slows down does so for both, and the medians over the rounds are compared.
+Both engines are loaded in processes of their own: the embedded model on one CPU thread each, or a
+given variant on a GPU. They take turns, so that a machine that slows down does so for both; each
+round gives a difference, and the medians of those count.
 """
 
 import base64
@@ -26,6 +27,8 @@ from llava_ray.serving.load import Timeline, drive
 if TYPE_CHECKING:
     from PIL import Image
 
+    from llava_ray.serving.settings import AppArgs
+
 logger = logging.getLogger(__name__)
 
 CLIENTS = (1, 8, 64)
@@ -37,10 +40,11 @@ _SLUG = "none-fp32"
 _QUESTION = "What does the sign say?"
 _TOKENS = 64
 """Per answer."""
-_ROUNDS = 3
+_ROUNDS = {1: 9, 8: 9, 64: 5}
+"""By clients; short rounds are noisy."""
 _REQUESTS = {1: 8, 8: 24, 64: 128}
 """Per round, by clients."""
-_CONTEXT = 512
+_CONTEXT = {"cpu": 512, "cuda": 1024}
 _SIDE = 336
 """Pixels on a side of the images that are sent: LLaVA-1.5's own."""
 _SLOTS = max(CLIENTS)
@@ -53,21 +57,24 @@ _PROCESSES = {
 """How Ray titles the processes whose CPU time is counted."""
 
 
-def run(out: Path, *, port: int = 8731, rounds: int = _ROUNDS) -> dict[str, Any]:
+def run(
+    out: Path, *, variant_uri: str | None = None, port: int = 8731, rounds: int | None = None
+) -> dict[str, Any]:
     """Measure, write the result as JSON and return it. Starts and ends a Ray of its own.
 
-    The served engine and the bare one get one CPU thread each, and only one of them works at a
-    time; the ingress, Serve's proxy and the load generator share what other CPUs there are.
+    Without a variant the embedded model is served on the CPU: the served engine and the bare one
+    get one CPU thread each, and only one of them works at a time; the ingress, Serve's proxy and
+    the load generator share what other CPUs there are. A variant's two engines share the GPUs.
     """
     import ray
     from ray import serve
 
     with tempfile.TemporaryDirectory() as folder:
-        variant_uri = _make_variant(Path(folder))
+        scene = Scene(variant_uri or _make_variant(Path(folder)), _gpus() if variant_uri else 0.0)
         ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
         try:
-            bare = ray.remote(num_cpus=1)(BareEngine).remote(variant_uri)
-            host = _serve(variant_uri, port)
+            bare = ray.remote(num_cpus=1, num_gpus=scene.gpus)(BareEngine).remote(scene)
+            host = _serve(scene, port)
             result = _measure(bare, host, port, rounds)
         finally:
             serve.shutdown()  # type: ignore[no-untyped-call]
@@ -75,6 +82,37 @@ def run(out: Path, *, port: int = 8731, rounds: int = _ROUNDS) -> dict[str, Any]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What both engines open."""
+
+    variant_uri: str
+    gpus: float
+    """Of each."""
+
+    @property
+    def args(self) -> "AppArgs":
+        """The application's arguments."""
+        from llava_ray.serving.settings import AppArgs, ModelArgs
+
+        model = ModelArgs(variant_uri=self.variant_uri, name="bench", gpus_per_replica=self.gpus)
+        return AppArgs(
+            models=(model,),
+            host="127.0.0.1",
+            context=_CONTEXT["cuda" if self.gpus else "cpu"],
+            max_concurrent_requests=_SLOTS,
+            # Each request is another image's; a prefix kept for one would help neither side.
+            kept_prefixes=0,
+        )
+
+
+def _gpus() -> float:
+    """Return the GPUs of one engine where two share what this machine has."""
+    import torch
+
+    return min(1.0, torch.cuda.device_count() / 2)
 
 
 def _make_variant(folder: Path) -> str:
@@ -101,26 +139,13 @@ def _make_variant(folder: Path) -> str:
     return variant.uri
 
 
-def _args(variant_uri: str) -> Any:
-    from llava_ray.serving.settings import AppArgs, ModelArgs
-
-    return AppArgs(
-        models=(ModelArgs(variant_uri=variant_uri, name="bench"),),
-        host="127.0.0.1",
-        context=_CONTEXT,
-        max_concurrent_requests=_SLOTS,
-        # Each request is another image's; a prefix kept for one would help neither side.
-        kept_prefixes=0,
-    )
-
-
-def _serve(variant_uri: str, port: int) -> str:
+def _serve(scene: Scene, port: int) -> str:
     """Start the real application; return the host that it listens on."""
     from ray import serve
 
     from llava_ray.deploy.application import build_application, start_serve
 
-    args = _args(variant_uri)
+    args = scene.args
     start_serve(args.host, port, args.request_timeout_s)
     serve.run(build_application(args), name="bench", route_prefix="/")
     return str(args.host)
@@ -129,11 +154,19 @@ def _serve(variant_uri: str, port: int) -> str:
 class BareEngine:
     """The engine alone, in a process of its own: no queue, no event loop, no text."""
 
-    def __init__(self, variant_uri: str) -> None:
+    def __init__(self, scene: Scene) -> None:
         from llava_ray.serving.loading import open_variant
 
-        args = _args(variant_uri)
-        self._engine, _ = open_variant(args.models[0], args)
+        self._engine, self._card = open_variant(scene.args.models[0], scene.args)
+
+    def about(self) -> dict[str, str]:
+        """Say what is measured, and on what."""
+        import torch
+
+        device = f"{platform.machine()}, {os.cpu_count()} CPUs"
+        if self._engine.device == "cuda":
+            device = f"{torch.cuda.get_device_name()}, {device}"
+        return {"device": device, "variant": self._card.slug}
 
     def load(self, count: int, clients: int) -> list[Timeline]:
         """Answer `count` prompts from `clients` closed loops."""
@@ -220,7 +253,7 @@ def _body(index: int) -> bytes:
     return json.dumps(body).encode()
 
 
-def _measure(bare: Any, host: str, port: int, rounds: int) -> dict[str, Any]:
+def _measure(bare: Any, host: str, port: int, rounds: int | None) -> dict[str, Any]:
     import ray
 
     bodies = [_body(i) for i in range(max(_REQUESTS.values()))]
@@ -228,15 +261,24 @@ def _measure(bare: Any, host: str, port: int, rounds: int) -> dict[str, Any]:
     ray.get(bare.load.remote(2, 2))
     loads: dict[str, Any] = {}
     for clients in CLIENTS:
-        count = _REQUESTS[clients]
+        count, repeats = _REQUESTS[clients], rounds or _ROUNDS[clients]
         sides: dict[str, list[dict[str, float]]] = {"bare": [], "served": []}
+
+        def ask_bare(count: int = count, clients: int = clients) -> list[Timeline]:
+            return ray.get(bare.load.remote(count, clients))  # type: ignore[no-any-return]
+
+        def ask_served(count: int = count, clients: int = clients) -> list[Timeline]:
+            return drive(host, port, bodies[:count], clients=clients, tokens=_TOKENS)
+
         before = _cpu_s()
-        for _ in range(rounds):
-            sides["bare"].append(summarize(ray.get(bare.load.remote(count, clients))))
-            served = drive(host, port, bodies[:count], clients=clients, tokens=_TOKENS)
-            sides["served"].append(summarize(served))
-        tokens = rounds * count * _TOKENS
+        turns = [("bare", ask_bare), ("served", ask_served)]
+        for number in range(repeats):
+            # Who goes first changes, so that neither profits from a machine that slows down.
+            for side, ask in turns if number % 2 else reversed(turns):
+                sides[side].append(summarize(ask()))
+        tokens = repeats * count * _TOKENS
         loads[str(clients)] = compare(sides["bare"], sides["served"]) | {
+            "rounds": repeats,
             "requests_per_round": count,
             "cpu_ms_per_token": {
                 name: 1000 * (used - before.get(name, 0.0)) / tokens
@@ -245,13 +287,10 @@ def _measure(bare: Any, host: str, port: int, rounds: int) -> dict[str, Any]:
         }
         logger.info("%d clients: %s", clients, json.dumps(loads[str(clients)]))
     return {
-        "device": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        **ray.get(bare.about.remote()),
         "code_version": __version__,
         "ray": ray.__version__,
-        "variant": _SLUG,
         "tokens_per_answer": _TOKENS,
-        "rounds": rounds,
-        "engine_threads": 1,
         "goals": {
             "added_first_token_ms": GOAL_FIRST_TOKEN_MS,
             "added_per_token_ms": GOAL_PER_TOKEN_MS,
@@ -272,19 +311,24 @@ def summarize(timelines: Sequence[Timeline]) -> dict[str, float]:
 
 
 def compare(bare: Sequence[dict[str, float]], served: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Return the medians over the rounds of both sides, and what serving adds."""
-    ours, theirs = _medians(served), _medians(bare)
+    """Return the medians over the rounds of both sides, and of what serving adds in each."""
+    pairs = list(zip(served, bare, strict=True))
+
+    def added_ms(key: str) -> float:
+        return statistics.median(ours[key] - theirs[key] for ours, theirs in pairs)
+
+    shares = [ours["tokens_per_s"] / theirs["tokens_per_s"] for ours, theirs in pairs]
     added = {
-        "added_first_token_ms": ours["first_token_ms"] - theirs["first_token_ms"],
-        "added_per_token_ms": ours["per_token_ms"] - theirs["per_token_ms"],
-        "throughput_share": ours["tokens_per_s"] / theirs["tokens_per_s"],
+        "added_first_token_ms": added_ms("first_token_ms"),
+        "added_per_token_ms": added_ms("per_token_ms"),
+        "throughput_share": statistics.median(shares),
     }
     met = {
         "first_token": added["added_first_token_ms"] <= GOAL_FIRST_TOKEN_MS,
         "per_token": added["added_per_token_ms"] <= GOAL_PER_TOKEN_MS,
         "throughput": added["throughput_share"] >= GOAL_THROUGHPUT_SHARE,
     }
-    return {**added, "goals_met": met, "bare": theirs, "served": ours}
+    return {**added, "goals_met": met, "bare": _medians(bare), "served": _medians(served)}
 
 
 def _medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -1,31 +1,32 @@
 """The two kinds of Serve replicas: engines, and the ingress that speaks HTTP before them.
 
 They are apart so that image decoding never waits for the engine's Python, one ingress serves many
-variants, and an engine that dies takes no answer with it that had not begun.
+variants, and an engine that dies takes no answer with it that had not begun. Requests and tokens
+pass between them beside Serve (channel.py); Serve's own calls are for the rest.
 """
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from llava_ray.serving.api_errors import ApiError, Overloaded, Unavailable
+from llava_ray.serving.api_errors import Overloaded, Unavailable
+from llava_ray.serving.autoscaling import ANSWERS
 from llava_ray.serving.backend import Backend, LocalBackend, ModelCard
-from llava_ray.serving.channel import Address, Receiver, Senders
+from llava_ray.serving.channel import Address, Uplinks
 from llava_ray.serving.engine import Prompt
-from llava_ray.serving.generate import FinishReason
-from llava_ray.serving.sampling import SamplingParams, Step
+from llava_ray.serving.pool import Pool
+from llava_ray.serving.sampling import SamplingParams
 from llava_ray.serving.scheduler import Chunk
 from llava_ray.serving.settings import AppArgs, ModelArgs
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS = 4
-"""Replicas that a request which has not begun is offered to."""
 _CONNECT_PAUSE_S = 0.5
-_END_TIMEOUT_S = 5
+_JOIN_EVERY_S = 2
+"""How often the ingress looks for new replicas."""
+_CALL_TIMEOUT_S = 5
 
 
 class EngineReplica:
@@ -38,45 +39,23 @@ class EngineReplica:
 
         engine, card = await asyncio.to_thread(open_variant, model, args)
         replica = serve.get_replica_context().replica_tag
-        # Serve's router queues; what gets here has a slot, or its siblings of one request do.
+        # The ingress queues; what gets here has a slot, or its siblings of one request do.
         waiting = args.max_concurrent_requests * args.max_choices
         self._backend = LocalBackend(engine, card, max_waiting=waiting, replica=replica)
-        self._backend.scheduler.start(asyncio.get_running_loop())
-        self._senders = Senders()
+        self._backend.scheduler.start()
+        self._uplinks = Uplinks(self._backend.scheduler, card.variant_uri)
 
     async def card(self) -> ModelCard:
         """Describe the variant."""
         return self._backend.card
 
-    async def generate(
-        self,
-        prompt: Prompt,
-        sampling: SamplingParams,
-        timeout_s: float,
-        address: Address,
-        number: int,
-    ) -> None:
-        """Send an answer's tokens to the ingress; return once it has ended, raise if it failed."""
-        sender = await self._senders.to(address)
-        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async def join(self, address: Address) -> None:
+        """Take requests from an ingress, until it or this replica ends."""
+        await self._uplinks.join(address)
 
-        def deliver(item: Step | FinishReason | ApiError) -> None:
-            if over.done():
-                return
-            if isinstance(item, ApiError):
-                over.set_exception(item)
-            elif sender.closed:
-                over.set_exception(Unavailable("the ingress is gone"))
-            else:
-                sender.put(number, item)
-                if isinstance(item, str):
-                    over.set_result(None)
-
-        answer = self._backend.scheduler.submit(prompt, sampling, timeout_s, deliver)
-        try:
-            await over
-        finally:
-            self._backend.scheduler.cancel(answer)
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Tell Serve's autoscaler what it cannot see: the answers that are under way."""
+        return {ANSWERS: float(self._uplinks.answers)}
 
     async def metrics(self) -> bytes:
         """Return this replica's series."""
@@ -87,9 +66,9 @@ class EngineReplica:
         await self._backend.check()
 
     async def __del__(self) -> None:
-        """End the engine's thread and free its memory."""
-        if hasattr(self, "_senders"):
-            self._senders.close()
+        """Finish all answers, then end the engine's thread and free its memory."""
+        if hasattr(self, "_uplinks"):
+            await self._uplinks.leave()
         if hasattr(self, "_backend"):
             await asyncio.to_thread(self._backend.scheduler.close)
 
@@ -104,11 +83,9 @@ class Ingress:
 
         from llava_ray.serving.endpoint import Endpoint
 
-        self._receiver = Receiver()
         host: str = get_node_ip_address()  # type: ignore[no-untyped-call]
-        address = await self._receiver.open(host)
         backends = [
-            await RayBackend.connect(model, handle, self._receiver, address)
+            await RayBackend.connect(model, args, handle, host)
             for model, handle in zip(args.models, engines, strict=True)
         ]
         self._endpoint = Endpoint(backends, args)
@@ -123,19 +100,17 @@ class RayBackend(Backend):
     """An engine in Serve replicas of their own."""
 
     def __init__(
-        self, handle: Any, card: ModelCard, tokenizer: Any, receiver: Receiver, address: Address
+        self, handle: Any, card: ModelCard, tokenizer: Any, pool: Pool, address: Address
     ) -> None:
         self.card = card
         self.tokenizer = tokenizer
         self._handle = handle
-        self._receiver = receiver
+        self._pool = pool
         self._address = address
-        self._calls: set[asyncio.Task[None]] = set()
+        self._looking = asyncio.create_task(self._look())
 
     @classmethod
-    async def connect(
-        cls, model: ModelArgs, handle: Any, receiver: Receiver, address: Address
-    ) -> "RayBackend":
+    async def connect(cls, model: ModelArgs, args: AppArgs, handle: Any, host: str) -> "RayBackend":
         """Wait for a replica that has this variant; in an upgrade the first to answer may not."""
         from transformers import AutoTokenizer
 
@@ -147,73 +122,61 @@ class RayBackend(Backend):
                 break
             await asyncio.sleep(_CONNECT_PAUSE_S)
         folder = await asyncio.to_thread(tokenizer_folder, model.variant_uri)
-        return cls(handle, card, AutoTokenizer.from_pretrained(folder), receiver, address)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        slots, waiting = args.max_concurrent_requests, args.max_queued_requests
+        pool = Pool(model.variant_uri, slots=slots, max_waiting=waiting)
+        backend = cls(handle, card, tokenizer, pool, await pool.open(host))
+        await backend._join()
+        return backend
 
     async def stream(
         self, prompt: Prompt, sampling: SamplingParams, timeout_s: float
     ) -> AsyncGenerator[Chunk, None]:
         """Yield an answer's tokens; a replica lost before the first is replaced by another."""
-        from ray.exceptions import RayActorError, RayTaskError
+        if self._pool.empty:
+            await self._await_replica()
+        async with aclosing(self._pool.stream(prompt, sampling, timeout_s)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _await_replica(self) -> None:
+        """Wait for a replica as Serve's own calls do.
+
+        Raises Unavailable where none can start, Overloaded where too many wait already.
+        """
+        from ray.exceptions import RayError
         from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-        deadline = time.monotonic() + timeout_s
-        for attempt in range(1, _ATTEMPTS + 1):
-            begun = False
-            chunks = self._attempt(prompt, sampling, deadline - time.monotonic())
-            try:
-                async with aclosing(chunks):
-                    async for chunk in chunks:
-                        begun = True
-                        yield chunk
-                return
-            except BackPressureError as error:
-                raise Overloaded(f"{error.message} Try again later.") from error
-            except DeploymentUnavailableError as error:
-                raise Unavailable("the model failed to start: see /health") from error
-            except (RayTaskError, RayActorError, Unavailable) as error:
-                failure = _failure(error)
-                if begun or attempt == _ATTEMPTS or not isinstance(failure, Unavailable):
-                    raise failure from error
-                logger.warning("a replica was lost, the request goes to another: %s", failure)
-
-    async def _attempt(
-        self, prompt: Prompt, sampling: SamplingParams, timeout_s: float
-    ) -> AsyncGenerator[Chunk, None]:
-        """Yield an answer's tokens from one replica; what came meanwhile comes together."""
-        inbox: asyncio.Queue[Chunk | BaseException | None] = asyncio.Queue()
-        number = self._receiver.expect(inbox.put_nowait)
-        response = self._handle.generate.remote(prompt, sampling, timeout_s, self._address, number)
-        call = asyncio.create_task(_await(response))
-        call.add_done_callback(lambda done: inbox.put_nowait(_outcome(done)))
-        # The loop itself does not keep a task that nobody waits for.
-        self._calls.add(call)
-        call.add_done_callback(self._calls.discard)
-        returned = ended = False
         try:
-            while True:
-                # The end comes over the channel; once the call has returned it is due.
-                async with asyncio.timeout(_END_TIMEOUT_S if returned else None):
-                    items = [await inbox.get()]
-                while not inbox.empty():
-                    items.append(inbox.get_nowait())
-                chunks = [item for item in items if isinstance(item, Chunk)]
-                if chunks:
-                    steps = tuple(step for chunk in chunks for step in chunk.steps)
-                    ended = chunks[-1].finish_reason is not None
-                    yield Chunk(steps, chunks[-1].finish_reason)
-                    if ended:
-                        return
-                for item in items:
-                    if isinstance(item, BaseException):
-                        raise item
-                returned = returned or None in items
-        except TimeoutError as error:
-            raise _lost() from error
-        finally:
-            self._receiver.forget(number)
-            if not ended:
-                response.cancel()
-                call.cancel()
+            await self._handle.card.remote()
+        except BackPressureError as error:
+            raise Overloaded(f"{error.message} Try again later.") from error
+        except DeploymentUnavailableError as error:
+            raise Unavailable("the model failed to start: see /health") from error
+        except RayError as error:
+            logger.warning("a replica was lost: %s", error)
+        await self._join()
+
+    async def _look(self) -> None:
+        """Ask replicas that Serve has added to join."""
+        while True:
+            await asyncio.sleep(_JOIN_EVERY_S)
+            try:
+                await self._join()
+            except Exception:
+                # Without this task no new replica would ever be asked anything.
+                logger.exception("looking for replicas failed; it goes on")
+
+    async def _join(self) -> None:
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        try:
+            call = self._handle.broadcast("join", self._address)
+            # One that cannot be asked now may be by the next time.
+            await call.results_async(timeout_s=_CALL_TIMEOUT_S, return_exceptions=True)
+        except (TimeoutError, RayError, RayServeException) as error:
+            logger.warning("%s: no replica can be asked to join (%s)", self.card.name, error)
 
     async def metrics(self) -> list[bytes]:
         """Return each replica's series."""
@@ -226,32 +189,9 @@ class RayBackend(Backend):
         from ray.serve.exceptions import RayServeException
 
         try:
-            await asyncio.wait_for(_card_of(self._handle), timeout=5)
+            await asyncio.wait_for(_card_of(self._handle), _CALL_TIMEOUT_S)
         except (TimeoutError, RayError, RayServeException) as error:
             raise Unavailable(f"{self.card.name}: no replica answers") from error
-
-
-def _failure(error: Exception) -> Exception:
-    """Return what a failed call means to the client."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, ApiError):
-        return cause
-    if isinstance(cause, Exception):
-        return error
-    return error if isinstance(error, Unavailable) else _lost()
-
-
-def _lost() -> Unavailable:
-    return Unavailable("the engine was lost before the answer ended", code="engine_lost")
-
-
-async def _await(response: Any) -> None:
-    await response
-
-
-def _outcome(call: "asyncio.Task[None]") -> BaseException | None:
-    """Return what a Serve call failed with."""
-    return _lost() if call.cancelled() else call.exception()
 
 
 async def _card_of(handle: Any) -> ModelCard:

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,12 @@ _PREFILL_FAILURES = 3
 """Unexpected ones in a row that make the engine count as broken."""
 
 
+Item = Step | FinishReason | ApiError
+"""A token, or how an answer ended."""
+Outlet = Callable[[list[tuple[Hashable, Item]]], None]
+"""Takes what came in one moment for all answers that go its way, on the engine's thread."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """The tokens that came since the last chunk; the last one says why the answer ended."""
@@ -50,8 +56,9 @@ class Answer:
     prompt: Prompt
     sampling: SamplingParams
     deadline: float
-    deliver: Callable[[Step | FinishReason | ApiError], None]
-    """Called on the event loop."""
+    outlet: "Outlet"
+    key: Hashable
+    """What names it to the outlet."""
     arrived: float
     row: Row = field(init=False)
     cancelled: bool = False
@@ -92,13 +99,11 @@ class Scheduler:
         self._active: list[Answer] = []
         self._prefilling = 0
         self._prefill_failures = 0
-        self._outbox: list[tuple[Answer, Step | FinishReason | ApiError]] = []
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._outbox: list[tuple[Answer, Item]] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Start the engine's thread; answers are delivered on the loop."""
-        self._loop = loop
+    def start(self) -> None:
+        """Start the engine's thread."""
         self._thread.start()
 
     def close(self) -> None:
@@ -122,8 +127,15 @@ class Scheduler:
         Raises Overloaded when the queue is full, DeadlineExceeded, Unavailable when the engine
         broke, BadRequest when the engine refuses the prompt.
         """
-        inbox: asyncio.Queue[Step | FinishReason | ApiError] = asyncio.Queue()
-        answer = self.submit(prompt, sampling, timeout_s, inbox.put_nowait)
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[Item] = asyncio.Queue()
+
+        def put(items: list[tuple[Hashable, Item]]) -> None:
+            # The loop closes first where a process is ending.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_put_all, inbox, [item for _, item in items])
+
+        answer = self.submit(prompt, sampling, timeout_s, put)
         try:
             while True:
                 items = [await inbox.get()]
@@ -148,14 +160,15 @@ class Scheduler:
         prompt: Prompt,
         sampling: SamplingParams,
         timeout_s: float,
-        deliver: Callable[[Step | FinishReason | ApiError], None],
+        outlet: Outlet,
+        key: Hashable = None,
     ) -> Answer:
-        """Queue a request; `deliver` gets its tokens on the event loop, then how it ended.
+        """Queue a request; the outlet gets its tokens with its key, then how it ended.
 
         Raises Overloaded when the queue is full and Unavailable when the engine broke.
         """
         now = time.monotonic()
-        answer = Answer(prompt, sampling, now + timeout_s, deliver, now)
+        answer = Answer(prompt, sampling, now + timeout_s, outlet, key, now)
         with self._wake:
             self.check()
             if len(self._waiting) >= self._max_waiting + self._free_slots():
@@ -318,14 +331,13 @@ class Scheduler:
             self._outbox.append((answer, outcome))
 
     def _deliver(self) -> None:
-        """Hand over what has come, in one call to the event loop for all answers together."""
-        if not self._outbox:
-            return
-        items, self._outbox = self._outbox, []
-        assert self._loop is not None
-        # The loop closes first where a process is ending.
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_hand_over, items)
+        """Hand over what has come, in one call for all answers with the same outlet."""
+        ways: dict[Outlet, list[tuple[Hashable, Item]]] = {}
+        for answer, item in self._outbox:
+            ways.setdefault(answer.outlet, []).append((answer.key, item))
+        self._outbox = []
+        for outlet, items in ways.items():
+            outlet(items)
 
     def _fail_all(self) -> None:
         with self._wake:
@@ -338,9 +350,9 @@ class Scheduler:
         self._deliver()
 
 
-def _hand_over(items: Sequence[tuple[Answer, Step | FinishReason | ApiError]]) -> None:
-    for answer, item in items:
-        answer.deliver(item)
+def _put_all(inbox: "asyncio.Queue[Item]", items: Sequence[Item]) -> None:
+    for item in items:
+        inbox.put_nowait(item)
 
 
 def _join(tokens: "Sequence[torch.Tensor]") -> "torch.Tensor":

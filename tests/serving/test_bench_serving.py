@@ -49,7 +49,7 @@ def test_the_load_generator_times_every_request() -> None:
             drive("127.0.0.1", port, [_body(max_tokens=3)], clients=1, tokens=12)
 
 
-def test_what_is_added_is_the_difference_of_the_medians() -> None:
+def test_what_is_added_is_the_median_of_the_rounds_differences() -> None:
     bare = summarize([Timeline(0.0, 0.1, 1.1, 11), Timeline(0.0, 0.3, 1.5, 11)])
     assert bare == pytest.approx(
         {"first_token_ms": 200, "per_token_ms": 110, "tokens_per_s": 22 / 1.5}

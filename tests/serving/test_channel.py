@@ -1,94 +1,291 @@
 import asyncio
-from collections.abc import Awaitable, Callable
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 
+import numpy as np
 import pytest
+from table_engine import TableEngine
 
-from llava_ray.serving.api_errors import Unavailable
-from llava_ray.serving.channel import Address, Receiver, Sender, Senders
-from llava_ray.serving.sampling import Step
-from llava_ray.serving.scheduler import Chunk
+from llava_ray.serving.api_errors import ApiError, BadRequest, Overloaded, Unavailable, from_plain
+from llava_ray.serving.channel import Address, Uplink, Uplinks
+from llava_ray.serving.engine import Prompt
+from llava_ray.serving.generate import generate
+from llava_ray.serving.metrics import Recorder
+from llava_ray.serving.pool import Pool
+from llava_ray.serving.sampling import SamplingParams, Step
+from llava_ray.serving.scheduler import Scheduler
+
+_TEXT = Prompt((1, 100, 101))
+_LONG = SamplingParams(max_tokens=10_000, ignore_eos=True)
 
 
-def _with(work: Callable[[Receiver, Address, Senders], Awaitable[None]]) -> None:
+@asynccontextmanager
+async def _replica(engine: TableEngine, variant: str = "v1") -> AsyncIterator[Uplinks]:
+    recorder = Recorder(model="m", replica="r")
+    scheduler = Scheduler(engine, max_waiting=64, recorder=recorder)
+    scheduler.start()
+    uplinks = Uplinks(scheduler, variant)
+    try:
+        yield uplinks
+        await uplinks.leave()
+    finally:
+        await asyncio.to_thread(scheduler.close)
+
+
+@asynccontextmanager
+async def _ingress(
+    *replicas: Uplinks, slots: int = 4, max_waiting: int = 8
+) -> AsyncIterator[tuple[Pool, Address]]:
+    pool = Pool("v1", slots=slots, max_waiting=max_waiting)
+    try:
+        address = await pool.open("127.0.0.1")
+        for count, replica in enumerate(replicas, start=1):
+            await replica.join(address)
+            while len(pool._lines) < count:
+                await asyncio.sleep(0.001)
+        yield pool, address
+    finally:
+        pool.close()
+        # Transports close in the loop's next turns.
+        await asyncio.sleep(0.05)
+
+
+async def _ask(
+    pool: Pool, prompt: Prompt = _TEXT, sampling: SamplingParams | None = None
+) -> tuple[list[Step], str | None]:
+    steps: list[Step] = []
+    reason = None
+    sampling = sampling or SamplingParams(max_tokens=12, ignore_eos=True)
+    async for chunk in pool.stream(prompt, sampling, 10):
+        steps += chunk.steps
+        reason = chunk.finish_reason
+    return steps, reason
+
+
+def _run(work: Callable[[], Awaitable[None]]) -> None:
     async def main() -> None:
-        receiver, senders = Receiver(), Senders()
-        try:
-            await work(receiver, await receiver.open("127.0.0.1"), senders)
-        finally:
-            senders.close()
-            receiver.close()
-            # Transports close in the loop's next turns.
-            await asyncio.sleep(0.05)
+        async with asyncio.timeout(30):
+            await work()
 
     asyncio.run(main())
 
 
+def test_an_answer_is_the_one_that_the_engine_gives_alone() -> None:
+    pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    prompt = Prompt((1, *[TableEngine.image_token_id] * 4, 100), (pixels,))
+    sampling = SamplingParams(
+        max_tokens=9, temperature=0.7, top_p=0.9, seed=3, stop=("zz",), top_logprobs=2
+    )
+    alone = list(generate(TableEngine(), prompt, sampling))
+
+    async def work() -> None:
+        async with _replica(TableEngine()) as replica, _ingress(replica) as (pool, _):
+            steps, reason = await _ask(pool, prompt, sampling)
+            assert (steps, reason) == (alone, "length")
+
+    _run(work)
+
+
 def test_one_moments_tokens_of_all_answers_are_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
     writes: list[bytes] = []
+    real = Uplink.send
+    monkeypatch.setattr(Uplink, "send", lambda self, data: (writes.append(data), real(self, data)))
+    engine = TableEngine()
 
-    async def work(receiver: Receiver, address: Address, senders: Senders) -> None:
-        first: asyncio.Queue[Chunk] = asyncio.Queue()
-        second: asyncio.Queue[Chunk] = asyncio.Queue()
-        numbers = [receiver.expect(queue.put_nowait) for queue in (first, second)]
-        sender = await senders.to(address)
-        real = sender._writer.write
-        monkeypatch.setattr(sender._writer, "write", lambda data: (writes.append(data), real(data)))
-        likely = Step(7, -0.25, ((7, -0.25), (8, float("-inf"))))
-        sender.put(numbers[0], Step(5))
-        sender.put(numbers[1], likely)
-        sender.put(numbers[0], Step(6))
-        sender.put(numbers[0], "stop")
-        assert await first.get() == Chunk((Step(5), Step(6)), "stop")
-        assert await second.get() == Chunk((likely,))
+    async def work() -> None:
+        async with _replica(engine) as replica, _ingress(replica) as (pool, _):
+            answers = await asyncio.gather(*(_ask(pool) for _ in range(4)))
+            assert {len(steps) for steps, _ in answers} == {12}
 
-    _with(work)
-    assert len(writes) == 1
+    _run(work)
+    tokens = [data for data in writes if data.startswith(b"[[")]
+    assert len(tokens) < 4 * 12
 
 
-def test_what_nobody_waits_for_any_more_is_dropped() -> None:
-    async def work(receiver: Receiver, address: Address, senders: Senders) -> None:
-        chunks: asyncio.Queue[Chunk] = asyncio.Queue()
-        left = receiver.expect(chunks.put_nowait)
-        receiver.forget(left)
-        kept = receiver.expect(chunks.put_nowait)
-        sender = await senders.to(address)
-        sender.put(left, Step(1))
-        sender.put(kept, Step(2))
-        assert await chunks.get() == Chunk((Step(2),))
-        assert chunks.empty()
+def test_the_least_busy_replica_is_asked_and_a_full_queue_refuses() -> None:
+    first, second = TableEngine(slots=2), TableEngine(slots=2)
 
-    _with(work)
+    async def work() -> None:
+        async with (
+            _replica(first) as one,
+            _replica(second) as two,
+            _ingress(one, two, slots=2, max_waiting=1) as (pool, _),
+        ):
+            long = [asyncio.create_task(_ask(pool, sampling=_LONG)) for _ in range(4)]
+            while one.answers + two.answers < 4:
+                await asyncio.sleep(0.001)
+            assert (one.answers, two.answers) == (2, 2)
+            waits = asyncio.create_task(_ask(pool))
+            await asyncio.sleep(0.01)
+            with pytest.raises(Overloaded, match="1 requests wait"):
+                await _ask(pool)
+            long[0].cancel()
+            steps, reason = await waits
+            assert (len(steps), reason) == (12, "length")
+            for task in long:
+                task.cancel()
+            await asyncio.gather(*long, return_exceptions=True)
+
+    _run(work)
+
+
+def test_leaving_a_stream_stops_the_engine_and_gives_the_slot_back() -> None:
+    engine = TableEngine(slots=1, context=100_000)
+
+    async def work() -> None:
+        async with _replica(engine) as replica, _ingress(replica, slots=1) as (pool, _):
+            async with aclosing(pool.stream(_TEXT, _LONG, 10)) as chunks:
+                await anext(chunks)
+            assert (await _ask(pool))[1] == "length"
+            assert engine.held == {}
+
+    _run(work)
+
+
+def test_the_engines_refusal_arrives_as_it_was() -> None:
+    async def work() -> None:
+        async with _replica(TableEngine(context=4)) as replica, _ingress(replica) as (pool, _):
+            with pytest.raises(BadRequest) as refusal:
+                await _ask(pool, Prompt((1,) * 9))
+            assert refusal.value.code == "context_length_exceeded"
+            assert replica.answers == 0
+
+    _run(work)
+    error = Overloaded("full", "n", None)
+    assert from_plain(error.plain()).envelope() == error.envelope()
+
+
+def test_a_lost_replicas_waiting_requests_go_to_another_and_begun_ones_fail() -> None:
+    engine = TableEngine(slots=1, context=100_000)
+
+    async def work() -> None:
+        async with (
+            _replica(engine) as one,
+            _replica(TableEngine()) as two,
+            _ingress(one, slots=2) as (pool, address),
+        ):
+            begun = pool.stream(_TEXT, _LONG, 10)
+            await anext(begun)
+            waits = asyncio.create_task(_ask(pool))
+            while one.answers < 2:
+                await asyncio.sleep(0.001)
+            await two.join(address)
+            for uplink, _ in one._open.values():
+                uplink._close()
+            steps, reason = await waits
+            assert (len(steps), reason) == (12, "length")
+            with pytest.raises(Unavailable) as failure:
+                async for _ in begun:
+                    pass
+            assert failure.value.code == "engine_lost"
+
+    _run(work)
+
+
+def test_a_replica_that_leaves_ends_what_it_has_and_is_asked_no_more() -> None:
+    async def work() -> None:
+        async with (
+            _replica(TableEngine(slots=1)) as one,
+            _replica(TableEngine(slots=1)) as two,
+            _ingress(one) as (pool, address),
+        ):
+            long = asyncio.create_task(_ask(pool, sampling=SamplingParams(max_tokens=200)))
+            while not one.answers:
+                await asyncio.sleep(0.001)
+            leaving = asyncio.create_task(one.leave())
+            while not all(line.leaving for line in pool._lines):
+                await asyncio.sleep(0.001)
+            waits = asyncio.create_task(_ask(pool))
+            await two.join(address)
+            assert (await waits)[1] == "length"
+            assert (await long)[1] in ("length", "stop")
+            await leaving
+            await one.join(address)
+            assert len(pool._lines) == 1
+
+    _run(work)
+
+
+def test_another_variants_replica_is_asked_only_while_there_is_no_other() -> None:
+    old, new = TableEngine(), TableEngine()
+
+    async def work() -> None:
+        async with (
+            _replica(old, "v0") as one,
+            _replica(new, "v1") as two,
+            _ingress(one) as (pool, address),
+        ):
+            await _ask(pool)
+            await two.join(address)
+            while len(pool._lines) < 2:
+                await asyncio.sleep(0.001)
+            await asyncio.gather(*(_ask(pool) for _ in range(3)))
+            assert (old.prefills, new.prefills) == (1, 3)
+
+    _run(work)
+
+
+def test_an_ingress_that_reads_slowly_gets_all_in_order() -> None:
+    engine = TableEngine(slots=1, context=100_000)
+    sampling = SamplingParams(max_tokens=800, ignore_eos=True, top_logprobs=20)
+
+    async def work() -> None:
+        async with _replica(engine) as replica, _ingress(replica, slots=1) as (pool, _):
+            (line,) = pool._lines
+            (uplink,) = (found for found, _ in replica._open.values())
+            ingress = pool._lines[line]
+            for end, buffer in ((ingress, socket.SO_RCVBUF), (uplink._writer, socket.SO_SNDBUF)):
+                end.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, buffer, 65536)
+            ingress.transport.pause_reading()
+            asked = asyncio.create_task(_ask(pool, sampling=sampling))
+            while uplink._direct is not None:
+                await asyncio.sleep(0.01)
+            ingress.transport.resume_reading()
+            steps, reason = await asked
+            alone = [s.token_id for s in generate(TableEngine(context=100_000), _TEXT, sampling)]
+            assert [step.token_id for step in steps] == alone
+            assert reason == "length"
+
+    _run(work)
 
 
 def test_who_does_not_know_the_secret_is_not_heard() -> None:
-    async def work(receiver: Receiver, address: Address, senders: Senders) -> None:
-        chunks: asyncio.Queue[Chunk] = asyncio.Queue()
-        number = receiver.expect(chunks.put_nowait)
-        reader, writer = await asyncio.open_connection(address.host, address.port)
-        writer.write(b"0" * len(address.secret) + f'[[{number},[[1]],"stop"]]\n'.encode())
-        assert await reader.read() == b""
-        writer.close()
-        assert chunks.empty()
+    async def work() -> None:
+        async with _ingress() as (pool, address):
+            reader, writer = await asyncio.open_connection(address.host, address.port)
+            writer.write(b"0" * len(address.secret) + b'"v1"\n')
+            assert await reader.read() == b""
+            writer.close()
+            assert pool.empty
 
-    _with(work)
+    _run(work)
 
 
-def test_a_replica_keeps_one_connection_and_makes_another_when_it_is_lost() -> None:
-    async def work(receiver: Receiver, address: Address, senders: Senders) -> None:
-        found: list[Sender] = await asyncio.gather(*(senders.to(address) for _ in range(5)))
-        assert len(set(found)) == 1
-        found[0].close()
-        assert found[0].closed
-        again = await senders.to(address)
-        assert again is not found[0] and not again.closed
+def test_a_replica_joins_once_and_again_when_the_connection_is_lost() -> None:
+    async def work() -> None:
+        async with _replica(TableEngine()) as replica, _ingress(replica) as (pool, address):
+            await asyncio.gather(*(replica.join(address) for _ in range(5)))
+            (first,) = pool._lines
+            # In the middle of a line, as when its process is killed.
+            (uplink,) = (found for found, _ in replica._open.values())
+            uplink.send(b"[[0,[[")
+            uplink._close()
+            while not pool.empty:
+                await asyncio.sleep(0.001)
+            while pool.empty:
+                await replica.join(address)
+                await asyncio.sleep(0.001)
+            assert first not in pool._lines
 
-    _with(work)
+    _run(work)
 
 
 def test_an_ingress_that_is_gone_is_unavailable() -> None:
-    async def work(receiver: Receiver, address: Address, senders: Senders) -> None:
-        receiver.close()
-        with pytest.raises(Unavailable, match="cannot be reached"):
-            await senders.to(address)
+    async def work() -> None:
+        async with _replica(TableEngine()) as replica, _ingress() as (pool, address):
+            pool.close()
+            with pytest.raises(ApiError, match="cannot be reached"):
+                await replica.join(address)
 
-    _with(work)
+    _run(work)

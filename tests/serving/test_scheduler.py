@@ -28,7 +28,7 @@ async def _running(engine: TableEngine, max_waiting: int = 8) -> AsyncIterator[S
     scheduler = Scheduler(
         engine, max_waiting=max_waiting, recorder=Recorder(model="m", replica="r")
     )
-    scheduler.start(asyncio.get_running_loop())
+    scheduler.start()
     try:
         yield scheduler
     finally:

@@ -69,7 +69,7 @@ def serving(
 
     async def main() -> None:
         for backend in backends:
-            backend.scheduler.start(asyncio.get_running_loop())
+            backend.scheduler.start()
         await server.serve([listener])
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
