@@ -28,6 +28,9 @@ Precision = Literal["bf16", "fp16", "fp32"]
 _BUCKET = 50_000_000
 """Gradient entries that are sent at once."""
 
+_KEPT_WHOLE = 1_000_000
+"""ZeRO-3 does not share out smaller weights: LoRA's would be gathered one by one at each use."""
+
 _SETTLING_S = 30
 """Between taking the lock and starting ninja."""
 
@@ -41,6 +44,8 @@ def zero_config(train: TrainConfig, precision: Precision, *, gpu: bool) -> dict[
         # DeepSpeed's default takes 2 GB for buffers that LoRA's gradients do not fill.
         "reduce_bucket_size": _BUCKET,
     }
+    if train.zero_stage == 3:
+        stage["stage3_param_persistence_threshold"] = _KEPT_WHOLE
     if train.offload != "none":
         stage["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
     if train.offload == "optimizer+weights":
