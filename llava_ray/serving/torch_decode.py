@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from llava_ray.serving.kernels.launch import (
+    LEAST_TOKENS,
     MAX_BATCH,
     Attention,
     Product,
@@ -37,7 +38,7 @@ from llava_ray.serving.torch_weights import (
 
 logger = logging.getLogger(__name__)
 
-BATCHES = (1, 2, 4, MAX_BATCH)
+BATCHES = (1, 2, 4, 8, 16, 32, MAX_BATCH)
 """Batch sizes with a graph of their own; others are filled up."""
 _HOPPER = (9, 0)
 
@@ -170,11 +171,18 @@ class Decoder:
         # Packed weights are multiplied in float16, whatever the model's type.
         self.activations = torch.float16 if packed else stack.embeddings.dtype
         self.lengths = torch.zeros(self.spare + 1, dtype=torch.int32, device=self.device)
-        floats = max(
-            MAX_BATCH * weight.rows * gemm_block(weight).split + 8192 for weight in stack.weights()
-        )
-        heads = stack.shape.heads
-        floats = max(floats, MAX_BATCH * heads * 16 * (stack.shape.head_dim + 2))
+        self.batches = [
+            size for size, below in zip(BATCHES, (0, *BATCHES), strict=False) if below < self.spare
+        ]
+        """Those that the cache's slots can need."""
+        products = [
+            # Rows are filled up to a whole block of at most 128.
+            max(size, LEAST_TOKENS) * (weight.rows + 128) * gemm_block(weight, size).split
+            for size in self.batches
+            for weight in stack.weights()
+        ]
+        attention = MAX_BATCH * stack.shape.heads * (stack.shape.head_dim + 2)
+        floats = max(*products, attention)
         self.scratch = Scratch.empty(floats, 16384, str(self.device))
         self._graphs: dict[int, _Graph] = {}
 
@@ -197,13 +205,13 @@ class Decoder:
         formats = sorted({weight.format for weight in self.stack.weights()[:-1]})
         return f"Triton {'gemv' if batch == 1 else 'gemm'} {'+'.join(formats)}"
 
-    def warm_up(self, batches: Sequence[int] = BATCHES) -> None:
+    def warm_up(self, batches: Sequence[int] | None = None) -> None:
         """Compile and capture ahead of the first request."""
-        for batch in batches:
+        for batch in batches or self.batches:
             self._graph(batch)
 
     def _graph(self, count: int) -> "_Graph":
-        batch = next(size for size in BATCHES if size >= count)
+        batch = next(size for size in self.batches if size >= count)
         if batch not in self._graphs:
             start = time.perf_counter()
             self._graphs[batch] = _Graph(self, batch)

@@ -1,4 +1,4 @@
-"""Two to eight tokens times a weight matrix, on the tensor cores.
+"""Two to 64 tokens times a weight matrix, on the tensor cores.
 
 Columns are split over programs; the last one to finish a tile sums the parts, in their order, so
 that the result does not depend on timing. Activations come in the order of packed bytes

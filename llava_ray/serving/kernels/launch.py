@@ -12,7 +12,9 @@ from llava_ray.serving.kernels.gemv import gemv_kernel
 from llava_ray.serving.kernels.shared import EPILOGUES, INTERPRETED, ORDERS
 from llava_ray.serving.torch_weights import Format, Weight
 
-MAX_BATCH = 8
+MAX_BATCH = 64
+LEAST_TOKENS = 8
+"""That the tensor cores take at a time."""
 MAX_PARTS = 2048
 """Partial sums of squares that one token can have."""
 
@@ -49,7 +51,7 @@ def gemv_block(weight: Weight) -> GemvBlock:
     }[weight.format]
 
 
-def gemm_block(weight: Weight) -> GemmBlock:
+def gemm_block(weight: Weight, batch: int) -> GemmBlock:
     """Return the shape measured to be fastest on Hopper."""
     split = 4 if weight.rows <= 4096 else 2 if weight.rows <= 16384 else 1
     return {
@@ -122,7 +124,7 @@ class Product:
         if batch == 1:
             rows = self._launch_gemv(x, out, squares, scaled, block or gemv_block(self.weight))
         else:
-            block = block or gemm_block(self.weight)
+            block = block or gemm_block(self.weight, batch)
             rows = self._launch_gemm(batch, x, out, squares, scratch, scaled, block)
         return squares.of(-(-self.weight.rows // rows)) if self.epilogue == "residual" else squares
 
@@ -180,7 +182,7 @@ class Product:
     ) -> int:
         weight = self.weight
         tiles = -(-weight.rows // block.rows)
-        tokens = 8 if not INTERPRETED or batch > 1 else 1
+        tokens = max(LEAST_TOKENS, triton.next_power_of_2(batch))
         assert tiles * block.split * block.rows * tokens <= scratch.parts.numel()
         gemm_kernel[(tiles, block.split)](
             x,
@@ -275,7 +277,8 @@ class Attention:
         """Attend for len(slots) tokens; `lengths` holds each slot's tokens before this one."""
         batch = slots.shape[0]
         _, kv_heads, context, head_dim = self.keys.shape
-        split = {1: 16, 2: 8}.get(batch, 4)
+        # Enough programs to fill the GPU.
+        split = {1: 16, 2: 8, 4: 4, 8: 4, 16: 2}.get(triton.next_power_of_2(batch), 1)
         assert batch * self.heads * split * (head_dim + 2) <= scratch.parts.numel()
         attention_kernel[(batch, self.heads, split)](
             qkv,
