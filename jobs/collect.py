@@ -1,7 +1,7 @@
 """Gather what each stage of finished runs took, with the report's rows, into one JSON.
 
-python jobs/collect.py OUT.json STORAGE [STORAGE ...] [--note TEXT]
-STORAGE is a run's storage.uri.
+python jobs/collect.py OUT.json STORAGE [STORAGE ...] [--note TEXT] [--keep ID ...]
+STORAGE is a run's storage.uri. Of what OUT.json has already, the rows of these ids stay.
 """
 
 import argparse
@@ -18,8 +18,9 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("storage", nargs="+")
     parser.add_argument("--note", default="", help="conditions that the records do not hold")
+    parser.add_argument("--keep", nargs="*", default=[], metavar="ID", help="rows to keep")
     arguments = parser.parse_args()
     try:
-        print(collect(arguments.storage, arguments.out, arguments.note))
+        print(collect(arguments.storage, arguments.out, arguments.note, arguments.keep))
     except LlavaRayError as error:
         fail(error)

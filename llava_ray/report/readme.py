@@ -118,9 +118,16 @@ def _stages_7b(results: Path) -> str:
             what += f", ZeRO-{row['zero_stage']}, {row['num_workers']} GPU(s), {row['steps']} steps"
         elif what == "quantize":
             what += f", {len(row['variant_wall_s'])} variants in parallel"
-        peak = row.get("peak_memory_bytes")
-        rows.append([what, f"{row['wall_s']:.0f}", "" if peak is None else f"{peak / 1e9:.1f}"])
-    return _table(["stage", "seconds", "peak GB a GPU"], rows)
+        peak, rate = row.get("peak_memory_bytes"), row.get("samples_per_s")
+        rows.append(
+            [
+                what,
+                f"{row['wall_s']:.0f}",
+                "" if peak is None else f"{peak / 1e9:.1f}",
+                "" if rate is None else f"{rate:.1f}",
+            ]
+        )
+    return _table(["stage", "seconds", "peak GB a GPU", "samples/s"], rows)
 
 
 def _variants_7b(results: Path) -> str:
@@ -135,6 +142,7 @@ def _variants_7b(results: Path) -> str:
             [
                 slug,
                 f"{variant['size_bytes'] / 1e9:.2f}",
+                _text_model_size(variant),
                 _figure(size),
                 f"{variant['quantize_s']:.0f}",
                 f"{card['decode_tokens_per_s']['median']:.0f}" if card else "not measured",
@@ -142,8 +150,26 @@ def _variants_7b(results: Path) -> str:
                 f"{card['prefill_s']['median'] * 1e3:.0f}" if card else "",
             ]
         )
-    titles = ["variant", "GB", "article GB", "seconds to make", "tok/s", "article tok/s"]
+    titles = [
+        "variant",
+        "GB",
+        "text model's file",
+        "article GB",
+        "seconds to make",
+        "tok/s",
+        "article tok/s",
+    ]
     return _table([*titles, "prefill ms"], rows)
+
+
+def _text_model_size(variant: dict[str, Any]) -> str:
+    """Return the GB of a variant's text model, where that is a file of its own (GGUF)."""
+    text = [
+        size
+        for name, size in variant["weight_files"].items()
+        if name.endswith(".gguf") and "mmproj" not in name
+    ]
+    return f"{text[0] / 1e9:.2f}" if text else ""
 
 
 def _report(tree: Any) -> str:
@@ -172,7 +198,7 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
-def _serving(results: Path) -> str:
+def _serving(results: Path, name: str = "serving") -> str:
     rows = [
         [
             clients,
@@ -182,10 +208,14 @@ def _serving(results: Path) -> str:
             f"{load['added_per_token_ms']:.2f}",
             f"{load['throughput_share']:.1%}",
         ]
-        for clients, load in _read(results, "serving")["clients"].items()
+        for clients, load in _read(results, name)["clients"].items()
     ]
     titles = ["clients", "first token ms", "added", "ms a token", "added", "throughput kept"]
     return _table(titles, rows)
+
+
+def _serving_7b(results: Path) -> str:
+    return _serving(results, "serving_7b_h100")
 
 
 def _costs(results: Path) -> str:
@@ -208,6 +238,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "photographs": _photographs,
     "quickstart": _quickstart,
     "serving": _serving,
+    "serving_7b": _serving_7b,
     "stages_7b": _stages_7b,
     "train": _train,
     "variants_7b": _variants_7b,

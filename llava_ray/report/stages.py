@@ -1,7 +1,7 @@
 """What each stage of a run took, read from the manifests below its storage."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,13 @@ _TOLD: dict[type[Record], tuple[str, set[str]]] = {
 """By record: the stage's name, and which of the record's own fields are told."""
 
 
-def collect(uris: Sequence[str], out: Path, note: str = "") -> Path:
+def collect(uris: Sequence[str], out: Path, note: str = "", kept_ids: Collection[str] = ()) -> Path:
     """Write every stage's time, device, size and memory as JSON, with the newest report's rows.
 
-    `uris` are storages, as in storage.uri. Raises ConfigError where none holds a finished stage.
+    `uris` are storages, as in storage.uri; rows that `out` has of `kept_ids` stay, whose storages
+    may be gone. Raises ConfigError where no storage holds a finished stage, or an id is not there.
     """
-    rows: list[dict[str, Any]] = []
+    rows = _kept(out, kept_ids)
     report: dict[str, Any] = {}
     for store in map(ArtifactStore, uris):
         for record_type, (stage, fields) in _TOLD.items():
@@ -63,7 +64,7 @@ def collect(uris: Sequence[str], out: Path, note: str = "") -> Path:
                 if isinstance(record, ChosenVariant):
                     text = store.storage.read_text(f"{record.kind}/{record.id}/report.json")
                     report = json.loads(text) if text else report
-    if not rows:
+    if len(rows) == len(kept_ids):
         raise ConfigError(f"no finished stage at {', '.join(uris)}: run jobs/pipeline.py first")
     out.parent.mkdir(parents=True, exist_ok=True)
     tree = {"note": note, "stages": rows, **report}
@@ -71,7 +72,27 @@ def collect(uris: Sequence[str], out: Path, note: str = "") -> Path:
     return out
 
 
+def _kept(out: Path, ids: Collection[str]) -> list[dict[str, Any]]:
+    if not ids:
+        return []
+    try:
+        rows = json.loads(out.read_text(encoding="utf-8"))["stages"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{out}: no earlier rows can be read there ({error})") from error
+    found = [row for row in rows if row["id"] in ids]
+    if missing := sorted(set(ids) - {row["id"] for row in found}):
+        raise ConfigError(f"{out} has no row of {', '.join(missing)}: ids are in its stages")
+    return found
+
+
 def _row(stage: str, record: Record, fields: set[str]) -> dict[str, Any]:
     common = {"stage": stage, "id": record.id, "device": record.device, "wall_s": record.wall_s}
     told = record.model_dump(mode="json", include=fields)
-    return {**common, "size_bytes": record.size_bytes, **told}
+    row = {**common, "size_bytes": record.size_bytes, **told}
+    if isinstance(record, Variant):
+        row["weight_files"] = {
+            name: entry.size_bytes
+            for name, entry in record.files.items()
+            if name.endswith((".gguf", ".safetensors"))
+        }
+    return row

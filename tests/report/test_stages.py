@@ -28,6 +28,17 @@ def test_stages_and_the_report_are_gathered(tmp_path: Path) -> None:
         assert variants[record.id]["slug"] == record.slug
 
 
+def test_rows_of_a_storage_that_is_gone_can_stay(tmp_path: Path) -> None:
+    storage, out = tmp_path / "storage", tmp_path / "out.json"
+    choose.run(make_config(storage), make_scorecards(storage), list(FAILURES))
+    out.write_text('{"stages": [{"id": "adapter-1", "stage": "train"}, {"id": "adapter-2"}]}')
+    collect([str(storage)], out, kept_ids=["adapter-1"])
+    ids = [row["id"] for row in json.loads(out.read_text(encoding="utf-8"))["stages"]]
+    assert ids[0] == "adapter-1" and "adapter-2" not in ids and len(ids) > 1
+    with pytest.raises(ConfigError, match="no row of adapter-3"):
+        collect([str(storage)], out, kept_ids=["adapter-1", "adapter-3"])
+
+
 def test_a_storage_without_a_run_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no finished stage"):
         collect([str(tmp_path)], tmp_path / "out.json")

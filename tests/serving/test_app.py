@@ -1,12 +1,14 @@
 """serve/app.py and serve/config.yaml, without a cluster."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
 from llava_ray.errors import ConfigError
+from llava_ray.serving.autoscaling import ANSWERS
 from llava_ray.serving.guard import key_digest
 from llava_ray.serving.settings import AppArgs, is_loopback
 
@@ -62,6 +64,18 @@ def test_build_binds_an_ingress_and_an_engine_per_model() -> None:
     assert engines[0].ray_actor_options["num_gpus"] == 0.5
     assert engines[1]._deployment_config.autoscaling_config.max_replicas == 3
     assert engines[1]._deployment_config.max_queued_requests == 64
+
+
+def test_serve_scales_by_the_answers_that_replicas_report() -> None:
+    from serve.app import build
+
+    (engine,) = build(_args(host="127.0.0.1"))._bound_deployment.init_args[2]
+    config = engine._bound_deployment._deployment_config.autoscaling_config
+    policy = config.policy.get_policy()
+    report = {ANSWERS: {"first": 12.0, "second": 8.0}, "other": {"first": 99.0}}
+    context = SimpleNamespace(aggregated_metrics=report, config=config)
+    assert policy(context) == (20 / 8, {})
+    assert policy(SimpleNamespace(aggregated_metrics={}, config=config)) == (0, {})
 
 
 def test_an_open_host_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
