@@ -30,7 +30,10 @@ from llava_ray.serving.sampling import SamplingParams, Step
 from llava_ray.serving.scheduler import Answer, Chunk, Item, Scheduler
 
 LARGEST_LINE = 2**26
+_CONNECT_TIMEOUT_S = 5
 _CLOSE_TIMEOUT_S = 5
+_SILENCE_S = 10
+"""After which a machine that has vanished counts as gone."""
 _LOOK_EVERY_S = 0.05
 
 Deliver = Callable[[Chunk | ApiError], None]
@@ -263,11 +266,13 @@ class Uplinks:
             if self._leaving or address in self._open:
                 return
             try:
-                reader, writer = await asyncio.open_connection(
-                    address.host, address.port, limit=LARGEST_LINE
-                )
+                async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                    reader, writer = await asyncio.open_connection(
+                        address.host, address.port, limit=LARGEST_LINE
+                    )
             except OSError as error:
                 raise Unavailable(f"the ingress at {address.host} cannot be reached") from error
+            notice_silence(writer)
             uplink = Uplink(self._scheduler, writer)
             uplink.send(address.secret.encode() + _encode(self._variant_uri))
             self._open[address] = (uplink, asyncio.create_task(uplink.listen(reader)))
@@ -278,6 +283,21 @@ class Uplinks:
             self._leaving = True
         await asyncio.gather(*(uplink.leave() for uplink, _ in self._open.values()))
         await asyncio.gather(*(task for _, task in self._open.values()))
+
+
+def notice_silence(writer: asyncio.StreamWriter) -> None:
+    """End the connection when the other machine vanishes without hanging up."""
+    end = writer.get_extra_info("socket")
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # Not all systems have these; theirs then wait for minutes.
+    for name, value in (
+        ("TCP_KEEPIDLE", _SILENCE_S // 2),
+        ("TCP_KEEPINTVL", 1),
+        ("TCP_KEEPCNT", _SILENCE_S // 2),
+        ("TCP_USER_TIMEOUT", _SILENCE_S * 1000),
+    ):
+        if hasattr(socket, name):
+            end.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 async def read_messages(reader: asyncio.StreamReader) -> AsyncGenerator[Any, None]:

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing, suppress
 
 from llava_ray.serving.api_errors import ApiError, Overloaded, Unavailable
-from llava_ray.serving.channel import LARGEST_LINE, Address, Line, read_messages
+from llava_ray.serving.channel import LARGEST_LINE, Address, Line, notice_silence, read_messages
 from llava_ray.serving.engine import Prompt
 from llava_ray.serving.sampling import SamplingParams
 from llava_ray.serving.scheduler import Chunk
@@ -49,8 +49,8 @@ class Pool:
 
     @property
     def empty(self) -> bool:
-        """Whether no replica has joined."""
-        return not self._lines
+        """Whether no replica has joined that takes requests."""
+        return all(line.leaving for line in self._lines)
 
     async def stream(
         self, prompt: Prompt, sampling: SamplingParams, timeout_s: float
@@ -85,7 +85,8 @@ class Pool:
         if line is not None:
             line.busy += 1
             return line
-        if len(self._waiting) >= self._max_waiting:
+        # What was let in once is not refused when its replica is lost.
+        if not lost and len(self._waiting) >= self._max_waiting:
             raise Overloaded(f"{len(self._waiting)} requests wait already: try again later")
         turn: asyncio.Future[Line] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
@@ -124,6 +125,7 @@ class Pool:
                 if not hmac.compare_digest(secret, self._secret.encode()):
                     return
                 line = Line(writer, await anext(read_messages(reader)))
+            notice_silence(writer)
             self._lines[line] = writer
             self._hand_out()
             try:

@@ -104,7 +104,7 @@ def test_one_moments_tokens_of_all_answers_are_one_write(monkeypatch: pytest.Mon
 
 
 def test_the_least_busy_replica_is_asked_and_a_full_queue_refuses() -> None:
-    first, second = TableEngine(slots=2), TableEngine(slots=2)
+    first, second = (TableEngine(slots=2, context=100_000) for _ in range(2))
 
     async def work() -> None:
         async with (
@@ -163,16 +163,18 @@ def test_a_lost_replicas_waiting_requests_go_to_another_and_begun_ones_fail() ->
         async with (
             _replica(engine) as one,
             _replica(TableEngine()) as two,
-            _ingress(one, slots=2) as (pool, address),
+            _ingress(one, slots=2, max_waiting=0) as (pool, address),
         ):
             begun = pool.stream(_TEXT, _LONG, 10)
             await anext(begun)
             waits = asyncio.create_task(_ask(pool))
             while one.answers < 2:
                 await asyncio.sleep(0.001)
-            await two.join(address)
             for uplink, _ in one._open.values():
                 uplink._close()
+            while not pool._waiting:
+                await asyncio.sleep(0.001)
+            await two.join(address)
             steps, reason = await waits
             assert (len(steps), reason) == (12, "length")
             with pytest.raises(Unavailable) as failure:
@@ -186,20 +188,21 @@ def test_a_lost_replicas_waiting_requests_go_to_another_and_begun_ones_fail() ->
 def test_a_replica_that_leaves_ends_what_it_has_and_is_asked_no_more() -> None:
     async def work() -> None:
         async with (
-            _replica(TableEngine(slots=1)) as one,
+            _replica(TableEngine(slots=1, context=100_000)) as one,
             _replica(TableEngine(slots=1)) as two,
             _ingress(one) as (pool, address),
         ):
-            long = asyncio.create_task(_ask(pool, sampling=SamplingParams(max_tokens=200)))
+            many = SamplingParams(max_tokens=2000, ignore_eos=True)
+            long = asyncio.create_task(_ask(pool, sampling=many))
             while not one.answers:
                 await asyncio.sleep(0.001)
             leaving = asyncio.create_task(one.leave())
-            while not all(line.leaving for line in pool._lines):
+            while not pool.empty:
                 await asyncio.sleep(0.001)
             waits = asyncio.create_task(_ask(pool))
             await two.join(address)
             assert (await waits)[1] == "length"
-            assert (await long)[1] in ("length", "stop")
+            assert len((await long)[0]) == 2000
             await leaving
             await one.join(address)
             assert len(pool._lines) == 1
@@ -277,6 +280,19 @@ def test_a_replica_joins_once_and_again_when_the_connection_is_lost() -> None:
                 await replica.join(address)
                 await asyncio.sleep(0.001)
             assert first not in pool._lines
+
+    _run(work)
+
+
+def test_a_machine_that_vanishes_is_noticed_at_both_ends() -> None:
+    async def work() -> None:
+        async with _replica(TableEngine()) as replica, _ingress(replica) as (pool, _):
+            ((uplink, _),) = replica._open.values()
+            for end in (uplink._writer, *pool._lines.values()):
+                found = end.get_extra_info("socket")
+                assert found.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                silence_ms = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+                assert 1000 <= silence_ms <= 30_000
 
     _run(work)
 
