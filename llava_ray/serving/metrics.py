@@ -26,6 +26,7 @@ __all__ = [
 # A series of creation times beside each counter and histogram tells nobody anything here.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
+_QUEUE = ("queue_requests", "Requests that wait for a slot")
 _FIRST_TOKEN_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _TOKEN_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
@@ -37,7 +38,7 @@ class Recorder:
         self.registry = CollectorRegistry()
         self._labels = {"model": model, "replica": replica}
         self._device = device
-        self._waiting = self._gauge("queue_requests", "Requests that wait for a slot")
+        self._waiting = self._gauge(*_QUEUE)
         self._active = self._gauge("active_requests", "Requests being answered")
         self._memory = Gauge(
             "llava_ray_memory_bytes",
@@ -104,6 +105,15 @@ class Recorder:
             f"llava_ray_{name}", text, list(self._labels), registry=self.registry, buckets=buckets
         )
         return metric.labels(**self._labels)
+
+
+def queue_exposition(model: str, waiting: int) -> bytes:
+    """Return the series of an ingress's queue, beside those of the replicas' own."""
+    name, text = _QUEUE
+    registry = CollectorRegistry()
+    gauge = Gauge(f"llava_ray_{name}", text, ["model", "replica"], registry=registry)
+    gauge.labels(model=model, replica="ingress").set(waiting)
+    return exposition_of(registry)
 
 
 def exposition_of(registry: CollectorRegistry) -> bytes:

@@ -52,6 +52,11 @@ class Pool:
         """Whether no replica has joined that takes requests."""
         return all(line.leaving for line in self._lines)
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a replica."""
+        return len(self._waiting)
+
     async def stream(
         self, prompt: Prompt, sampling: SamplingParams, timeout_s: float
     ) -> AsyncGenerator[Chunk, None]:

@@ -16,6 +16,7 @@ from llava_ray.serving.autoscaling import ANSWERS
 from llava_ray.serving.backend import Backend, LocalBackend, ModelCard
 from llava_ray.serving.channel import Address, Uplinks
 from llava_ray.serving.engine import Prompt
+from llava_ray.serving.metrics import queue_exposition
 from llava_ray.serving.pool import Pool
 from llava_ray.serving.sampling import SamplingParams
 from llava_ray.serving.scheduler import Chunk
@@ -179,9 +180,10 @@ class RayBackend(Backend):
             logger.warning("%s: no replica can be asked to join (%s)", self.card.name, error)
 
     async def metrics(self) -> list[bytes]:
-        """Return each replica's series."""
+        """Return each replica's series, and the queue's before them."""
         found = self._handle.broadcast("metrics")
-        return list(await found.results_async())
+        replicas = await found.results_async()
+        return [queue_exposition(self.card.name, self._pool.waiting), *replicas]
 
     async def check(self) -> None:
         """Raise Unavailable when no replica answers."""

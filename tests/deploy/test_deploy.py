@@ -99,6 +99,8 @@ def test_metrics_of_all_replicas_come_from_the_ingress(served: DeploymentRecord)
 
     text = httpx.get(served.url.removesuffix("/v1") + "/metrics").text
     assert 'llava_ray_prompt_tokens_total{model="none-fp32"' in text
+    assert 'llava_ray_queue_requests{model="none-fp32",replica="ingress"} 0.0' in text
+    assert text.count("# HELP llava_ray_queue_requests ") == 1
     assert text.count("# HELP llava_ray_time_to_first_token_seconds ") == 1
 
 

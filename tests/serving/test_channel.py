@@ -172,7 +172,7 @@ def test_a_lost_replicas_waiting_requests_go_to_another_and_begun_ones_fail() ->
                 await asyncio.sleep(0.001)
             for uplink, _ in one._open.values():
                 uplink._close()
-            while not pool._waiting:
+            while not pool.waiting:
                 await asyncio.sleep(0.001)
             await two.join(address)
             steps, reason = await waits
