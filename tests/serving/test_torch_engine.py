@@ -191,6 +191,23 @@ def test_prefix_reuse_skips_the_vision_tower(
     torch.testing.assert_close(after, before, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+def test_warming_up_reuses_a_prefix_and_leaves_nothing_behind(
+    model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine(model, folder, slots=1)
+    engine.keep_prefixes(1)
+    loads: list[bool] = []
+    real = engine.prefixes.load
+    monkeypatch.setattr(
+        engine.prefixes, "load", lambda *args: (loads.append(real(*args)), loads[-1])[1]
+    )
+    engine._warm_prefixes()
+    assert loads == [False, True]
+    assert not engine.prefixes._rows
+    prompt = make_prompt(9, images=1, seed=5)
+    assert greedy(engine, [prompt], 8) == [plain_greedy(model, prompt, 8)]
+
+
 def test_prefixes_keep_to_their_bytes(model: Any, folder: Path) -> None:
     engine = open_engine(model, folder)
     engine.keep_prefixes(8)
