@@ -55,7 +55,8 @@ def collect(uris: Sequence[str], out: Path, note: str = "", kept_ids: Collection
     `uris` are storages, as in storage.uri; rows that `out` has of `kept_ids` stay, whose storages
     may be gone. Raises ConfigError where no storage holds a finished stage, or an id is not there.
     """
-    rows = _kept(out, kept_ids)
+    kept = _kept(out, kept_ids)
+    rows: list[dict[str, Any]] = []
     report: dict[str, Any] = {}
     for store in map(ArtifactStore, uris):
         for record_type, (stage, fields) in _TOLD.items():
@@ -64,10 +65,10 @@ def collect(uris: Sequence[str], out: Path, note: str = "", kept_ids: Collection
                 if isinstance(record, ChosenVariant):
                     text = store.storage.read_text(f"{record.kind}/{record.id}/report.json")
                     report = json.loads(text) if text else report
-    if len(rows) == len(kept_ids):
+    if not rows:
         raise ConfigError(f"no finished stage at {', '.join(uris)}: run jobs/pipeline.py first")
     out.parent.mkdir(parents=True, exist_ok=True)
-    tree = {"note": note, "stages": rows, **report}
+    tree = {"note": note, "stages": [*kept, *rows], **report}
     out.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
     return out
 

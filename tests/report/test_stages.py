@@ -37,6 +37,9 @@ def test_rows_of_a_storage_that_is_gone_can_stay(tmp_path: Path) -> None:
     assert ids[0] == "adapter-1" and "adapter-2" not in ids and len(ids) > 1
     with pytest.raises(ConfigError, match="no row of adapter-3"):
         collect([str(storage)], out, kept_ids=["adapter-1", "adapter-3"])
+    out.write_text('{"stages": [{"id": "adapter-1"}, {"id": "adapter-1"}]}')
+    with pytest.raises(ConfigError, match="no finished stage"):
+        collect([str(tmp_path / "empty")], out, kept_ids=["adapter-1"])
 
 
 def test_a_storage_without_a_run_is_said(tmp_path: Path) -> None:
