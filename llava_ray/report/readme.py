@@ -158,8 +158,9 @@ def _variants_7b(results: Path) -> str:
         "seconds to make",
         "tok/s",
         "article tok/s",
+        "prefill ms",
     ]
-    return _table([*titles, "prefill ms"], rows)
+    return _table(titles, rows)
 
 
 def _text_model_size(variant: dict[str, Any]) -> str:

@@ -151,7 +151,7 @@ def attention_bandwidth(batch: int, length: int, block: int) -> float:
     slots = torch.arange(batch, device="cuda")
     lengths = torch.full((9,), length, dtype=torch.int32, device="cuda")
     out = torch.zeros(batch, 4096, device="cuda").half()
-    scratch = Scratch.empty(64 * 32 * 130, 16384, "cuda")
+    scratch = Scratch.empty(MAX_BATCH * 32 * 130, 16384, "cuda")
     layers = [Attention(keys[i], keys[i - 1], cos, cos, 32, block=block) for i in range(4)] * 4
 
     def run_all() -> None:

@@ -263,19 +263,15 @@ def _measure(bare: Any, host: str, port: int, rounds: int | None) -> dict[str, A
     for clients in CLIENTS:
         count, repeats = _REQUESTS[clients], rounds or _ROUNDS[clients]
         sides: dict[str, list[dict[str, float]]] = {"bare": [], "served": []}
-
-        def ask_bare(count: int = count, clients: int = clients) -> list[Timeline]:
-            return ray.get(bare.load.remote(count, clients))  # type: ignore[no-any-return]
-
-        def ask_served(count: int = count, clients: int = clients) -> list[Timeline]:
-            return drive(host, port, bodies[:count], clients=clients, tokens=_TOKENS)
-
         before = _cpu_s()
-        turns = [("bare", ask_bare), ("served", ask_served)]
         for number in range(repeats):
             # Who goes first changes, so that neither profits from a machine that slows down.
-            for side, ask in turns if number % 2 else reversed(turns):
-                sides[side].append(summarize(ask()))
+            for side in ("bare", "served") if number % 2 else ("served", "bare"):
+                if side == "bare":
+                    done = ray.get(bare.load.remote(count, clients))
+                else:
+                    done = drive(host, port, bodies[:count], clients=clients, tokens=_TOKENS)
+                sides[side].append(summarize(done))
         tokens = repeats * count * _TOKENS
         loads[str(clients)] = compare(sides["bare"], sides["served"]) | {
             "rounds": repeats,

@@ -27,7 +27,7 @@ from llava_ray.serving.api_errors import ApiError, Unavailable, from_plain
 from llava_ray.serving.engine import Prompt
 from llava_ray.serving.generate import FinishReason
 from llava_ray.serving.sampling import SamplingParams, Step
-from llava_ray.serving.scheduler import Answer, Chunk, Item, Scheduler
+from llava_ray.serving.scheduler import Answer, Item, Scheduler
 
 LARGEST_LINE = 2**26
 _CONNECT_TIMEOUT_S = 5
@@ -36,7 +36,7 @@ _SILENCE_S = 10
 """After which a machine that has vanished counts as gone."""
 _LOOK_EVERY_S = 0.05
 
-Deliver = Callable[[Chunk | ApiError], None]
+Deliver = Callable[[Item], None]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Line:
     def ask(
         self, prompt: Prompt, sampling: SamplingParams, timeout_s: float, deliver: Deliver
     ) -> int:
-        """Send a request and return its number; `deliver` gets its chunks, or how it failed."""
+        """Send a request and return its number; `deliver` gets its tokens, then how it ended."""
         number = next(self._numbers)
         self._answers[number] = deliver
         request = {
@@ -109,8 +109,10 @@ class Line:
             return
         if reason is not None or error is not None:
             del self._answers[number]
-        if steps or reason is not None:
-            deliver(Chunk(tuple(_step(each) for each in steps), reason))
+        for each in steps:
+            deliver(_step(each))
+        if reason is not None:
+            deliver(reason)
         if error is not None:
             deliver(from_plain(error))
 

@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing, suppress
 
-from llava_ray.serving.api_errors import ApiError, Overloaded, Unavailable
+from llava_ray.serving.api_errors import Overloaded, Unavailable
 from llava_ray.serving.channel import LARGEST_LINE, Address, Line, notice_silence, read_messages
 from llava_ray.serving.engine import Prompt
 from llava_ray.serving.sampling import SamplingParams
-from llava_ray.serving.scheduler import Chunk
+from llava_ray.serving.scheduler import Chunk, Item, chunks_from
 
 logger = logging.getLogger(__name__)
 
@@ -147,21 +147,12 @@ class Pool:
 async def _chunks(
     line: Line, prompt: Prompt, sampling: SamplingParams, timeout_s: float
 ) -> AsyncGenerator[Chunk, None]:
-    """Yield an answer's tokens from one replica; what came meanwhile comes together."""
-    inbox: asyncio.Queue[Chunk | ApiError] = asyncio.Queue()
+    """Yield an answer's tokens from one replica."""
+    inbox: asyncio.Queue[Item] = asyncio.Queue()
     number = line.ask(prompt, sampling, timeout_s, inbox.put_nowait)
     try:
-        while True:
-            items = [await inbox.get()]
-            while not inbox.empty():
-                items.append(inbox.get_nowait())
-            chunks = [item for item in items if isinstance(item, Chunk)]
-            if chunks:
-                steps = tuple(step for chunk in chunks for step in chunk.steps)
-                yield Chunk(steps, chunks[-1].finish_reason)
-                if chunks[-1].finish_reason is not None:
-                    return
-            if isinstance(items[-1], ApiError):
-                raise items[-1]
+        async with aclosing(chunks_from(inbox)) as chunks:
+            async for chunk in chunks:
+                yield chunk
     finally:
         line.forget(number)

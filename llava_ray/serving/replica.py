@@ -118,7 +118,7 @@ class RayBackend(Backend):
         from llava_ray.serving.loading import tokenizer_folder
 
         while True:
-            card: ModelCard = await handle.card.remote()
+            card = await _card_of(handle)
             if card.variant_uri == model.variant_uri:
                 break
             await asyncio.sleep(_CONNECT_PAUSE_S)
@@ -149,7 +149,7 @@ class RayBackend(Backend):
         from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
         try:
-            await self._handle.card.remote()
+            await _card_of(self._handle)
         except BackPressureError as error:
             raise Overloaded(f"{error.message} Try again later.") from error
         except DeploymentUnavailableError as error:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,7 @@ class Answer:
     prompt: Prompt
     sampling: SamplingParams
     deadline: float
-    outlet: "Outlet"
+    outlet: Outlet
     key: Hashable
     """What names it to the outlet."""
     arrived: float
@@ -137,21 +138,9 @@ class Scheduler:
 
         answer = self.submit(prompt, sampling, timeout_s, put)
         try:
-            while True:
-                items = [await inbox.get()]
-                while not inbox.empty():
-                    items.append(inbox.get_nowait())
-                steps = tuple(item for item in items if isinstance(item, Step))
-                last = items[-1]
-                if isinstance(last, Step):
-                    yield Chunk(steps)
-                    continue
-                if isinstance(last, ApiError):
-                    if steps:
-                        yield Chunk(steps)
-                    raise last
-                yield Chunk(steps, last)
-                return
+            async with aclosing(chunks_from(inbox)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         finally:
             self.cancel(answer)
 
@@ -348,6 +337,25 @@ class Scheduler:
             if not answer.over:
                 self._end(answer, Unavailable("the engine stopped before the answer ended"))
         self._deliver()
+
+
+async def chunks_from(inbox: "asyncio.Queue[Item]") -> AsyncGenerator[Chunk, None]:
+    """Yield one answer's items as chunks until it ends; what came meanwhile comes together."""
+    while True:
+        items = [await inbox.get()]
+        while not inbox.empty():
+            items.append(inbox.get_nowait())
+        steps = tuple(item for item in items if isinstance(item, Step))
+        last = items[-1]
+        if isinstance(last, Step):
+            yield Chunk(steps)
+            continue
+        if isinstance(last, ApiError):
+            if steps:
+                yield Chunk(steps)
+            raise last
+        yield Chunk(steps, last)
+        return
 
 
 def _put_all(inbox: "asyncio.Queue[Item]", items: Sequence[Item]) -> None:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -171,18 +172,14 @@ class Decoder:
         # Packed weights are multiplied in float16, whatever the model's type.
         self.activations = torch.float16 if packed else stack.embeddings.dtype
         self.lengths = torch.zeros(self.spare + 1, dtype=torch.int32, device=self.device)
-        self.batches = [
-            size for size, below in zip(BATCHES, (0, *BATCHES), strict=False) if below < self.spare
-        ]
+        self.batches = [size for below, size in pairwise((0, *BATCHES)) if below < self.spare]
         """Those that the cache's slots can need."""
-        products = [
-            # Rows are filled up to a whole block of at most 128.
-            max(size, LEAST_TOKENS) * (weight.rows + 128) * gemm_block(weight, size).split
-            for size in self.batches
-            for weight in stack.weights()
-        ]
+        tokens = max(self.batches[-1], LEAST_TOKENS)
+        blocks = [(weight.rows, gemm_block(weight)) for weight in stack.weights()]
+        # Rows are filled up to a whole block.
+        products = max(tokens * (rows + block.rows) * block.split for rows, block in blocks)
         attention = MAX_BATCH * stack.shape.heads * (stack.shape.head_dim + 2)
-        floats = max(*products, attention)
+        floats = max(products, attention)
         self.scratch = Scratch.empty(floats, 16384, str(self.device))
         self._graphs: dict[int, _Graph] = {}
 
@@ -205,9 +202,9 @@ class Decoder:
         formats = sorted({weight.format for weight in self.stack.weights()[:-1]})
         return f"Triton {'gemv' if batch == 1 else 'gemm'} {'+'.join(formats)}"
 
-    def warm_up(self, batches: Sequence[int] | None = None) -> None:
+    def warm_up(self) -> None:
         """Compile and capture ahead of the first request."""
-        for batch in batches or self.batches:
+        for batch in self.batches:
             self._graph(batch)
 
     def _graph(self, count: int) -> "_Graph":

@@ -51,7 +51,7 @@ def gemv_block(weight: Weight) -> GemvBlock:
     }[weight.format]
 
 
-def gemm_block(weight: Weight, batch: int) -> GemmBlock:
+def gemm_block(weight: Weight) -> GemmBlock:
     """Return the shape measured to be fastest on Hopper."""
     split = 4 if weight.rows <= 4096 else 2 if weight.rows <= 16384 else 1
     return {
@@ -124,7 +124,7 @@ class Product:
         if batch == 1:
             rows = self._launch_gemv(x, out, squares, scaled, block or gemv_block(self.weight))
         else:
-            block = block or gemm_block(self.weight, batch)
+            block = block or gemm_block(self.weight)
             rows = self._launch_gemm(batch, x, out, squares, scratch, scaled, block)
         return squares.of(-(-self.weight.rows // rows)) if self.epilogue == "residual" else squares
 
