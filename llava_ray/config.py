@@ -123,8 +123,9 @@ class BenchmarkConfig(Section):
     repeats: Count = Field(default=3)
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto")
     """`auto`: a GPU where the cluster has one."""
-    max_parallel: Count = Field(default=1)
-    """Variants measured at a time; more disturb each other's timings on a shared machine."""
+    max_parallel: Count | None = Field(default=None)
+    """Variants measured at a time; default: as many as there are CPUs (models below 1 GiB) or
+    GPUs for. Each is timed while no other on its machine is at work."""
 
 
 class ChooseConfig(Section):

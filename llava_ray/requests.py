@@ -24,11 +24,10 @@ def describe_requests(config: RunConfig) -> str:
     for slug in config.quantize.variants:
         spec = spec_for(slug)
         need = spec.resources(size, gpu=gpu)
-        own = ", environment of its own" if spec.runtime_env() else ""
         about = f", about {spec.estimated_bytes(folder) / 1e6:,.1f} MB on disk" if size else ""
         lines.append(
             f"# quantize {slug}: {need.num_cpus:g} CPUs, {need.num_gpus:g} GPUs, "
-            f"{need.memory_bytes / 2**30:.1f} GiB{own}{about}"
+            f"{need.memory_bytes / 2**30:.1f} GiB{about}"
         )
     lines.append(
         f"# serve: {serve.min_replicas} to {serve.max_replicas} replicas, "

@@ -9,4 +9,6 @@ export PATH="$venv/bin:$PATH"
 ruff format --check .
 ruff check .
 mypy
-exec python -m pytest "$@"
+# Tests run in a process beside pytest's own: one that native code ends fails its test alone, and
+# the closing line is printed in any case.
+exec python -m pytest -n 1 --max-worker-restart 20 "$@"

@@ -1,19 +1,23 @@
 """Measure every variant in a process of its own: size, memory, speed, fidelity and captions."""
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llava_ray.artifacts import ArtifactStore
 from llava_ray.config import RunConfig
-from llava_ray.errors import LlavaRayError, VariantError
+from llava_ray.crash import failure_reason, recorded
+from llava_ray.errors import VariantError
 from llava_ray.records import DatasetRecord, ReferenceScores, Scorecard, Variant, VariantFailure
 
 if TYPE_CHECKING:
     from llava_ray.benchmark.plan import Plan
 
 logger = logging.getLogger(__name__)
+
+_SMALL_BYTES = 2**30
 
 
 def run(
@@ -61,11 +65,12 @@ def score_captions(config: RunConfig, variant: Variant, dataset: DatasetRecord) 
 
     check_dataset(dataset)
     plan = make_plan(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
-    task = _in_own_process(measure_captions, plan, variant.slug)
+    name, task = _start(measure_captions, plan, variant.slug, plan, variant, dataset)
     try:
-        scores: dict[str, float] = ray.get(task.remote(plan, variant, dataset))
+        scores: dict[str, float] = ray.get(task)
     except ray.exceptions.RayError as error:
-        raise VariantError(f"captions of {variant.slug!r}: {_one_line(error)}") from error
+        reason = failure_reason(error, name)
+        raise VariantError(f"captions of {variant.slug!r}: {reason}") from error
     return scores
 
 
@@ -95,11 +100,11 @@ def _reference(plan: "Plan", baseline: Variant, dataset: DatasetRecord) -> Refer
     found = store.find(ReferenceScores, reference_id(plan, baseline, dataset))
     if found is not None:
         return found
-    task = _in_own_process(score_baseline, plan, baseline.slug)
+    name, task = _start(score_baseline, plan, baseline.slug, plan, baseline, dataset)
     try:
-        record: ReferenceScores = ray.get(task.remote(plan, baseline, dataset))
+        record: ReferenceScores = ray.get(task)
     except ray.exceptions.RayError as error:
-        reason = _one_line(error)
+        reason = failure_reason(error, name)
         raise VariantError(
             f"baseline {baseline.slug!r} cannot be scored, so nothing compares: {reason}"
         ) from error
@@ -113,22 +118,25 @@ def _measure_all(
     dataset: DatasetRecord,
     reference: ReferenceScores,
 ) -> dict[str, Scorecard | VariantFailure]:
-    """Measure at most `max_parallel` variants at a time; a failure stays with its variant."""
+    """Measure variants side by side, timings apart; a failure stays with its variant."""
     import ray
 
     from llava_ray.benchmark.measure import measure
 
     start, waiting = time.monotonic(), list(missing)
-    running: dict[Any, Variant] = {}
+    most = plan.config.max_parallel or _side_by_side(plan, missing)
+    running: dict[Any, tuple[str, str]] = {}
     results: dict[str, Scorecard | VariantFailure] = {}
     while waiting or running:
-        while waiting and len(running) < plan.config.max_parallel:
+        while waiting and len(running) < most:
             variant = waiting.pop(0)
-            task = _in_own_process(measure, plan, variant.slug)
-            running[task.remote(plan, variant, baseline, dataset, reference)] = variant
+            name, task = _start(
+                measure, plan, variant.slug, plan, variant, baseline, dataset, reference
+            )
+            running[task] = (variant.slug, name)
         ready, _ = ray.wait(list(running), num_returns=1)
-        slug = running.pop(ready[0]).slug
-        results[slug] = _result(ready[0], slug)
+        slug, name = running.pop(ready[0])
+        results[slug] = _result(ready[0], slug, name)
         took = time.monotonic() - start
         logger.info(
             "benchmark: %d of %d measured, last %s; %.0f s so far, about %.0f s left",
@@ -138,37 +146,41 @@ def _measure_all(
     return results
 
 
-def _result(task: Any, slug: str) -> Scorecard | VariantFailure:
+def _side_by_side(plan: "Plan", variants: Sequence[Variant]) -> int:
+    """Return how many are measured at a time where the config leaves it open.
+
+    Ray counts CPUs and GPUs but no memory here, so large models on CPUs come one by one.
+    """
+    small = max(variant.size_bytes for variant in variants) < _SMALL_BYTES
+    return len(variants) if small or plan.device == "cuda" else 1
+
+
+def _result(task: Any, slug: str, name: str) -> Scorecard | VariantFailure:
     import ray
 
     try:
         card: Scorecard = ray.get(task)
     except ray.exceptions.RayError as error:
-        # The trace stays in the log; the table has room for a line.
-        logger.warning("%s: not measured", slug, exc_info=error)
-        return VariantFailure(slug=slug, reason=f"benchmark: {_one_line(error)}")
+        reason = failure_reason(error, name)
+        logger.warning("%s: not measured: %s", slug, reason)
+        return VariantFailure(slug=slug, reason=f"benchmark: {reason}")
     return card
 
 
-def _in_own_process(function: Callable[..., Any], plan: "Plan", slug: str) -> Any:
-    """Make a task whose process runs nothing before it and nothing after it.
+def _start(work: Callable[..., Any], plan: "Plan", slug: str, *arguments: Any) -> tuple[str, Any]:
+    """Start a task whose process runs nothing before it and nothing after it; return its name too.
 
     Its peak memory is then that of the one variant; the environment variable keeps Ray from
     taking a process that has served other tasks.
     """
     import ray
 
-    make: Any = ray.remote(
+    name = f"{work.__name__}-{slug}-{secrets.token_hex(4)}"
+    remote: Any = ray.remote(
         num_cpus=plan.num_cpus,
         num_gpus=plan.num_gpus,
         max_calls=1,
         max_retries=1,
         runtime_env={"env_vars": {"LLAVA_RAY_MEASURED": slug}},
-    )
-    return make(function).options(name=f"{function.__name__} {slug}")
-
-
-def _one_line(error: Exception) -> str:
-    cause = getattr(error, "cause", None) or error
-    text = " ".join(str(cause).split())
-    return text if isinstance(cause, LlavaRayError) else f"{type(cause).__name__}: {text}"
+    )(recorded)
+    return name, remote.options(name=f"{work.__name__} {slug}").remote(name, work, *arguments)

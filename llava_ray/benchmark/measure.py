@@ -20,6 +20,7 @@ from llava_ray.benchmark.reference import (
     write_reference,
 )
 from llava_ray.benchmark.timing import PeakMemory, copy_bytes_per_s, spread, time_generation
+from llava_ray.benchmark.turns import quiet_turn, shared_turn
 from llava_ray.conversation import Sample
 from llava_ray.errors import VariantError
 from llava_ray.images import open_image
@@ -27,6 +28,7 @@ from llava_ray.models import vision_shape
 from llava_ray.records import DatasetRecord, Generation, ReferenceScores, Scorecard, Spread, Variant
 from llava_ray.serving.engine import Engine, Prompt
 from llava_ray.serving.generate import generate_text
+from llava_ray.serving.llama_trial import features
 from llava_ray.serving.prompts import make_prompt
 from llava_ray.serving.sampling import SamplingParams
 
@@ -117,9 +119,10 @@ def _open_and_measure(
 ) -> tuple[dict[str, Any], list[SampleFidelity]]:
     folder = local_folder(variant)
     memory = PeakMemory(plan.device)
-    start = time.perf_counter()
-    engine = _open(plan, variant, folder, context)
-    load_s = time.perf_counter() - start
+    with shared_turn():
+        start = time.perf_counter()
+        engine = _open(plan, variant, folder, context)
+        load_s = time.perf_counter() - start
     logger.info("%s: opened in %.1f s", variant.slug, load_s)
     try:
         fields, samples = measure_engine(engine, plan, dataset, reference)
@@ -132,7 +135,8 @@ def _open_and_measure(
         device = engine.computes_on
     finally:
         engine.close()
-    fields |= {"device": device_name(device), "copy_bytes_per_s": copy_bytes_per_s(device)}
+    with quiet_turn():
+        fields |= {"device": device_name(device), "copy_bytes_per_s": copy_bytes_per_s(device)}
     return fields, samples
 
 
@@ -142,7 +146,9 @@ def measure_engine(
     """Return a scorecard's fields of speed, fidelity and captions, and fidelity by sample."""
     folder = local_folder(dataset)
     captioned = held_out(folder, plan.config.caption_samples)
-    prefill_s, decode_rate = time_engine(engine, plan, _prompt(engine, plan, captioned[0], folder))
+    with quiet_turn():
+        prompt = _prompt(engine, plan, captioned[0], folder)
+        prefill_s, decode_rate = time_engine(engine, plan, prompt)
     samples = score_fidelity(engine, reference)
     generations = _generate(engine, plan, captioned, folder)
     references, texts = [g.reference for g in generations], [g.text for g in generations]
@@ -174,7 +180,8 @@ def score_fidelity(engine: Engine, reference: ReferenceScores) -> list[SampleFid
 
     samples = []
     for stored in read_reference(reference):
-        logits = engine.score(stored.prompt, stored.continuation)
+        with shared_turn():
+            logits = engine.score(stored.prompt, stored.continuation)
         if logits.shape != stored.log_probs.shape:
             raise VariantError(
                 f"scores of shape {tuple(logits.shape)} where the baseline has "
@@ -204,8 +211,9 @@ def _generate(
     sampling = SamplingParams(max_tokens=plan.config.max_new_tokens)
     generations = []
     for sample in samples:
-        prompt = _prompt(engine, plan, sample, folder)
-        text = generate_text(engine, prompt, sampling).text.strip()
+        with shared_turn():
+            prompt = _prompt(engine, plan, sample, folder)
+            text = generate_text(engine, prompt, sampling).text.strip()
         generations.append(Generation(image=sample.image, reference=sample.answer, text=text))
     return generations
 
@@ -246,4 +254,7 @@ def _set_threads(plan: Plan) -> None:
 
 def _versions(method: str) -> dict[str, str]:
     names = ("torch", "transformers", *PACKAGES.get(method, ()))
-    return {name: importlib.metadata.version(name) for name in names}
+    versions = {name: importlib.metadata.version(name) for name in names}
+    if method == "gguf":
+        versions["llama.cpp uses"] = features()
+    return versions

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from llava_ray.artifacts import ArtifactStore, artifact_id
 from llava_ray.config import RunConfig
 from llava_ray.errors import LlavaRayError
-from llava_ray.quantize.tasks import Job, reason, run_remotely
+from llava_ray.quantize.tasks import Job, run_remotely
 from llava_ray.records import DatasetRecord, MergedModel, QuantizationRun, Variant, VariantFailure
 
 logger = logging.getLogger(__name__)
@@ -86,8 +86,8 @@ def _outcomes(config: RunConfig, jobs: list[Job]) -> Iterator[Outcome]:
             error = future.exception()
             if error is None:
                 yield future.result()
-            elif isinstance(error, ray.exceptions.RayError | LlavaRayError):
-                yield VariantFailure(slug=slug, reason=reason(error))
+            elif isinstance(error, LlavaRayError):
+                yield VariantFailure(slug=slug, reason=" ".join(str(error).split()))
             else:
                 raise error
 

@@ -1,37 +1,26 @@
 """AWQ: activation-aware weight quantization, made by AutoAWQ in an environment of its own.
 
-AutoAWQ 0.2.9 runs only beside transformers 4.51, so Ray builds its task a copy of the base
-environment with these packages exchanged; the same torch is used. Source: arXiv 2306.00978.
+AutoAWQ 0.2.9 runs only beside transformers 4.51, so a process of its own, with packages of its own
+(awq_environment.py), does the work. Source: arXiv 2306.00978.
 """
 
+import json
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from llava_ray.crash import run_child
 from llava_ray.errors import VariantError
 from llava_ray.quantize import llava_folder
+from llava_ray.quantize.awq_environment import autoawq_folder
 from llava_ray.quantize.spec import Calibration, QuantizationSpec, Resources
 
 if TYPE_CHECKING:
     from llava_ray.serving.engine import Engine
 
-PACKAGES = (
-    "autoawq==0.2.9",
-    "transformers==4.51.3",
-    "datasets==3.6.0",
-    "dill==0.3.8",
-    "fsspec==2025.3.0",
-    "huggingface_hub==0.36.2",
-    "multiprocess==0.70.16",
-    "tokenizers==0.21.4",
-    "zstandard==0.25.0",
-)
-"""All that differs from the base environment, so that pip need not resolve anything."""
-
 _SLUG = re.compile(r"awq-w4-g(32|64|128)(-sym)?(-text)?")
-_SETUP_TIMEOUT_S = 1800
-"""For the copy of the environment, which holds gigabytes of CUDA libraries, and a slow network."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +28,6 @@ class AwqSpec(QuantizationSpec):
     """4-bit integers in AutoAWQ's GEMM layout, scaled by what the activations show."""
 
     method: ClassVar[str] = "awq"
-    extra: ClassVar[str | None] = "awq"
     calibrated: ClassVar[bool] = True
 
     group_size: int
@@ -71,17 +59,6 @@ class AwqSpec(QuantizationSpec):
         memory = int(model_bytes * (1.5 if gpu else 3)) + 2 * 2**30
         return Resources(num_cpus=2, num_gpus=1 if gpu else 0, memory_bytes=memory)
 
-    def runtime_env(self) -> dict[str, Any]:
-        """Return the base environment with AutoAWQ's own versions over it."""
-        return {
-            "pip": {
-                "packages": list(PACKAGES),
-                "pip_check": False,
-                "pip_install_options": ["--no-deps", "--disable-pip-version-check"],
-            },
-            "config": {"setup_timeout_seconds": _SETUP_TIMEOUT_S},
-        }
-
     def bits_per_weight(self) -> float:
         """Return 4 bits with the share of an fp16 scale and a 4-bit zero point per group."""
         return 4 + (16 + 4) / self.group_size
@@ -105,7 +82,7 @@ class AwqSpec(QuantizationSpec):
     ) -> llava_folder.Phases:
         """Search scales and clipping on the calibration samples, then pack.
 
-        Raises VariantError outside AutoAWQ's environment, or where groups do not divide rows.
+        Raises VariantError where groups do not divide rows, AutoAWQ cannot be had or it fails.
         """
         for name, shape in llava_folder.weight_shapes(merged).items():
             module = llava_folder.module_name(name.removesuffix(".weight"))
@@ -114,16 +91,25 @@ class AwqSpec(QuantizationSpec):
                     f"variant {self.slug!r}: {name} is {shape[0]}x{shape[1]}; rows must divide "
                     f"by {self.group_size} and their number by 32: use a smaller group"
                 )
-        try:
-            import awq  # noqa: F401
-        except ImportError as error:
-            raise VariantError(
-                f"variant {self.slug!r}: AutoAWQ is not importable ({error}); it runs in its own "
-                "Ray runtime_env, so make it with 'python jobs/quantize.py'"
-            ) from error
-        from llava_ray.quantize.awq_calibration import quantize_with_autoawq
-
-        return quantize_with_autoawq(self, merged, out, calibration, device)
+        task = {
+            "slug": self.slug,
+            "merged": str(merged.absolute()),
+            "out": str(out.absolute()),
+            "dataset_folder": str(calibration.dataset_folder.absolute()),
+            "num_samples": calibration.num_samples,
+            "system_prompt": calibration.system_prompt,
+            "device": device,
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            path, result = Path(folder) / "task.json", Path(folder) / "result.json"
+            path.write_text(json.dumps(task), encoding="utf-8")
+            crash = run_child(
+                "llava_ray.quantize.awq_calibration", [str(path), str(result)],
+                name=self.slug, before=autoawq_folder(),
+            )[1]  # fmt: skip
+            if crash is not None:
+                raise VariantError(f"AutoAWQ's process {crash.describe()}")
+            return llava_folder.Phases(**json.loads(result.read_text(encoding="utf-8")))
 
     def load(self, folder: Path, device: str) -> Any:
         """Return the model with packed linears; on a CPU the rest is fp32."""

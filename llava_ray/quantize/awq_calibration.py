@@ -1,4 +1,6 @@
-"""What runs in AutoAWQ's own environment (transformers 4.51): calibrate, search, pack, write.
+"""What runs in AutoAWQ's own process (transformers 4.51): calibrate, search, pack, write.
+
+python -m llava_ray.quantize.awq_calibration TASK.json RESULT.json
 
 Surprising: AutoAWQ knows only text and drops long samples. Here the decoder is fed embeddings,
 each image's features in place of its tokens, padded to one length; padding counts for nothing.
@@ -6,8 +8,10 @@ each image's features in place of its tokens, padded to one length; padding coun
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,11 @@ from awq.models.llava import LlavaAWQForCausalLM
 from awq.quantize.quantizer import AwqQuantizer
 from torch import nn
 
+from llava_ray.cli import fail
 from llava_ray.conversation import encode_sample, read_samples
-from llava_ray.errors import DataError, VariantError
+from llava_ray.errors import DataError, LlavaRayError, VariantError
 from llava_ray.images import normalize, open_image, square_pixels
+from llava_ray.memory import peak_bytes
 from llava_ray.models import vision_shape
 from llava_ray.quantize import llava_folder
 from llava_ray.quantize.awq import AwqSpec
@@ -52,6 +58,7 @@ def quantize_with_autoawq(
     phases.quantize_s = watch.lap()
     _write(spec, model, merged, out)
     phases.write_s = watch.lap()
+    phases.peak_memory_bytes = peak_bytes(device)
     return phases
 
 
@@ -315,3 +322,29 @@ def _write_preprocessor_config(out: Path) -> None:
     if images:
         images.setdefault("image_processor_type", "CLIPImageProcessor")
         path.write_text(json.dumps(images, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _main(task_path: Path, result: Path) -> None:
+    task = json.loads(task_path.read_text(encoding="utf-8"))
+    spec = AwqSpec.parse(task["slug"])
+    assert spec is not None
+    calibration = Calibration(
+        dataset_folder=Path(task["dataset_folder"]),
+        num_samples=task["num_samples"],
+        system_prompt=task["system_prompt"],
+    )
+    phases = quantize_with_autoawq(
+        spec, Path(task["merged"]), Path(task["out"]), calibration, task["device"]
+    )
+    result.write_text(json.dumps(asdict(phases)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    # To stdout, which the parent shares; stderr is kept for the reason of a failure.
+    logging.basicConfig(
+        stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
+    )
+    try:
+        _main(Path(sys.argv[1]), Path(sys.argv[2]))
+    except LlavaRayError as error:
+        fail(error)

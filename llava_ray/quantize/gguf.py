@@ -34,6 +34,8 @@ from llava_ray.quantize.gguf_types import (
 )
 from llava_ray.quantize.gguf_writer import Checkpoint, write_pair
 from llava_ray.quantize.spec import Calibration, QuantizationSpec, Resources, process_memory
+from llava_ray.serving.llama_native import last_error, load_llama_cpp
+from llava_ray.serving.llama_trial import check_file
 
 if TYPE_CHECKING:
     from llava_ray.serving.engine import Engine
@@ -108,6 +110,7 @@ class GgufSpec(QuantizationSpec):
             with shared_pair(merged, out.parent, precision) as (source, vision):
                 shutil.copyfile(vision, mmproj)
                 quantize_file(source, text, FILE_TYPES[self.name], importance)
+        check_file(text, threads())
         self._report(text)
 
     def open_engine(self, folder: Path, *, device: str, slots: int, context: int) -> "Engine":
@@ -167,13 +170,9 @@ def quantize_file(
 
     Raises VariantError with llama.cpp's reason.
     """
-    import torch
-
-    from llava_ray.serving.llama_native import last_error, load_llama_cpp
-
     llama_cpp = load_llama_cpp()
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = file_type, torch.get_num_threads()
+    params.ftype, params.nthread = file_type, threads()
     if importance:
         # One entry more, whose name is null, ends the list.
         matrix = (llama_cpp.llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
@@ -184,6 +183,13 @@ def quantize_file(
     paths = str(source).encode(), str(target).encode()
     if llama_cpp.llama_model_quantize(*paths, ctypes.byref(params)) != 0:
         raise VariantError(f"llama.cpp cannot write {target.name}: {last_error()}")
+
+
+def threads() -> int:
+    """Return the threads that PyTorch has: Ray sets them by the task's num_cpus."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def measured_bits_per_weight(text: Path) -> float:

@@ -55,6 +55,8 @@ class Phases:
     """Reading runs ahead of a GPU's work, so that this may be less than the disk's time."""
     quantize_s: float = 0.0
     write_s: float = 0.0
+    peak_memory_bytes: int | None = None
+    """Of the process that did the work, where it was another than the caller's."""
 
 
 class Stopwatch:

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from llava_ray.quantize import llava_folder
 
@@ -61,10 +61,6 @@ class QuantizationSpec(ABC):
     @abstractmethod
     def resources(self, model_bytes: int, *, gpu: bool) -> Resources:
         """Return what quantizing a model of that size needs, with or without a GPU at hand."""
-
-    def runtime_env(self) -> dict[str, Any]:
-        """Return the Ray runtime_env of the task that quantizes; default: the job's own."""
-        return {}
 
     @abstractmethod
     def bits_per_weight(self) -> float:

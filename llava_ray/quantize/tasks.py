@@ -5,7 +5,7 @@ Surprising: workers are reused for several variants, so their peak memory is res
 
 import logging
 import platform
-import re
+import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any
 from llava_ray.artifacts import ArtifactStore, artifact_id, local_folder
 from llava_ray.capacity import free_nodes
 from llava_ray.config import RunConfig
-from llava_ray.errors import LlavaRayError
+from llava_ray.crash import failure_reason, recorded
+from llava_ray.errors import LlavaRayError, VariantError
 from llava_ray.memory import peak_bytes, reset_peaks
 from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.spec import Calibration, Resources
@@ -77,8 +78,9 @@ def make_variant(job: Job) -> Variant:
     with store.build(Variant, job.artifact_id, settings=job.settings, parents=job.parents) as build:
         reset_peaks(device)
         start = time.monotonic()
-        spec.quantize(merged, build.folder, calibration, device)
+        phases = spec.quantize(merged, build.folder, calibration, device)
         quantize_s = time.monotonic() - start
+        elsewhere = phases.peak_memory_bytes if phases else None
         return build.finish(
             Variant,
             device=_device_name(device),
@@ -86,29 +88,29 @@ def make_variant(job: Job) -> Variant:
             method=spec.method,
             bits_per_weight=spec.bits_per_weight(),
             quantize_s=round(quantize_s, 3),
-            peak_memory_bytes=peak_bytes(device),
+            peak_memory_bytes=elsewhere or peak_bytes(device),
             estimated_bytes=estimated_bytes,
         )
 
 
 def run_remotely(job: Job, *, gpu: bool, placement_timeout_s: float) -> Variant:
-    """Run `make_variant` as a Ray task with the method's resources and environment.
+    """Run `make_variant` as a Ray task with the method's resources.
 
-    Raises LlavaRayError, or Ray's error for a task whose process or environment failed.
+    Raises LlavaRayError that says in one line why there is no variant.
     """
     import ray
 
     spec = spec_for(job.slug)
     need = fitted(spec.resources(job.merged.size_bytes, gpu=gpu), free_nodes())
-    remote = ray.remote(make_variant).options(
+    remote: Any = ray.remote(recorded).options(
         name=f"quantize {job.slug}",
         num_cpus=need.num_cpus,
         num_gpus=need.num_gpus,
         memory=need.memory_bytes,
         max_retries=1,
-        runtime_env=spec.runtime_env() or None,
     )
-    ref = remote.remote(job)
+    name = f"quantize-{job.slug}-{secrets.token_hex(4)}"
+    ref = remote.remote(name, make_variant, job)
     deadline = time.monotonic() + placement_timeout_s
     poll_s = min(_POLL_S, placement_timeout_s / 2 + 0.1)
     while not ray.wait([ref], timeout=poll_s)[0]:
@@ -117,7 +119,10 @@ def run_remotely(job: Job, *, gpu: bool, placement_timeout_s: float) -> Variant:
         if lack := shortage(need, free_nodes()):
             ray.cancel(ref)
             raise LlavaRayError(lack)
-    result: Variant = ray.get(ref)
+    try:
+        result: Variant = ray.get(ref)
+    except ray.exceptions.RayError as error:
+        raise VariantError(failure_reason(error, name)) from error
     return result
 
 
@@ -139,29 +144,6 @@ def shortage(need: Resources, nodes: list[dict[str, float]]) -> str | None:
         f"no node has {_resources_text(wanted)}; the largest has {_resources_text(largest)}: "
         "add a node or leave this variant out of quantize.variants"
     )
-
-
-def reason(error: Exception) -> str:
-    """Say in one line why a variant does not exist."""
-    import ray
-
-    if isinstance(error, ray.exceptions.RuntimeEnvSetupError):
-        return f"its environment could not be set up: {_last_line(str(error))}"
-    if isinstance(error, ray.exceptions.OutOfMemoryError):
-        return "its process was ended because the node ran out of memory: use a larger node"
-    if isinstance(error, ray.exceptions.WorkerCrashedError):
-        return "its worker process died (killed, or out of memory): see the node's Ray logs"
-    # Ray wraps a task's error in a class that is also the error's own.
-    cause = getattr(error, "cause", None) or error
-    if isinstance(cause, LlavaRayError):
-        return " ".join(str(cause).split())
-    return f"{type(cause).__name__}: {_last_line(str(cause))}"
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"(?i)error|.*\berror:", line)]
-    return (errors or lines or ["no message"])[-1][:500]
 
 
 def _resources_text(values: dict[str, float]) -> str:

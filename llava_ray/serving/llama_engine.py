@@ -21,6 +21,7 @@ from llava_ray.models import vision_shape
 from llava_ray.serving.engine import Engine, Prompt
 from llava_ray.serving.llama_native import Batch, last_error, load_llama_cpp
 from llava_ray.serving.llama_prefixes import LlamaPrefixes
+from llava_ray.serving.llama_trial import extra_buffers
 from llava_ray.serving.llama_vision import ImageEncoder
 
 logger = logging.getLogger(__name__)
@@ -170,6 +171,7 @@ class LlamaCppEngine(Engine):
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
         params.n_gpu_layers = -1 if self.offloaded else 0
+        params.use_extra_bufts = extra_buffers()
         self._model = llama.llama_model_load_from_file(str(self._text_file).encode(), params)
         if not self._model:
             raise VariantError(f"llama.cpp cannot open {self._text_file.name}: {last_error()}")

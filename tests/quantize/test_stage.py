@@ -15,7 +15,6 @@ from llava_ray.artifacts import ArtifactStore, verify
 from llava_ray.config import RunConfig
 from llava_ray.errors import ConfigError, VariantError
 from llava_ray.quantize import tasks
-from llava_ray.quantize.awq import AwqSpec
 from llava_ray.quantize.none import NoneSpec
 from llava_ray.quantize.spec import Resources
 from llava_ray.records import DatasetRecord, MergedModel, QuantizationRun, Variant, VariantFailure
@@ -128,18 +127,27 @@ def test_a_programming_error_and_a_killed_worker_stop_no_other(
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def crash() -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
     def divide() -> None:
         raise ZeroDivisionError("division by zero")
 
     patch_task(monkeypatch, "none-bf16", divide)
     patch_task(monkeypatch, "bnb-nf4", die)
-    config = configured(store, "none-bf16", "bnb-nf4")
-    good, broken, killed = quantize.run(config, merged, dataset)
+    patch_task(monkeypatch, "bnb-fp4", crash)
+    config = configured(store, "none-bf16", "bnb-nf4", "bnb-fp4")
+    good, broken, killed, crashed = quantize.run(config, merged, dataset)
     assert isinstance(good, Variant)
     assert isinstance(broken, VariantFailure)
     assert broken.reason == "ZeroDivisionError: division by zero"
     assert isinstance(killed, VariantFailure)
     assert "worker process died" in killed.reason
+    assert isinstance(crashed, VariantFailure)
+    assert "died by SIGSEGV in crash (test_stage.py:" in crashed.reason
+    assert "leave the variant out" in crashed.reason
+    stack = Path(crashed.reason.rpartition("(stack: ")[2].rstrip(")"))
+    assert "Fatal Python error: Segmentation fault" in stack.read_text()
 
 
 def test_what_no_node_can_run_fails_instead_of_waiting(
@@ -166,27 +174,18 @@ def test_an_environment_that_cannot_be_had_is_a_failure(
     merged: MergedModel,
     dataset: DatasetRecord,
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    broken = {"working_dir": "file:///nowhere/at-all.zip"}
-    monkeypatch.setattr(AwqSpec, "runtime_env", lambda self: broken)
+    def out_of_reach() -> None:
+        os.environ |= {"LLAVA_RAY_CACHE": str(tmp_path), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
+
+    patch_task(monkeypatch, "awq-w4-g128", out_of_reach)
     good, bad = quantize.run(configured(store, "awq-w4-g128"), merged, dataset)
     assert isinstance(good, Variant)
     assert isinstance(bad, VariantFailure)
-    assert bad.reason.startswith("its environment could not be set up: ")
-    assert "at-all.zip" in bad.reason
-
-
-def test_awq_outside_its_environment_says_so(
-    ray_local: None,
-    store: ArtifactStore,
-    merged: MergedModel,
-    dataset: DatasetRecord,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(AwqSpec, "runtime_env", lambda self: {})
-    _, bad = quantize.run(configured(store, "awq-w4-g128"), merged, dataset)
-    assert isinstance(bad, VariantFailure)
-    assert "AutoAWQ is not importable" in bad.reason
+    assert bad.reason.startswith("AutoAWQ's environment could not be set up: ERROR: ")
+    assert "autoawq==0.2.9" in bad.reason
+    assert [path.suffix for path in (tmp_path / "autoawq").iterdir()] == [".lock"]
 
 
 def test_an_unknown_slug_is_refused_before_any_task(
