@@ -1,5 +1,6 @@
 """The records that flow between stages, one class for each kind of artifact."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -155,6 +156,14 @@ class VariantFailure(BaseModel):
     reason: str
 
 
+def missing_line(failures: Mapping[str, str], total: int) -> str:
+    """Say in one line which variants failed, by their reasons; empty where none did."""
+    if not failures:
+        return ""
+    first, reason = next(iter(failures.items()))
+    return f"{len(failures)} of {total} variants failed: {', '.join(failures)}; {first}: {reason}"
+
+
 class QuantizationRun(Record):
     """How long the variants made together took, apart and in all (`wall_s`)."""
 
@@ -248,6 +257,11 @@ class ChosenVariant(Record):
     """Why the winner won."""
     against: dict[str, str]
     """By slug of every other variant, the failed ones included: why not."""
+
+    @property
+    def missing(self) -> str:
+        """Which variants failed, in one line; empty where none did."""
+        return missing_line(self.settings["failures"], len(self.against) + 1)
 
 
 class DeploymentRecord(Record):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from llava_ray import article
 from llava_ray.config import to_yaml
+from llava_ray.records import missing_line
 from llava_ray.report.columns import number, size_text
 from llava_ray.report.findings import Findings, Origins
 from llava_ray.report.pictures import Shown, show
@@ -25,6 +26,8 @@ class Content:
     """The report's parts."""
 
     title: str
+    missing: str
+    """Which variants failed; empty where none did."""
     winner: str
     reasons: tuple[str, ...]
     facts: tuple[Fact, ...]
@@ -44,6 +47,10 @@ def make_content(findings: Findings, origins: Origins) -> Content:
     rows = tuple(make_rows(findings, origins))
     return Content(
         title=f"Quantized variants of {_model_name(findings)}",
+        missing=missing_line(
+            {failure.slug: failure.reason for failure in findings.failures},
+            len(findings.scorecards) + len(findings.failures),
+        ),
         winner=findings.winner,
         reasons=findings.reasons,
         facts=_facts(findings),

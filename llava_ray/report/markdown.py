@@ -9,6 +9,7 @@ from llava_ray.report.content import Content
 def write_markdown(content: Content, plot_names: list[str]) -> str:
     """Lay the parts out; what comes from captions and models cannot break the table."""
     parts = [
+        f"**{escape(content.missing)}**" if content.missing else "",
         f"# {escape(content.title)}",
         f"Chosen: **{content.winner}**",
         _bullets(content.reasons),
