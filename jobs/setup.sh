@@ -1,6 +1,6 @@
 # Makes the environment that quickstart.sh and tests/run.sh use; to be sourced from the repo's root.
-# Surprising: llama-cpp-python is compiled from source, which takes 5 to 15 minutes the first time;
-# pip keeps the built wheel in its cache.
+# Surprising: llama-cpp-python is compiled from source, beside the download of all else; pip keeps
+# the built wheel in its cache. What each part took stands in $venv/install.json.
 
 venv=${LLAVA_RAY_VENV:-$PWD/.venv}
 
@@ -17,19 +17,55 @@ find_python() {
     return 1
 }
 
-install_environment() {  # $1: extras, comma-separated
-    local extras=$1 wanted python free_kb
-    wanted="$extras $(cksum < pyproject.toml)"
+safe_compiler_flags() {  # Flags without which this compiler's llama.cpp would crash.
+    # gcc before 13 writes AMX's tile configuration wrongly (llama.cpp issue 20824).
+    local flags="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    case $(uname -m) in x86_64 | i686) ;; *) return 0 ;; esac
+    ! c++ --version 2>/dev/null | grep -qi clang || return 0
+    [ "$(c++ -dumpversion | cut -d. -f1)" -lt 13 ] || return 0
+    # A gcc that does not know AMX cannot compile it either.
+    echo | c++ $flags -x c++ -c -o /dev/null - 2>/dev/null || return 0
+    echo "$flags"
+}
+
+build_llama_cpp() {  # $1: folder for the wheel
+    local flags start=$SECONDS
+    flags=$(safe_compiler_flags)
+    CFLAGS="${CFLAGS:-} $flags" CXXFLAGS="${CXXFLAGS:-} $flags" \
+    CMAKE_ARGS="${CMAKE_ARGS:-} -DCMAKE_PROJECT_INCLUDE=$PWD/jobs/llama_cpp.cmake" \
+        "$venv/bin/pip" wheel -q --no-deps -w "$1" \
+        "$(grep -o 'llama-cpp-python==[0-9.]*' pyproject.toml)" || return
+    echo $((SECONDS - start)) > "$1/seconds"
+}
+
+install_environment() {  # $1: extras, comma-separated, gguf among them
+    local extras=$1 wanted python free_kb wheels start downloads compile
+    wanted="$extras $(cat pyproject.toml jobs/llama_cpp.cmake | cksum)"
     if [ "$(cat "$venv/.installed" 2>/dev/null)" = "$wanted" ]; then
         return
     fi
     python=$(find_python) || die "no Python 3.11 or 3.12 with venv found: install one or set PYTHON=/path/to/python"
     command -v c++ >/dev/null || die "no C++ compiler found: install g++ (llama-cpp-python is compiled)"
     free_kb=$(df -Pk . | awk 'NR == 2 { print $4 }')
-    [ "$free_kb" -gt 9000000 ] || die "$((free_kb / 1024)) MB free in $PWD: the environment needs 9000 MB"
-    echo "installing into $venv (about 5 minutes, 5 to 15 more where llama-cpp-python must be compiled)"
+    [ "$free_kb" -gt 12000000 ] || die "$((free_kb / 1024)) MB free in $PWD: the environment needs 12000 MB while it is made"
+    echo "installing into $venv (about 5 minutes; llama-cpp-python is compiled meanwhile)"
     "$python" -m venv "$venv" || die "$python cannot make a virtual environment at $venv"
     "$venv/bin/pip" install -q --upgrade pip
-    "$venv/bin/pip" install -q -e ".[$extras]" || die "the installation failed; its reason stands above"
+    wheels=$venv/wheels
+    mkdir -p "$wheels/llama"
+    build_llama_cpp "$wheels/llama" > "$wheels/llama/log" 2>&1 &
+    start=$SECONDS
+    "$venv/bin/pip" wheel -q -w "$wheels" ".[${extras//gguf,/}]" diskcache \
+        || die "the packages could not be had; the reason stands above"
+    downloads=$((SECONDS - start))
+    wait $! || { tail -n 30 "$wheels/llama/log" >&2; die "llama-cpp-python could not be compiled; the reason stands above"; }
+    compile=$(cat "$wheels/llama/seconds")
+    start=$SECONDS
+    rm -f "$wheels"/llava_ray-*.whl
+    "$venv/bin/pip" install -q --no-index --no-deps --no-compile "$wheels"/*.whl "$wheels"/llama/*.whl \
+        && "$venv/bin/pip" install -q --no-index --no-deps --no-build-isolation -e . \
+        || die "the installation failed; its reason stands above"
+    rm -r "$wheels"
+    echo "{\"downloads_s\": $downloads, \"compile_s\": $compile, \"install_s\": $((SECONDS - start))}" > "$venv/install.json"
     echo "$wanted" > "$venv/.installed"
 }
