@@ -1,12 +1,17 @@
-"""Time LoRA training beside plain transformers + peft on one machine; needs no Ray, no download.
+"""Time LoRA training beside plain transformers + peft on one machine; needs no download.
 
-python jobs/bench_train.py --out train.json
-python jobs/bench_train.py --out train.json --gpus 1,2 --only zero2-b8,loop-b8
+Needs torch, transformers, peft and, for the rows with ZeRO, deepspeed; Ray only with --ray:
+python jobs/bench_train.py --out jobs/results/train_h100.json
+python jobs/bench_train.py --out train.json --gpus 1,2 --only zero2-b8,replica-b8
 """
 
 import argparse
 import logging
+import sys
 from pathlib import Path
+
+# The folder above, so that a machine without the package installed can run this file.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llava_ray.cli import fail
 from llava_ray.errors import LlavaRayError

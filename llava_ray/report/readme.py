@@ -11,6 +11,20 @@ from llava_ray.errors import ConfigError
 
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
+_TRAINERS = {
+    "plain": "transformers + peft",
+    "replica": "**llava_ray**, without DeepSpeed (`train.zero_stage=0`)",
+    "zero2": "**llava_ray**, DeepSpeed ZeRO-2",
+    "zero3": "**llava_ray**, DeepSpeed ZeRO-3",
+}
+"""By bench_engines.EngineName."""
+_TRAINER_OPTIONS = (
+    ("compile", True, "torch.compile"),
+    ("liger", True, "Liger kernels"),
+    ("fused_layers", False, "peft's layers"),
+    ("lora_dropout", True, "LoRA dropout"),
+)
+
 
 def fill(text: str, results: Path) -> str:
     """Write each `<!-- table: name -->` block anew.
@@ -62,11 +76,9 @@ def _train(results: Path) -> str:
     tree = _read(results, "train_h100")
     rows = [
         [
-            {"plain": "transformers + peft", "zero2": "**llava_ray**, DeepSpeed ZeRO-2"}.get(
-                row["engine"], "**llava_ray**, without DeepSpeed"
-            ),
+            _trainer(row),
             str(row["batch"]),
-            "yes" if row["checkpointing"] else "no",
+            {False: "no", True: "yes"}.get(row["checkpointing"], row["checkpointing"]),
             f"{row['samples_per_s']:.1f}",
             f"{row['peak_bytes'] / 1e9:.1f}",
         ]
@@ -74,6 +86,16 @@ def _train(results: Path) -> str:
         if not row["failed"]
     ]
     return _table(["trainer", "batch", "checkpointing", "samples/s", "peak GB"], rows)
+
+
+def _trainer(row: dict[str, Any]) -> str:
+    engine = row["engine"]
+    if engine not in _TRAINERS:
+        known = ", ".join(_TRAINERS)
+        raise ConfigError(f"train_h100.json: no engine is called {engine!r}: there are {known}")
+    own = [name for key, value, name in _TRAINER_OPTIONS if bool(row[key]) is value]
+    own += [f"{row['gpus']} GPUs"] if row["gpus"] > 1 else []
+    return " + ".join([_TRAINERS[engine], *own])
 
 
 def _embedded(results: Path) -> str:

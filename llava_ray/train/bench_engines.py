@@ -15,17 +15,14 @@ from llava_ray.config import TrainConfig
 from llava_ray.conversation import IGNORE_INDEX
 from llava_ray.train import adapt, zero
 from llava_ray.train.batches import Batch
-from llava_ray.train.replica import ReplicaEngine, average_gradients
+from llava_ray.train.replica import ReplicaEngine
 from llava_ray.train.shapes import random_model
 
-EngineName = Literal["plain", "loop", "replica", "zero2", "zero3"]
-"""transformers + peft; the product's loss in a plain PyTorch loop; and the product's engines:
-without DeepSpeed (the default for LoRA) and with it."""
+EngineName = Literal["plain", "replica", "zero2", "zero3"]
+"""transformers + peft; and the product without DeepSpeed (train.zero_stage=0) and with it."""
 
 
-STAGES: Mapping[EngineName, Literal[0, 2, 3]] = {
-    "plain": 0, "loop": 0, "replica": 0, "zero2": 2, "zero3": 3,
-}  # fmt: skip
+STAGES: Mapping[EngineName, Literal[0, 2, 3]] = {"plain": 0, "replica": 0, "zero2": 2, "zero3": 3}
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def make_engine(setup: Setup, shapes: Mapping[str, Any], device: str) -> Engine:
     model = random_model(shapes, device, dtype)
     if setup.engine == "plain":
         return Plain(model, setup, dtype)
-    return Loop(model, setup, dtype) if setup.engine == "loop" else Product(model, setup)
+    return Product(model, setup)
 
 
 def supervised(batch: Batch) -> int:
@@ -105,28 +102,6 @@ class Plain:
         """Train on a batch."""
         loss = self.forward(**batch, use_cache=False).loss
         loss.backward()
-        norm = finish(self.trained, self.optimizer)
-        return loss.detach(), norm
-
-
-class Loop:
-    """The product's model and loss; averages gradients over processes where there are several."""
-
-    def __init__(self, model: Any, setup: Setup, dtype: torch.dtype) -> None:
-        self.setup, self.base, train = setup, model, setup.train(False)
-        self.loss = adapt.loss_module(adapt.adapt(model, train), train).train()
-        self.trained = cast_trained(self.loss, dtype)
-        self.optimizer = adamw(self.loss, train)
-
-    def recompute(self, checkpointing: bool | Literal["mlp"]) -> None:
-        """Choose by the product's config key."""
-        set_recompute(self.loss, self.base, self.setup, checkpointing)
-
-    def step(self, batch: Batch) -> tuple[torch.Tensor, Any]:
-        """Train on a batch."""
-        loss = self.loss(**batch) / supervised(batch)
-        loss.backward()
-        average_gradients(self.trained)
         norm = finish(self.trained, self.optimizer)
         return loss.detach(), norm
 

@@ -29,7 +29,6 @@ WARM_UP, MIN_STEPS, MAX_STEPS, ROW_S = 3, 5, 12, 5.0
 CHECK_STEPS = 3
 OPTIMIZERS: Mapping[EngineName, str] = {
     "plain": "AdamW, weights and moments in bf16",
-    "loop": "AdamW, weights and moments in bf16",
     "replica": "AdamW, weights and moments in fp32",
     "zero2": "AdamW, weights and moments in fp32, DeepSpeed ZeRO-2",
     "zero3": "AdamW, weights and moments in fp32, DeepSpeed ZeRO-3",

@@ -1,7 +1,7 @@
 """Training without DeepSpeed: each worker holds all weights and the whole optimizer.
 
 What LoRA trains is small, so there is little to shard, and ZeRO's bookkeeping for each parameter
-slows a step (jobs/results/train_h100.json, zero2 beside loop). Also for optimizers that ZeRO
+slows a step (jobs/results/train_h100.json, zero2 beside replica). Also for optimizers that ZeRO
 cannot shard, since it flattens weights into pieces: 8-bit AdamW quantizes its moments in blocks of
 a weight, GaLore projects whole gradient matrices.
 """

@@ -1,15 +1,18 @@
 """README says what is there: its tables come from the results, its files and commands exist."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from llava_ray.errors import ConfigError
 from llava_ray.report.readme import TABLES, fill
+from llava_ray.train.bench_engines import EngineName
 
 README = Path("README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -30,6 +33,30 @@ def test_a_table_without_its_results_is_named(tmp_path: Path) -> None:
         fill("<!-- table: decode -->\n<!-- end -->", tmp_path)
     with pytest.raises(ConfigError, match="'speed': there are"):
         fill("<!-- table: speed -->\n<!-- end -->", tmp_path)
+
+
+def _train_row(engine: str, **changes: object) -> dict[str, object]:
+    return {
+        "engine": engine, "batch": 8, "checkpointing": False, "samples_per_s": 12.34, "gpus": 1,
+        "peak_bytes": 5e9, "compile": False, "liger": False, "fused_layers": True,
+        "lora_dropout": 0.0, "failed": "",
+    } | changes  # fmt: skip
+
+
+def test_every_trainer_has_its_own_name(tmp_path: Path) -> None:
+    rows = [_train_row(name) for name in get_args(EngineName)]
+    rows += [_train_row("plain", compile=True), _train_row("replica", checkpointing="mlp")]
+    (tmp_path / "train_h100.json").write_text(json.dumps({"rows": rows}))
+    lines = TABLES["train"](tmp_path).splitlines()[2:]
+    assert len({line.split("|")[1] for line in lines[:-1]}) == len(rows) - 1
+    assert "| transformers + peft + torch.compile | 8 | no | 12.3 | 5.0 |" in lines
+    assert "without DeepSpeed" in lines[-1] and "| mlp |" in lines[-1]
+
+
+def test_an_unknown_trainer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train_h100.json").write_text(json.dumps({"rows": [_train_row("loop")]}))
+    with pytest.raises(ConfigError, match="no engine is called 'loop': there are plain, replica"):
+        TABLES["train"](tmp_path)
 
 
 def test_files_that_are_named_exist() -> None:

@@ -50,7 +50,7 @@ def test_a_row_that_cannot_run_is_recorded_and_the_rest_go_on(tmp_path: Path) ->
 
 
 def test_unknown_rows_are_named() -> None:
-    with pytest.raises(ConfigError, match="'plain-b3': no such row; there are plain-b1"):
+    with pytest.raises(ConfigError, match="'plain-b3': no such row; there are plain-b4"):
         choose_rows(["plain-b3"], tiny=False)
 
 
@@ -58,14 +58,14 @@ def test_speedup_and_scaling_leave_failed_rows_out() -> None:
     rows = [
         Row("plain-b1", "plain", 1, samples_per_s=10),
         Row("plain-b8", "plain", 8, samples_per_s=99, failed="out of memory"),
-        Row("loop-b1", "loop", 1, samples_per_s=15),
-        Row("loop-b1", "loop", 1, gpus=2, samples_per_s=28.5),
-        Row("loop-b1", "loop", 1, launcher="ray", samples_per_s=14.7),
+        Row("replica-b1", "replica", 1, samples_per_s=15),
+        Row("replica-b1", "replica", 1, gpus=2, samples_per_s=28.5),
+        Row("replica-b1", "replica", 1, launcher="ray", samples_per_s=14.7),
     ]
     found = verdicts(rows)
     assert found["speedup"] == 1.5
-    assert found["scaling"] == {"loop-b1 on 2 GPUs": 1.9}
-    assert found["ray_share"] == {"loop-b1 on 1 GPUs": 0.98}
+    assert found["scaling"] == {"replica-b1 on 2 GPUs": 1.9}
+    assert found["ray_share"] == {"replica-b1 on 1 GPUs": 0.98}
 
 
 def test_operations_of_the_7b_model() -> None:
