@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.artifacts import ArtifactStore, artifact_id, local_folder
-from llava_ray.benchmark.captions import caption_scores
 from llava_ray.benchmark.fidelity import SampleFidelity, compare, summarize
 from llava_ray.benchmark.plan import Plan, held_out
 from llava_ray.benchmark.reference import (
@@ -21,6 +20,7 @@ from llava_ray.benchmark.reference import (
 )
 from llava_ray.benchmark.timing import PeakMemory, copy_bytes_per_s, spread, time_generation
 from llava_ray.benchmark.turns import quiet_turn, shared_turn
+from llava_ray.caption_scores import caption_scores
 from llava_ray.conversation import Sample
 from llava_ray.errors import VariantError
 from llava_ray.images import open_image

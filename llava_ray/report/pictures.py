@@ -5,7 +5,7 @@ import io
 from dataclasses import dataclass
 
 from llava_ray.artifacts import local_folder
-from llava_ray.benchmark.captions import quoted_words, words
+from llava_ray.caption_scores import quoted_words, words
 from llava_ray.images import open_image
 from llava_ray.report.findings import Findings, Origins
 

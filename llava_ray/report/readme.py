@@ -109,7 +109,8 @@ def _embedded(results: Path) -> str:
             rows.append([slug, "", f"failed: {found['failed']}", "", "", ""])
         else:
             rows.append([slug, f"{found['kl_divergence']:.4f}", *_scores(found["scores"])])
-    titles = ["model", "KL nats", "words read", "character errors", "ROUGE-L", "CIDEr-D"]
+    titles = ["model", "KL nats", "words read", "character errors"]
+    titles += ["ROUGE-L against the fine-tune's captions", "CIDEr-D against the same"]
     return _table(titles, rows)
 
 

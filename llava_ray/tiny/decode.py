@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llava_ray.caption_scores import character_error_rate, word_recall
 from llava_ray.images import square_pixels
 from llava_ray.tiny.augment import clip_normalize
-from llava_ray.tiny.captions import DESCRIBE
+from llava_ray.tiny.captions import DESCRIBE, plain
 from llava_ray.tiny.draw import degrade, draw
 from llava_ray.tiny.examples import IMAGE_SIZE, Encoder
 from llava_ray.tiny.network import Reader, attention_mask
-from llava_ray.tiny.reading import character_error_rate, word_recall
 from llava_ray.tiny.scene_text import dataset_scene, load_assets
 from llava_ray.tiny.vocabulary import EOS_ID
 
@@ -33,35 +33,27 @@ class ReadingScores:
 
 
 @lru_cache(maxsize=2)
-def _held_out(count: int, assets: Path | None) -> tuple[NDArray[np.uint8], list[list[str]]]:
+def _held_out(count: int, assets: Path | None) -> tuple[NDArray[np.uint8], list[str]]:
+    """Return pictures and their captions."""
     loaded = load_assets("held_out", assets)
-    images, words = [], []
+    images, captions = [], []
     for index in range(count):
         scene, rng = dataset_scene(loaded, SCORE_SEED, index)
         images.append(square_pixels(degrade(draw(scene)[0], rng), IMAGE_SIZE))
-        words.append(scene.words)
-    return np.stack(images), words
+        captions.append(plain(scene))
+    return np.stack(images), captions
 
 
 def read_held_out(
     reader: Reader, encoder: Encoder, *, count: int, assets: Path | None
 ) -> ReadingScores:
     """Caption held-out scenes and compare with the words that they show."""
-    images, words = _held_out(count, assets)
+    images, captions = _held_out(count, assets)
     device = reader.lm_head.weight.device
     texts = caption(reader, encoder, torch.from_numpy(images).to(device), DESCRIBE)
-    recalls = [
-        word_recall(text, shown) * len(shown) for text, shown in zip(texts, words, strict=True)
-    ]
-    errors = [
-        character_error_rate(text, shown) * len(" ".join(shown))
-        for text, shown in zip(texts, words, strict=True)
-    ]
     return ReadingScores(
-        held_out_word_recall=round(sum(recalls) / sum(map(len, words)), 4),
-        held_out_character_error_rate=round(
-            sum(errors) / sum(len(" ".join(shown)) for shown in words), 4
-        ),
+        held_out_word_recall=round(word_recall(captions, texts), 4),
+        held_out_character_error_rate=round(character_error_rate(captions, texts), 4),
         held_out_images=count,
     )
 

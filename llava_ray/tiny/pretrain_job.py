@@ -4,9 +4,9 @@ pack       copy fonts and words to `assets`, for a machine without their package
 train      train until `minutes` are over; resumes the checkpoint in `out`
 tokenizer  choose the tokens anew and write the tokenizer to `model`
 export     write the checkpoint in `out` as fp16 LLaVA to `model`
-score      read held-out scenes with the model in `model`; write `scores`
+score      read scenes of the words and fonts of training with `model`; write `scores`
 picture    draw held-out scenes with the model's answers to `picture`
-card       write the model card of `model` from `scores` and the log beside the weights
+card       write the model card of `model` from `scores`, `embedded` and the log in its folder
 """
 
 import dataclasses
@@ -30,9 +30,11 @@ class JobSettings:
     assets: Path | None = None
     model: Path = SHIPPED
     scores: Path = Path("jobs/results/pretrain.json")
+    embedded: Path = Path("jobs/results/embedded.json")
+    """Scores of held-out words and fonts, by jobs/score_embedded.py."""
     picture: Path = Path("jobs/results/reading.png")
     images: int = 256
-    """Held-out scenes that `score` reads."""
+    """Scenes that `score` reads."""
     training: dict[str, str] = field(default_factory=dict)
     """All other keys."""
 
@@ -49,7 +51,7 @@ def parse_settings(pairs: Sequence[str]) -> JobSettings:
             raise ConfigError(f"argument {pair!r} has no '=': write key=value")
         values[key] = value
     own: dict[str, Any] = {}
-    for key in ("out", "assets", "model", "scores", "picture"):
+    for key in ("out", "assets", "model", "scores", "embedded", "picture"):
         if key in values:
             own[key] = Path(values.pop(key)).expanduser()
     if "images" in values:
@@ -130,9 +132,9 @@ def _picture(settings: JobSettings) -> str:
 
 
 def _card(settings: JobSettings) -> str:
-    from llava_ray.tiny.scores import write_card
+    from llava_ray.tiny.card import write_card
 
-    return str(write_card(settings.model, settings.scores))
+    return str(write_card(settings.model, settings.scores, settings.embedded))
 
 
 ACTIONS: dict[str, Callable[[JobSettings], str]] = {
