@@ -7,6 +7,7 @@ from typing import Any
 
 from llava_ray.benchmark.fidelity import paired_difference
 from llava_ray.benchmark.measure import read_fidelity
+from llava_ray.code_digest import code_digest
 from llava_ray.config import RunConfig
 from llava_ray.errors import VariantError
 from llava_ray.pipeline import run_benchmark
@@ -34,6 +35,7 @@ def compare(config: RunConfig, first: str, second: str, out: Path) -> Path:
         "device": a.device,
         "versions": a.versions,
         "code_version": a.code_version,
+        "code_digest": code_digest("awq_calibration"),
         "variants": {card.slug: _figures(card) for card in (a, b)},
         "kl_difference": {
             "what": f"KL of {first} minus KL of {second}, nats per token, paired by sample",

@@ -10,6 +10,7 @@ from typing import Any
 from llava_ray.artifacts import ArtifactStore, artifact_id
 from llava_ray.benchmark.measure import measure_captions
 from llava_ray.benchmark.plan import make_plan
+from llava_ray.code_digest import code_digest
 from llava_ray.config import RunConfig
 from llava_ray.errors import ConfigError, VariantError
 from llava_ray.models import EMBEDDED, weights_sha256
@@ -43,6 +44,7 @@ def score(config: RunConfig, out: Path) -> Path:
         tuned[seed] = _scores(config, run_benchmark(seeded))
     tree = {
         "config": config.model_dump(mode="json", include={"data", "train", "benchmark"}),
+        "code_digest": code_digest("embedded"),
         "base_model_sha256": weights_sha256(EMBEDDED),
         "held_out_samples": min(dataset.num_test, config.benchmark.caption_samples),
         "base": base,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_ray.code_digest import code_digest, with_digests
 from llava_ray.errors import ResourceError
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,11 @@ def measure(out: Path, commands: Sequence[str]) -> Path:
         try:
             for command in commands:
                 rows[command] = _run(command, clone, home)
-                tree = {"machine": _machine(), "rows": list(rows.values())}
+                tree = {
+                    "machine": _machine(),
+                    "code_digest": code_digest("costs"),
+                    "rows": list(rows.values()),
+                }
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
         finally:
@@ -46,7 +51,7 @@ def measure(out: Path, commands: Sequence[str]) -> Path:
 def _earlier_rows(out: Path) -> dict[str, dict[str, Any]]:
     if not out.is_file():
         return {}
-    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    rows = with_digests(json.loads(out.read_text(encoding="utf-8")), "rows")
     return {row["command"]: row for row in rows}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_ray.code_digest import code_digest
 from llava_ray.errors import ResourceError
 from llava_ray.measure import measure
 
@@ -41,5 +42,10 @@ def test_a_failing_command_keeps_the_rows_before_it(repository: Path, tmp_path: 
     with pytest.raises(ResourceError, match="'exit 3' ended with exit code 3"):
         measure(out, ["true", "exit 3"])
     assert [row["command"] for row in json.loads(out.read_text())["rows"]] == ["true"]
+    measured = json.loads(out.read_text())
+    assert measured.pop("code_digest") == code_digest("costs")
+    out.write_text(json.dumps(measured))
     measure(out, [":"])
-    assert [row["command"] for row in json.loads(out.read_text())["rows"]] == ["true", ":"]
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["command"] for row in rows] == ["true", ":"]
+    assert rows[0]["code_digest"] is None and "code_digest" not in rows[1]

@@ -7,6 +7,7 @@ import pytest
 from measured_run import FAILURES, make_config, make_scorecards
 
 from llava_ray import compare
+from llava_ray.code_digest import code_digest
 from llava_ray.config import RunConfig
 from llava_ray.errors import VariantError
 
@@ -26,6 +27,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 def test_the_difference_is_paired_by_sample(config: RunConfig, tmp_path: Path) -> None:
     out = compare.compare(config, "gguf-q2_k", "bnb-nf4", tmp_path / "results" / "out.json")
     tree = json.loads(out.read_text())
+    assert tree["code_digest"] == code_digest("awq_calibration")
     assert list(tree["variants"]) == ["gguf-q2_k", "bnb-nf4"]
     assert tree["variants"]["bnb-nf4"]["kl_divergence"]["median"] == 0.0312
     difference = tree["kl_difference"]

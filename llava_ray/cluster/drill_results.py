@@ -14,6 +14,7 @@ from llava_ray.artifacts import MANIFEST, read_record, verify
 from llava_ray.cluster.drill_clients import Requests
 from llava_ray.cluster.drill_nodes import SETTINGS
 from llava_ray.cluster.drill_stages import CHECKPOINT_EVERY_STEPS
+from llava_ray.code_digest import code_digest, with_digests
 from llava_ray.errors import ArtifactError
 from llava_ray.records import Record
 
@@ -109,13 +110,16 @@ def corrupt_artifacts(storage: Path) -> tuple[int, tuple[str, ...]]:
 
 def write_results(path: Path, outcomes: list[Outcome]) -> None:
     """Write outcomes, in the place of earlier ones of the same scenarios; others are kept."""
-    earlier = json.loads(path.read_text(encoding="utf-8"))["scenarios"] if path.is_file() else []
+    earlier = []
+    if path.is_file():
+        earlier = with_digests(json.loads(path.read_text(encoding="utf-8")), "scenarios")
     new = [outcome.model_dump(mode="json", exclude_defaults=True) for outcome in outcomes]
     fresh = {(row["stage"], row["fault"]) for row in new}
     rows = [row for row in earlier if (row["stage"], row["fault"]) not in fresh] + new
     tree = {
         "command": "python jobs/drill.py",
         "code_version": __version__,
+        "code_digest": code_digest("drill"),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "cluster": "a head without CPUs and two nodes of one CPU each, processes of one machine",
         "checkpoint_every_steps": CHECKPOINT_EVERY_STEPS,

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from llava_ray.artifacts import CARD
+from llava_ray.code_digest import code_digest
 from llava_ray.report.findings import Findings
 from llava_ray.storage import Storage
 
@@ -36,6 +37,7 @@ def write_report(folder: Path, findings: Findings) -> None:
         "report.md": write_markdown(content, names),
         "report.json": json.dumps(
             {
+                "code_digest": code_digest("report"),
                 "winner": findings.winner,
                 "reasons": findings.reasons,
                 "rows": [row.model_dump(mode="json") for row in content.rows],

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray import article
+from llava_ray.code_digest import older_digests
 from llava_ray.errors import ConfigError
 
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -36,7 +37,9 @@ def fill(text: str, results: Path) -> str:
         name = match[2]
         if name not in TABLES:
             raise ConfigError(f"README asks for table {name!r}: there are {', '.join(TABLES)}")
-        return f"{match[1]}{TABLES[name](results)}\n{match[3]}"
+        file, make = TABLES[name]
+        tree = _read(results, file)
+        return f"{match[1]}{make(tree)}\n{_age(file, tree)}{match[3]}"
 
     return _BLOCK.sub(block, text)
 
@@ -49,13 +52,23 @@ def _read(results: Path, name: str) -> Any:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
 
 
+def _age(file: str, tree: Any) -> str:
+    """Say where figures are older than the code; not today's digest, which changes with it."""
+    older = older_digests(file, tree)
+    if not older:
+        return ""
+    known = ", ".join(sorted(filter(None, older)))
+    if not known:
+        return "\n*The results do not say of which code they are: it may have changed since.*\n"
+    return f"\n*The code has changed since this was measured (digest then: {known}).*\n"
+
+
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _decode(results: Path) -> str:
-    tree = _read(results, "decode_h100")
+def _decode(tree: Any) -> str:
     rows = [
         [
             f"{row['layout']}, {row['engine'].replace('llava_ray', '**llava_ray**')}",
@@ -72,8 +85,7 @@ def _decode(results: Path) -> str:
     return _table([*titles, "kernel"], rows)
 
 
-def _train(results: Path) -> str:
-    tree = _read(results, "train_h100")
+def _train(tree: Any) -> str:
     rows = [
         [
             _trainer(row),
@@ -98,8 +110,7 @@ def _trainer(row: dict[str, Any]) -> str:
     return " + ".join([_TRAINERS[engine], *own])
 
 
-def _embedded(results: Path) -> str:
-    tree = _read(results, "embedded")
+def _embedded(tree: Any) -> str:
     rows = [["base, before fine-tuning", "", *_scores(tree["base"])]]
     mean, deviation = tree["fine_tuned_mean"], tree["fine_tuned_standard_deviation"]
     spread = [f"{a} ± {b}" for a, b in zip(_scores(mean), _scores(deviation), strict=True)]
@@ -123,17 +134,9 @@ def _scores(scores: dict[str, float]) -> list[str]:
     ]
 
 
-def _quickstart(results: Path) -> str:
-    return _report(_read(results, "quickstart_report"))
-
-
-def _photographs(results: Path) -> str:
-    return _report(_read(results, "photographs_report"))
-
-
-def _stages_7b(results: Path) -> str:
+def _stages_7b(tree: Any) -> str:
     rows = []
-    for row in _read(results, "llava_7b_h100")["stages"]:
+    for row in tree["stages"]:
         if row["stage"] in ("variant", "benchmark"):
             continue
         what = row["stage"]
@@ -153,8 +156,8 @@ def _stages_7b(results: Path) -> str:
     return _table(["stage", "seconds", "peak GB a GPU", "samples/s"], rows)
 
 
-def _variants_7b(results: Path) -> str:
-    stages = _read(results, "llava_7b_h100")["stages"]
+def _variants_7b(tree: Any) -> str:
+    stages = tree["stages"]
     cards = {row["slug"]: row for row in stages if row["stage"] == "benchmark"}
     variants = {row["slug"]: row for row in stages if row["stage"] == "variant"}
     rows = []
@@ -222,7 +225,7 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
-def _serving(results: Path, name: str = "serving") -> str:
+def _serving(tree: Any) -> str:
     rows = [
         [
             clients,
@@ -232,17 +235,13 @@ def _serving(results: Path, name: str = "serving") -> str:
             f"{load['added_per_token_ms']:.2f}",
             f"{load['throughput_share']:.1%}",
         ]
-        for clients, load in _read(results, name)["clients"].items()
+        for clients, load in tree["clients"].items()
     ]
     titles = ["clients", "first token ms", "added", "ms a token", "added", "throughput kept"]
     return _table(titles, rows)
 
 
-def _serving_7b(results: Path) -> str:
-    return _serving(results, "serving_7b_h100")
-
-
-def _costs(results: Path) -> str:
+def _costs(tree: Any) -> str:
     rows = [
         [
             f"`{row['command']}`",
@@ -250,20 +249,21 @@ def _costs(results: Path) -> str:
             f"{row['disk_bytes'] / 1e9:.1f}",
             f"{row['memory_bytes'] / 1e9:.1f}",
         ]
-        for row in _read(results, "costs")["rows"]
+        for row in tree["rows"]
     ]
     return _table(["command", "time", "disk GB", "memory GB"], rows)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {
-    "costs": _costs,
-    "decode": _decode,
-    "embedded": _embedded,
-    "photographs": _photographs,
-    "quickstart": _quickstart,
-    "serving": _serving,
-    "serving_7b": _serving_7b,
-    "stages_7b": _stages_7b,
-    "train": _train,
-    "variants_7b": _variants_7b,
+TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "costs": ("costs", _costs),
+    "decode": ("decode_h100", _decode),
+    "embedded": ("embedded", _embedded),
+    "photographs": ("photographs_report", _report),
+    "quickstart": ("quickstart_report", _report),
+    "serving": ("serving", _serving),
+    "serving_7b": ("serving_7b_h100", _serving),
+    "stages_7b": ("llava_7b_h100", _stages_7b),
+    "train": ("train_h100", _train),
+    "variants_7b": ("llava_7b_h100", _variants_7b),
 }
+"""By name: the results file, without `.json`, and what makes the table of it."""

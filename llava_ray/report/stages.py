@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.artifacts import ArtifactStore
+from llava_ray.code_digest import with_digests
 from llava_ray.errors import ConfigError
 from llava_ray.records import (
     AdapterCheckpoint,
@@ -77,7 +78,7 @@ def _kept(out: Path, ids: Collection[str]) -> list[dict[str, Any]]:
     if not ids:
         return []
     try:
-        rows = json.loads(out.read_text(encoding="utf-8"))["stages"]
+        rows = with_digests(json.loads(out.read_text(encoding="utf-8")), "stages")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{out}: no earlier rows can be read there ({error})") from error
     found = [row for row in rows if row["id"] in ids]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llava_ray.code_digest import code_digest
 from llava_ray.images import normalize
 from llava_ray.serving.bench_model import (
     Layout,
@@ -206,6 +207,7 @@ class Report:
         tree = {
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
+            "code_digest": code_digest("decode_h100"),
             "model": "LLaVA-1.5-7B shapes, random weights",
             "prompt_tokens": PROMPT_TOKENS,
             "new_tokens": NEW_TOKENS,

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from llava_ray.code_digest import code_digest
 from llava_ray.serving.kernels.launch import (
     MAX_BATCH,
     Attention,
@@ -185,7 +186,7 @@ def _median_seconds(run: Callable[[], Any], repeats: int) -> float:
 def main(out: Path, variants: bool) -> None:
     """Write one JSON row per kernel and shape; a failing one is recorded with its reason."""
     rows: list[dict[str, Any]] = []
-    bandwidth = copy_bandwidth()
+    digest, bandwidth = code_digest("decode_kernels_h100"), copy_bandwidth()
     print(f"copy {bandwidth / 1e12:.2f} TB/s", flush=True)
 
     def record(row: dict[str, Any], work: Callable[[], dict[str, float]]) -> None:
@@ -195,7 +196,8 @@ def main(out: Path, variants: bool) -> None:
             traceback.print_exc(limit=-2)
             row["failed"] = str(error)[:300]
         rows.append(row)
-        out.write_text(json.dumps({"copy_bytes_per_s": bandwidth, "rows": rows}, indent=1))
+        tree = {"code_digest": digest, "copy_bytes_per_s": bandwidth, "rows": rows}
+        out.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(row), flush=True)
 
     for batch in (1, 8):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_ray import __version__
+from llava_ray.code_digest import code_digest
 from llava_ray.serving.engine import Engine, Prompt
 from llava_ray.serving.load import Timeline, drive
 
@@ -285,6 +286,7 @@ def _measure(bare: Any, host: str, port: int, rounds: int | None) -> dict[str, A
     return {
         **ray.get(bare.about.remote()),
         "code_version": __version__,
+        "code_digest": code_digest("serving"),
         "ray": ray.__version__,
         "tokens_per_answer": _TOKENS,
         "goals": {

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.caption_scores import caption_scores
+from llava_ray.code_digest import code_digest
 from llava_ray.errors import ConfigError
 from llava_ray.models import weights_sha256
 from llava_ray.tiny.captions import DESCRIBE, plain
@@ -37,6 +38,7 @@ def score_model(folder: Path, count: int, out: Path, assets: Path | None = None)
         "images": count,
         "seed": SCORE_SEED,
         "question": DESCRIBE,
+        "code_digest": code_digest("pretrain"),
         "base_model_sha256": weights_sha256(folder),
     }
     out.parent.mkdir(parents=True, exist_ok=True)

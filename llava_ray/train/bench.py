@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from llava_ray.code_digest import code_digest
 from llava_ray.errors import ConfigError
 from llava_ray.train.bench_rows import Row, Task, flop_per_sample
 
@@ -204,6 +205,7 @@ def write(out: Path, rows: Sequence[Row], task: Task, seconds: float) -> None:
         "device": torch.cuda.get_device_name() if gpu else platform.processor() or "cpu",
         "versions": {name: _version(name) for name in PACKAGES}
         | {"python": sys.version.split()[0]},
+        "code_digest": code_digest("train_h100"),
         "command": " ".join(["python", *(a if a != str(out) else out.name for a in sys.argv)]),
         "model": "a tiny LLaVA" if task.tiny else "LLaVA-1.5-7B shapes, random weights",
         "lora": "r=48 on all linear layers of the language model; the projector trained",

@@ -136,7 +136,9 @@ def test_results_of_other_scenarios_are_kept(tmp_path: Path) -> None:
     other = one.model_copy(update={"fault": "worker"})
     write_results(path, [one, other])
     write_results(path, [one.model_copy(update={"steps_lost": 1})])
-    rows = json.loads(path.read_text())["scenarios"]
+    tree = json.loads(path.read_text())
+    rows = tree["scenarios"]
+    assert rows[0]["code_digest"] == tree["code_digest"] and "code_digest" not in rows[1]
     assert [(row["fault"], row["steps_lost"]) for row in rows] == [("worker", 3), ("node", 1)]
 
 

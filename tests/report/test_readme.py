@@ -10,6 +10,7 @@ from typing import get_args
 
 import pytest
 
+from llava_ray.code_digest import code_digest, with_digests
 from llava_ray.errors import ConfigError
 from llava_ray.report.readme import TABLES, fill
 from llava_ray.train.bench_engines import EngineName
@@ -35,6 +36,40 @@ def test_a_table_without_its_results_is_named(tmp_path: Path) -> None:
         fill("<!-- table: speed -->\n<!-- end -->", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("then", "told"),
+    [
+        (code_digest("costs"), ""),
+        (
+            "1a2b3c4d5e6f",
+            "\n*The code has changed since this was measured (digest then: 1a2b3c4d5e6f).*\n",
+        ),
+        (None, "\n*The results do not say of which code they are: it may have changed since.*\n"),
+    ],
+)
+def test_a_table_says_where_the_code_has_changed_since(
+    tmp_path: Path, then: str | None, told: str
+) -> None:
+    row = {"command": "true", "seconds": 1, "disk_bytes": 0, "memory_bytes": 0}
+    tree: dict[str, object] = {"code_digest": then, "rows": [row]}
+    (tmp_path / "costs.json").write_text(json.dumps(tree))
+    filled = fill("<!-- table: costs -->\n<!-- end -->", tmp_path)
+    assert filled.endswith(f"| `true` | 1 s | 0.0 | 0.0 |\n{told}<!-- end -->")
+    assert fill(filled, tmp_path) == filled
+
+
+def test_one_row_of_older_code_is_told(tmp_path: Path) -> None:
+    row = {"command": "true", "seconds": 1, "disk_bytes": 0, "memory_bytes": 0}
+    kept = with_digests({"code_digest": "1a2b3c4d5e6f", "rows": [row]}, "rows")
+    tree = {"code_digest": code_digest("costs"), "rows": [*kept, row]}
+    (tmp_path / "costs.json").write_text(json.dumps(tree))
+    assert "(digest then: 1a2b3c4d5e6f)" in fill("<!-- table: costs -->\n<!-- end -->", tmp_path)
+
+
+def _table(name: str, tree: object) -> str:
+    return TABLES[name][1](tree)
+
+
 def _train_row(engine: str, **changes: object) -> dict[str, object]:
     return {
         "engine": engine, "batch": 8, "checkpointing": False, "samples_per_s": 12.34, "gpus": 1,
@@ -43,20 +78,18 @@ def _train_row(engine: str, **changes: object) -> dict[str, object]:
     } | changes  # fmt: skip
 
 
-def test_every_trainer_has_its_own_name(tmp_path: Path) -> None:
+def test_every_trainer_has_its_own_name() -> None:
     rows = [_train_row(name) for name in get_args(EngineName)]
     rows += [_train_row("plain", compile=True), _train_row("replica", checkpointing="mlp")]
-    (tmp_path / "train_h100.json").write_text(json.dumps({"rows": rows}))
-    lines = TABLES["train"](tmp_path).splitlines()[2:]
+    lines = _table("train", {"rows": rows}).splitlines()[2:]
     assert len({line.split("|")[1] for line in lines[:-1]}) == len(rows) - 1
     assert "| transformers + peft + torch.compile | 8 | no | 12.3 | 5.0 |" in lines
     assert "without DeepSpeed" in lines[-1] and "| mlp |" in lines[-1]
 
 
-def test_an_unknown_trainer_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "train_h100.json").write_text(json.dumps({"rows": [_train_row("loop")]}))
+def test_an_unknown_trainer_is_refused() -> None:
     with pytest.raises(ConfigError, match="no engine is called 'loop': there are plain, replica"):
-        TABLES["train"](tmp_path)
+        _table("train", {"rows": [_train_row("loop")]})
 
 
 def test_files_that_are_named_exist() -> None:

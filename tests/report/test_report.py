@@ -9,6 +9,7 @@ from measured_run import FAILURES, SHAPES, SIGNS, make_config, make_scorecards
 
 from llava_ray import article, choose
 from llava_ray.artifacts import local_folder
+from llava_ray.code_digest import code_digest
 from llava_ray.records import ChosenVariant
 from llava_ray.report.columns import number, size_text
 
@@ -46,6 +47,11 @@ def test_every_method_of_the_article_has_a_row_with_its_figures(chosen: ChosenVa
         assert by_slug[slug]["article_tokens_per_s"] == rate
     assert by_slug["awq-w4-g128"]["status"] == "failed"
     assert by_slug["awq-w4-g128"]["decode_tokens_per_s"] is None
+
+
+def test_the_data_say_by_which_code_they_were_measured(chosen: ChosenVariant) -> None:
+    tree = json.loads((local_folder(chosen) / "report.json").read_text(encoding="utf-8"))
+    assert tree["code_digest"] == code_digest("quickstart_report")
 
 
 def test_a_method_of_the_article_that_nobody_asked_for_says_so(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tiny_run import config_for, small_model, squares
 
 from llava_ray import sweep
 from llava_ray.artifacts import ArtifactStore
+from llava_ray.code_digest import code_digest
 from llava_ray.config import RunConfig
 from llava_ray.records import DatasetRecord, SweepResult
 
@@ -130,6 +131,7 @@ def main(out: Path) -> None:
         small_model(root / "model")
         squares(root / "store")
         tree: dict[str, Any] = {
+            "code_digest": code_digest("sweep"),
             "learning_rates": RATES,
             "known_best": KNOWN,
             "steps_per_trial": STEPS,

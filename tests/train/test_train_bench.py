@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_ray.code_digest import code_digest
 from llava_ray.errors import ConfigError
 from llava_ray.train.bench import choose_rows, verdicts
 from llava_ray.train.bench_rows import Row, flop_per_sample
@@ -26,6 +27,7 @@ def bench(out: Path, *arguments: str) -> list[dict[str, object]]:
     tree = json.loads(out.read_text())
     assert tree["command"].endswith(" ".join(arguments))
     assert tree["versions"]["torch"] and tree["device"]
+    assert tree["code_digest"] == code_digest("train_h100")
     rows: list[dict[str, object]] = tree["rows"]
     return rows
 
