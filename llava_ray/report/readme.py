@@ -226,19 +226,29 @@ def _figure(value: float | None) -> str:
 
 
 def _serving(tree: Any) -> str:
-    rows = [
-        [
-            clients,
-            f"{load['bare']['first_token_ms']:.0f}",
-            f"{load['added_first_token_ms']:.1f}",
-            f"{load['bare']['per_token_ms']:.2f}",
-            f"{load['added_per_token_ms']:.2f}",
-            f"{load['throughput_share']:.1%}",
-        ]
-        for clients, load in tree["clients"].items()
-    ]
-    titles = ["clients", "first token ms", "added", "ms a token", "added", "throughput kept"]
+    rows = []
+    for clients, load in tree["clients"].items():
+        for side, name in {"bare": "scheduler and engine alone", "served": "served"}.items():
+            first, later = (_percentiles(load[side], key) for key in ("first_token", "per_token"))
+            rows.append([clients, name, *first, *later, f"{load[side]['tokens_per_s']:.0f}"])
+        added = [f"{load['added_first_token_ms']:.1f}", "", f"{load['added_per_token_ms']:.2f}", ""]
+        rows.append([clients, "added", *added, f"{load['throughput_share']:.1%} kept"])
+    titles = ["clients", "side", "first token ms, p50", "p99", "ms a token, p50", "p99", "tok/s"]
     return _table(titles, rows)
+
+
+def _percentiles(side: dict[str, float], key: str) -> list[str]:
+    """Return p50 and p99 in ms; a file without p99 holds the median by the plain name."""
+    return [
+        _ms(side.get(f"{key}_p50_ms", side.get(f"{key}_ms"))),
+        _ms(side.get(f"{key}_p99_ms")),
+    ]
+
+
+def _ms(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _costs(tree: Any) -> str:

@@ -1,8 +1,9 @@
-"""What serving costs over the bare engine: the same prompts to both, at 1, 8 and 64 clients.
+"""What serving costs over its scheduler and engine alone, at 1, 8 and 64 clients.
 
-Both engines are loaded in processes of their own: the embedded model on one CPU thread each, or a
-given variant on a GPU. They take turns, so that a machine that slows down does so for both; each
-round gives a difference, and the medians of those count.
+Both get the same prompts, so what is added is the cost of HTTP, Ray and the channel. Each has a
+process of its own: the embedded model on one CPU thread each, or a given variant on a GPU. They
+take turns, so that a machine that slows down does so for both; each round gives a difference, and
+the medians of those count.
 """
 
 import base64
@@ -15,15 +16,19 @@ import statistics
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from llava_ray import __version__
 from llava_ray.code_digest import code_digest
-from llava_ray.serving.engine import Engine, Prompt
+from llava_ray.serving.api_errors import ApiError
+from llava_ray.serving.engine import Prompt
 from llava_ray.serving.load import Timeline, drive
+from llava_ray.serving.sampling import SamplingParams, Step
+from llava_ray.serving.scheduler import Item, Scheduler
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,6 +50,7 @@ _ROUNDS = {1: 9, 8: 9, 64: 5}
 """By clients; short rounds are noisy."""
 _REQUESTS = {1: 8, 8: 24, 64: 128}
 """Per round, by clients."""
+_TIMEOUT_S = 600.0
 _CONTEXT = {"cpu": 512, "cuda": 1024}
 _SIDE = 336
 """Pixels on a side of the images that are sent: LLaVA-1.5's own."""
@@ -153,12 +159,16 @@ def _serve(scene: Scene, port: int) -> str:
 
 
 class BareEngine:
-    """The engine alone, in a process of its own: no queue, no event loop, no text."""
+    """The served scheduler and its engine, in a process of their own: no HTTP, no text."""
 
     def __init__(self, scene: Scene) -> None:
         from llava_ray.serving.loading import open_variant
+        from llava_ray.serving.metrics import Recorder
 
         self._engine, self._card = open_variant(scene.args.models[0], scene.args)
+        recorder = Recorder(model="bench", replica="bare", device=self._engine.device)
+        self._scheduler = Scheduler(self._engine, max_waiting=_SLOTS, recorder=recorder)
+        self._scheduler.start()
 
     def about(self) -> dict[str, str]:
         """Say what is measured, and on what."""
@@ -174,54 +184,40 @@ class BareEngine:
         from llava_ray.serving.prompts import make_prompt
 
         prompts = [make_prompt(self._engine, _QUESTION, [_image(i)]) for i in range(count)]
-        return closed_loop(self._engine, prompts, clients=clients, tokens=_TOKENS)
-
-
-@dataclass
-class _Client:
-    prompts: deque[Prompt]
-    slot: int = 0
-    token: int = 0
-    sent: float = 0.0
-    first: float = 0.0
-    left: int = 0
+        return closed_loop(self._scheduler, prompts, clients=clients, tokens=_TOKENS)
 
 
 def closed_loop(
-    engine: Engine, prompts: Sequence[Prompt], *, clients: int, tokens: int
+    scheduler: Scheduler, prompts: Sequence[Prompt], *, clients: int, tokens: int
 ) -> list[Timeline]:
-    """Give each client its next prompt once its last answer has ended; greedy, in this thread.
+    """Give each client its next prompt once its last answer has ended; greedy."""
+    inbox: SimpleQueue[tuple[float, list[tuple[Hashable, Item]]]] = SimpleQueue()
+    left: dict[Hashable, deque[Prompt]] = {i: deque(prompts[i::clients]) for i in range(clients)}
+    times: dict[Hashable, list[float]] = {}
+    sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
 
-    Prompts are prefilled as the scheduler does: one between two decode steps, or as many as wait
-    where nothing is decoded.
-    """
-    import torch
+    def outlet(items: list[tuple[Hashable, Item]]) -> None:
+        inbox.put((time.perf_counter(), items))
 
-    now = time.perf_counter()
-    waiting = deque(_Client(deque(prompts[i::clients]), sent=now) for i in range(clients))
-    active: list[_Client] = []
+    def ask(client: Hashable) -> None:
+        if left[client]:
+            times[client] = [time.perf_counter()]
+            scheduler.submit(left[client].popleft(), sampling, _TIMEOUT_S, outlet, client)
+
+    for client in left:
+        ask(client)
     done: list[Timeline] = []
-    while waiting or active:
-        alone = not active
-        while waiting and (alone or len(active) < engine.slots):
-            client = waiting.popleft()
-            client.slot, logits = engine.prefill(client.prompts.popleft())
-            client.token, client.left = int(logits.argmax()), tokens - 1
-            client.first = time.perf_counter()
-            active.append(client)
-            if not alone:
-                break
-        logits = engine.decode([c.slot for c in active], torch.tensor([c.token for c in active]))
-        now = time.perf_counter()
-        for client, token in zip(list(active), logits.argmax(-1).tolist(), strict=True):
-            client.token, client.left = token, client.left - 1
-            if client.left == 0:
-                engine.release(client.slot)
-                active.remove(client)
-                done.append(Timeline(client.sent, client.first, now, tokens))
-                if client.prompts:
-                    client.sent = now
-                    waiting.append(client)
+    while len(done) < len(prompts):
+        now, items = inbox.get()
+        for client, item in items:
+            if isinstance(item, ApiError):
+                raise item
+            if isinstance(item, Step):
+                times[client].append(now)
+                continue
+            sent, first, *_, last = times[client]
+            done.append(Timeline(sent, first, last, len(times[client]) - 1))
+            ask(client)
     return done
 
 
@@ -263,7 +259,7 @@ def _measure(bare: Any, host: str, port: int, rounds: int | None) -> dict[str, A
     loads: dict[str, Any] = {}
     for clients in CLIENTS:
         count, repeats = _REQUESTS[clients], rounds or _ROUNDS[clients]
-        sides: dict[str, list[dict[str, float]]] = {"bare": [], "served": []}
+        sides: dict[str, list[list[Timeline]]] = {"bare": [], "served": []}
         before = _cpu_s()
         for number in range(repeats):
             # Who goes first changes, so that neither profits from a machine that slows down.
@@ -272,7 +268,7 @@ def _measure(bare: Any, host: str, port: int, rounds: int | None) -> dict[str, A
                     done = ray.get(bare.load.remote(count, clients))
                 else:
                     done = drive(host, port, bodies[:count], clients=clients, tokens=_TOKENS)
-                sides[side].append(summarize(done))
+                sides[side].append(done)
         tokens = repeats * count * _TOKENS
         loads[str(clients)] = compare(sides["bare"], sides["served"]) | {
             "rounds": repeats,
@@ -298,27 +294,20 @@ def _measure(bare: Any, host: str, port: int, rounds: int | None) -> dict[str, A
     }
 
 
-def summarize(timelines: Sequence[Timeline]) -> dict[str, float]:
-    """Return one round's medians in ms, and its tokens per second of wall time."""
-    took = max(t.last for t in timelines) - min(t.sent for t in timelines)
-    return {
-        "first_token_ms": 1000 * statistics.median(t.first_token_s for t in timelines),
-        "per_token_ms": 1000 * statistics.median(t.per_token_s for t in timelines),
-        "tokens_per_s": sum(t.tokens for t in timelines) / took,
-    }
-
-
-def compare(bare: Sequence[dict[str, float]], served: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Return the medians over the rounds of both sides, and of what serving adds in each."""
-    pairs = list(zip(served, bare, strict=True))
+def compare(
+    bare: Sequence[Sequence[Timeline]], served: Sequence[Sequence[Timeline]]
+) -> dict[str, Any]:
+    """Return percentiles of both sides' requests, and medians over the rounds of what is added."""
+    pairs = [(summarize([ours]), summarize([theirs]))
+             for ours, theirs in zip(served, bare, strict=True)]  # fmt: skip
 
     def added_ms(key: str) -> float:
         return statistics.median(ours[key] - theirs[key] for ours, theirs in pairs)
 
     shares = [ours["tokens_per_s"] / theirs["tokens_per_s"] for ours, theirs in pairs]
     added = {
-        "added_first_token_ms": added_ms("first_token_ms"),
-        "added_per_token_ms": added_ms("per_token_ms"),
+        "added_first_token_ms": added_ms("first_token_p50_ms"),
+        "added_per_token_ms": added_ms("per_token_p50_ms"),
         "throughput_share": statistics.median(shares),
     }
     met = {
@@ -326,11 +315,30 @@ def compare(bare: Sequence[dict[str, float]], served: Sequence[dict[str, float]]
         "per_token": added["added_per_token_ms"] <= GOAL_PER_TOKEN_MS,
         "throughput": added["throughput_share"] >= GOAL_THROUGHPUT_SHARE,
     }
-    return {**added, "goals_met": met, "bare": _medians(bare), "served": _medians(served)}
+    return {**added, "goals_met": met, "bare": summarize(bare), "served": summarize(served)}
 
 
-def _medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
+def summarize(rounds: Sequence[Sequence[Timeline]]) -> dict[str, float]:
+    """Return percentiles over the requests of all rounds, and the median round's tokens/s."""
+    requests = [timeline for each in rounds for timeline in each]
+    first = [1000 * t.first_token_s for t in requests]
+    later = [1000 * t.per_token_s for t in requests]
+    return {
+        "first_token_p50_ms": statistics.median(first),
+        "first_token_p99_ms": _p99(first),
+        "per_token_p50_ms": statistics.median(later),
+        "per_token_p99_ms": _p99(later),
+        "tokens_per_s": statistics.median(_tokens_per_s(each) for each in rounds),
+    }
+
+
+def _p99(values: Sequence[float]) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[-1]
+
+
+def _tokens_per_s(timelines: Sequence[Timeline]) -> float:
+    took = max(t.last for t in timelines) - min(t.sent for t in timelines)
+    return sum(t.tokens for t in timelines) / took
 
 
 def _cpu_s() -> dict[str, float]:
