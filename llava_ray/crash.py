@@ -56,7 +56,9 @@ class Crash:
     def _cure(self) -> str:
         if self.signal == "SIGKILL":
             return "probably the machine ran out of memory; use a larger one"
-        if not _NATIVE_CALL.match(f"{self.function}("):
+        # Where the signal's frame does not fit the handler's stack, as with AMX, nothing is told.
+        llama = _NATIVE_CALL.match(f"{self.function}(") or "gguf" in self.stack.name
+        if not llama:
             return "leave the variant out, and report the stack"
         if self.signal == "SIGILL":
             return (

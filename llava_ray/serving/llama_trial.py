@@ -40,7 +40,7 @@ def extra_buffers() -> bool:
     record = cache_folder() / "llama_cpp" / f"{_build_and_cpu()}.json"
     if record.is_file():
         return bool(json.loads(record.read_text(encoding="utf-8"))["extra_buffers"])
-    printed, crash = run_child(_MODULE, [], name="llama-trial", capture=True)
+    printed, crash = run_child(_MODULE, [], name="gguf-trial", capture=True)
     works = crash is None
     if crash is not None:
         at = (printed.split() or ["its start"])[-1]
