@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import tempfile
 import threading
@@ -18,13 +19,16 @@ from llava_ray.errors import ResourceError
 logger = logging.getLogger(__name__)
 
 _EVERY_S = 2.0
+_STAGE_DONE = re.compile(r"INFO (\w+): done in ([\d.]+) s$")
 
 
 def measure(out: Path, commands: Sequence[str]) -> Path:
     """Run the commands one after another and write a row for each; rows of others are kept.
 
     Memory is what the whole machine took above what it had taken before, so nothing else should
-    run. Raises ResourceError for a command that fails; rows before it are written.
+    run. Seconds of the installation's parts and of the pipeline's stages stand in `parts`;
+    compiling goes on beside the downloads. Raises ResourceError for a command that fails; rows
+    before it are written.
     """
     rows = _earlier_rows(out)
     with tempfile.TemporaryDirectory(prefix="llava_ray_clean_", ignore_cleanup_errors=True) as name:
@@ -66,29 +70,45 @@ def _run(command: str, clone: Path, home: Path) -> dict[str, Any]:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    start = time.monotonic()
-    code = _shell(command, clone, home)
+    start, began = time.monotonic(), time.time()
+    code, parts = _shell(command, clone, home)
     seconds = time.monotonic() - start
     ended.set()
     watcher.join()
     if code:
         raise ResourceError(f"{command!r} ended with exit code {code}: its output stands above")
     disk = sum(_size_bytes(path) for folder in (clone, home) for path in folder.rglob("*"))
+    installed = clone / ".venv" / "install.json"
+    if installed.is_file() and installed.stat().st_mtime > began:
+        parts = json.loads(installed.read_text(encoding="utf-8")) | parts
     row = {
         "command": command,
         "seconds": round(seconds),
         "disk_bytes": disk,
         "memory_bytes": peak[0],
+        "parts": parts,
     }
     logger.info("%s", json.dumps(row))
     return row
 
 
-def _shell(command: str, clone: Path, home: Path) -> int:
+def _shell(command: str, clone: Path, home: Path) -> tuple[int, dict[str, float]]:
+    """Run a command, its output passed on; return its exit code and the seconds of each stage."""
     kept = {"PATH", "LANG", "TMPDIR"}
     environment = {name: value for name, value in os.environ.items() if name in kept}
     environment |= {"HOME": str(home), "CI": "true"}
-    return subprocess.run(["bash", "-c", command], cwd=clone, env=environment).returncode
+    stages: dict[str, float] = {}
+    with subprocess.Popen(
+        ["bash", "-c", command], cwd=clone, env=environment, text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if found := _STAGE_DONE.search(line):
+                key = f"{found[1]}_s"
+                stages[key] = round(stages.get(key, 0.0) + float(found[2]), 1)
+    return process.returncode, stages
 
 
 def _size_bytes(path: Path) -> int:
