@@ -1,13 +1,18 @@
 """The stage on Ray: a process per variant, failures kept apart, finished work found."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from measured_run import make_config, make_dataset
 
 from llava_ray import benchmark
 from llava_ray.artifacts import ArtifactStore
+from llava_ray.benchmark import measure
+from llava_ray.benchmark.plan import Plan
 from llava_ray.config import RunConfig
 from llava_ray.errors import ConfigError, VariantError
 from llava_ray.models import EMBEDDED
@@ -60,6 +65,28 @@ def test_each_variant_is_measured_or_fails_on_its_own(config: RunConfig) -> None
     (reference,) = store.latest(ReferenceScores)
     assert card.parents == (variants[0].id, dataset.id, reference.id)
     assert benchmark.run(config, variants[:1], dataset) == [card]
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_native_crash_is_one_line_and_stays_with_its_variant(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = measure.measure
+
+    def crashing(plan: Plan, variant: Variant, *others: Any) -> Scorecard:
+        if variant.slug == "none-bf16":
+            os.kill(os.getpid(), signal.SIGABRT)
+        return real(plan, variant, *others)
+
+    monkeypatch.setattr(measure, "measure", crashing)
+    store = ArtifactStore(config.storage.uri)
+    variants = [make_variant(store, slug) for slug in ("none-fp16", "none-bf16")]
+    card, crashed = benchmark.run(config, variants, make_dataset(store))
+    assert isinstance(card, Scorecard)
+    assert isinstance(crashed, VariantFailure)
+    assert crashed.reason.startswith("benchmark: died by SIGABRT in crashing (test_run.py:")
+    assert "(stack: " in crashed.reason and "\n" not in crashed.reason
+    assert "Traceback" not in caplog.text
 
 
 def test_a_failed_baseline_ends_the_stage_with_its_reason() -> None:

@@ -39,6 +39,19 @@ def test_the_winner_and_every_reason_are_in_the_record(chosen: ChosenVariant) ->
     assert set(chosen.against) == {shape[0] for shape in SHAPES} - {chosen.slug} | {"awq-w4-g128"}
 
 
+def test_what_is_missing_is_said_first(
+    chosen: ChosenVariant, html: str, markdown: str, tmp_path: Path
+) -> None:
+    total = len(SHAPES) + len(FAILURES)
+    assert chosen.missing.startswith(f"1 of {total} variants failed: awq-w4-g128; awq-w4-g128: ")
+    assert markdown.splitlines()[0].startswith(f"**1 of {total} variants failed: awq-w4-g128")
+    body = html.split("<main>")[1]
+    assert body.strip().startswith(f'<p class="missing" role="alert">1 of {total} variants failed')
+    whole = choose.run(make_config(tmp_path), make_scorecards(tmp_path), [])
+    assert whole.missing == ""
+    assert (local_folder(whole) / "report.md").read_text(encoding="utf-8").startswith("# ")
+
+
 def test_every_method_of_the_article_has_a_row_with_its_figures(chosen: ChosenVariant) -> None:
     rows = json.loads((local_folder(chosen) / "report.json").read_text(encoding="utf-8"))["rows"]
     by_slug = {row["slug"]: row for row in rows}

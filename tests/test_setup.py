@@ -1,0 +1,61 @@
+"""The installation compiles llama.cpp without what the compiler would break (A1), and a test that
+native code ends costs no other its result."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+
+
+def flags(tmp_path: Path, *, version: str, machine: str, knows: bool = True) -> str:
+    """Ask jobs/setup.sh for its flags, with a compiler and a machine of that kind."""
+    scripts = {
+        "c++": f'case "$*" in *dumpversion*) echo {version} ;; *--version*) echo "g++ {version}" ;;'
+        f" *) exit {0 if knows else 1} ;; esac",
+        "uname": f"echo {machine}",
+    }
+    for name, body in scripts.items():
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+    command = "source jobs/setup.sh; safe_compiler_flags"
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command], env=environment, text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("version", "said"), [("12", AMX), ("11.4.0", AMX), ("13", ""), ("14.2", "")]
+)
+def test_gcc_before_13_leaves_amx_out(tmp_path: Path, version: str, said: str) -> None:
+    assert flags(tmp_path, version=version, machine="x86_64") == said
+
+
+def test_no_flag_that_a_compiler_does_not_know(tmp_path: Path) -> None:
+    assert flags(tmp_path, version="12", machine="aarch64") == ""
+    assert flags(tmp_path, version="10", machine="x86_64", knows=False) == ""
+
+
+def test_a_crash_in_a_test_leaves_the_closing_line(tmp_path: Path) -> None:
+    (tmp_path / "test_one.py").write_text(
+        "import os, signal\n\n"
+        "def test_dies():\n    os.kill(os.getpid(), signal.SIGSEGV)\n\n"
+        "def test_lives():\n    pass\n"
+    )
+    options = re.search(r"python -m pytest (.*) \"\$@\"", Path("tests/run.sh").read_text())
+    assert options is not None
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options[1].split(), "-p", "no:cacheprovider", "."],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "crashed while running 'test_one.py::test_dies'" in done.stdout
+    assert re.search(r"1 failed, 1 passed in ", done.stdout.splitlines()[-1])
