@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise AssertionError from error
     for finding in findings:
         print(f"{'ok ' if not finding.problems else 'BAD'} {finding.check}")
-        for problem in finding.problems:
-            print(f"      {problem}")
+        for line in (*finding.problems, *finding.notes):
+            print(f"      {line}")
     return EXIT_USER_ERROR if any(finding.problems for finding in findings) else 0
 
 

@@ -1,5 +1,6 @@
 """Find what would go wrong with a cluster YAML and a job on it, without starting anything."""
 
+import importlib.util
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from llava_ray.cluster.groups import Cluster, NodeGroup, read_groups, strings_of
 from llava_ray.cluster.local import WORKER_PORTS
 from llava_ray.config import RunConfig
 from llava_ray.errors import ConfigError
+from llava_ray.serving.llama_trial import features
 
 WORKING_DIR_LIMIT_BYTES = 100 * 2**20
 """Ray uploads larger folders too, but each node downloads them before a job starts."""
@@ -31,6 +33,7 @@ class Finding:
 
     check: str
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def examine(path: Path, config: RunConfig, working_dir: Path, runtime_env: Path) -> list[Finding]:
@@ -51,7 +54,16 @@ def examine(path: Path, config: RunConfig, working_dir: Path, runtime_env: Path)
         "working_dir": lambda: _working_dir(working_dir, runtime_env),
         "placeholders": lambda: _placeholders(cluster, config),
     }
-    return [Finding(name, tuple(check())) for name, check in checks.items()]
+    found = [Finding(name, tuple(check())) for name, check in checks.items()]
+    return [*found, Finding("llama.cpp on this machine", (), tuple(_llama_cpp()))]
+
+
+def _llama_cpp() -> Iterator[str]:
+    """Say what this machine's llama.cpp uses, tried in a child process where it never was."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        yield "not installed: gguf variants need 'pip install llava_ray[gguf]'"
+    else:
+        yield features()
 
 
 def _authentication(cluster: Cluster) -> Iterator[str]:
