@@ -29,7 +29,7 @@ def run_job(
     try:
         config = load_config(args.config, args.overrides)
         if args.dry_run:
-            from llava_ray.requests import describe_requests
+            from llava_ray.dry_run import describe_requests
 
             print(to_yaml(config) + describe_requests(config))
             return None

@@ -67,7 +67,7 @@ def test_dry_run_prints_config_and_resources() -> None:
     assert "lora_r: 5" in done.stdout
     assert "# quantize awq-w4-g128: " in done.stdout
     size = spec_for("awq-w4-g128").estimated_bytes(EMBEDDED)
-    assert f"environment of its own, about {size / 1e6:.1f} MB on disk" in done.stdout
+    assert f"about {size / 1e6:.1f} MB on disk" in done.stdout
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -53,10 +53,15 @@ def run(config: RunConfig, adapter: AdapterCheckpoint) -> MergedModel:
     return record
 
 
+def merge_memory_bytes(weight_bytes: int) -> int:
+    """Return the memory that merging a base of 16-bit weights takes on one machine."""
+    return weight_bytes // 2 * _MEMORY_PER_WEIGHT_BYTES
+
+
 def _resources(config: RunConfig) -> dict[str, float]:
     folder = model_folder(config.model)
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 2
-    memory = weights * _MEMORY_PER_WEIGHT_BYTES
+    weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    memory = merge_memory_bytes(weight_bytes)
     nodes = free_nodes()
     largest = max((node["memory"] for node in nodes), default=0)
     if largest < memory:

@@ -1,0 +1,177 @@
+"""What every stage will ask for and how that is known, said before anything is asked for."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_ray.config import RunConfig
+from llava_ray.merge import merge_memory_bytes
+from llava_ray.models import EMBEDDED
+from llava_ray.prepare.tables import SUFFIXES
+from llava_ray.quantize import llava_folder
+from llava_ray.quantize.registry import spec_for
+from llava_ray.quantize.spec import Resources
+
+_WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}
+_CACHED_WEIGHTS = ("model.safetensors.index.json", "model.safetensors")
+
+
+@dataclass(frozen=True)
+class Base:
+    """What can be read of the base model without a download."""
+
+    folder: Path | None
+    source: str
+    """Where the figures are from, or why there are none."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights as they are stored."""
+        assert self.folder is not None
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+    def merged_bytes(self, dtype: str) -> int:
+        """Bytes of the merged model, all weights in one dtype."""
+        assert self.folder is not None
+        shapes = llava_folder.weight_shapes(self.folder).values()
+        return _WIDTHS[dtype] * sum(math.prod(shape) for shape in shapes)
+
+
+def describe_requests(config: RunConfig) -> str:
+    """Return YAML comments, a line for each stage; what cannot be known is called unknown."""
+    base = find_base(config)
+    lines = [
+        "what the stages ask for, and how it is known:",
+        f"prepare: the driver's own CPU; {_source(config)}",
+        *_sweep(config),
+        _train(config),
+        _merge(base),
+        *_quantize(config, base),
+        _benchmark(config),
+        "choose: the driver's own CPU, for seconds",
+        _deploy(config),
+    ]
+    return "\n".join(f"# {line}" for line in lines)
+
+
+def find_base(config: RunConfig) -> Base:
+    """Look for the base model on this machine: in the package, a folder or the hub's cache."""
+    path = config.model.path
+    folder = EMBEDDED if path == "embedded" else Path(path).expanduser()
+    if folder.is_dir():
+        if any(folder.glob("*.safetensors")):
+            return Base(folder, f"the headers of *.safetensors in {folder}")
+        return Base(None, f"{folder} holds no safetensors")
+    cached = _cached(path, config.model.revision)
+    if cached is not None:
+        return Base(cached, f"the headers of *.safetensors in {cached}")
+    return Base(None, f"{path} is not on this machine")
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = [try_to_load_from_cache(repo, n, revision=revision) for n in _CACHED_WEIGHTS]
+    except HFValidationError:
+        return None
+    folders = [Path(path).parent for path in found if isinstance(path, str)]
+    return folders[0] if folders and any(folders[0].glob("*.safetensors")) else None
+
+
+def _source(config: RunConfig) -> str:
+    source = config.data.source
+    if source == "scene-text":
+        return "scenes are drawn on it, nothing is downloaded"
+    path = Path(source).expanduser()
+    if path.is_file():
+        size = path.stat().st_size / 1e6
+        return f"{path} has {size:,.1f} MB, and the size of its images is unknown"
+    if path.suffix in SUFFIXES:
+        return f"size unknown: {path} is not on this machine"
+    return f"size unknown: {source} is read when the stage starts"
+
+
+def _sweep(config: RunConfig) -> Iterator[str]:
+    if config.sweep.space:
+        at_once = config.sweep.max_concurrent_trials or "unknown: as many as the cluster holds"
+        yield (
+            f"sweep: {config.sweep.num_trials} draws (sweep.num_trials), each as train's workers; "
+            f"at a time: {at_once}"
+        )
+
+
+def _train(config: RunConfig) -> str:
+    train = config.train
+    workers = (
+        f"{train.num_workers} worker(s) (train.num_workers)"
+        if train.num_workers
+        else "workers unknown: one for each GPU that is up when it starts, else 1"
+    )
+    cpus = (
+        f"{train.cpus_per_worker:g} CPUs each (train.cpus_per_worker)"
+        if train.cpus_per_worker
+        else "CPUs each unknown: up to 4 beside a GPU, else all that are free"
+    )
+    return f"train: {workers}; {cpus}; memory of a GPU: python jobs/estimate.py says"
+
+
+def _merge(base: Base) -> str:
+    if base.folder is None:
+        memory = f"memory unknown: {base.source}"
+    else:
+        need = merge_memory_bytes(base.weight_bytes) / 2**30
+        memory = f"{need:.1f} GiB on one node ({base.source}, in fp32)"
+    return f"merge: {memory}; up to 8 CPUs, and a GPU where one is up"
+
+
+def _quantize(config: RunConfig, base: Base) -> Iterator[str]:
+    known = base.folder is not None
+    size = base.merged_bytes(config.merge.dtype) if known else 0
+    if known:
+        yield f"quantize: from {size / 1e9:,.2f} GB of merged weights ({base.source})"
+    for slug in dict.fromkeys(config.quantize.variants):
+        spec = spec_for(slug)
+        without, with_gpu = (spec.resources(size, gpu=gpu) for gpu in (False, True))
+        text = _text(without, known)
+        if with_gpu != without:
+            text += f"; where a GPU is up {with_gpu.num_gpus:g} GPUs, {_text(with_gpu, known)}"
+        if base.folder is None:
+            text += f"; memory and size unknown: {base.source}"
+        else:
+            text += f"; about {spec.estimated_bytes(base.folder) / 1e6:,.1f} MB on disk"
+        yield f"quantize {slug}: {text}"
+
+
+def _text(need: Resources, known: bool) -> str:
+    memory = f", {need.memory_bytes / 2**30:.1f} GiB" if known else ""
+    return f"{need.num_cpus:g} CPUs{memory}"
+
+
+def _benchmark(config: RunConfig) -> str:
+    serve, benchmark = config.serve, config.benchmark
+    gpu = {
+        "auto": "a GPU unknown: where one is up when it starts",
+        "cuda": "a GPU (benchmark.device)",
+        "cpu": "no GPU (benchmark.device)",
+    }[benchmark.device]
+    return (
+        f"benchmark: a process a variant with {serve.cpus_per_replica:g} CPUs "
+        f"(serve.cpus_per_replica) and {gpu}; memory unknown: what the variant takes"
+    )
+
+
+def _deploy(config: RunConfig) -> str:
+    serve = config.serve
+    gpus = (
+        "GPUs each unknown: 1 where the cluster has them, shared by served variants"
+        if serve.gpus_per_replica is None
+        else f"{serve.gpus_per_replica:g} GPUs each (serve.gpus_per_replica)"
+    )
+    return (
+        f"deploy: {serve.min_replicas} to {serve.max_replicas} replicas (serve.min_replicas, "
+        f"serve.max_replicas) of {1 + len(serve.beside)} variant(s), {serve.cpus_per_replica:g} "
+        f"CPUs each (serve.cpus_per_replica), {gpus}"
+    )
