@@ -28,7 +28,7 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "decode_kernels_h100": ("llava_ray.serving.bench_kernels",),
     "drill": ("llava_ray.cluster.drill", "llava_ray.sweep", *_LINE),
     "embedded": ("llava_ray.embedded", *_MEASURED),
-    "hqq_recovery": ("llava_ray.train.recovery",),
+    "hqq_recovery": ("llava_ray.recovery", *_MEASURED),
     "llava_7b_h100": _REPORT,
     "photographs_report": _REPORT,
     "pretrain": ("llava_ray.tiny.scores",),

@@ -36,7 +36,7 @@ def score(config: RunConfig, out: Path) -> Path:
     dataset = run_prepare(config)
     store = ArtifactStore(config.storage.uri)
     plan = make_plan(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
-    base = measure_captions(plan, _base_variant(store), dataset)
+    base = measure_captions(plan, base_variant(store), dataset)
     results = run_benchmark(_with_seed(config, SEEDS[0]))
     tuned = {SEEDS[0]: _scores(config, results)}
     for seed in SEEDS[1:]:
@@ -58,7 +58,7 @@ def score(config: RunConfig, out: Path) -> Path:
     return out
 
 
-def _base_variant(store: ArtifactStore) -> Variant:
+def base_variant(store: ArtifactStore) -> Variant:
     """Return the untrained base as a variant, so that it is measured as all are."""
     settings = {"slug": "none-fp16", "base": weights_sha256(EMBEDDED)}
     name = artifact_id(Variant.kind, settings)

@@ -125,6 +125,16 @@ def _embedded(tree: Any) -> str:
     return _table(titles, rows)
 
 
+def _hqq_recovery(tree: Any) -> str:
+    rows = [["base, before fine-tuning", "", *_scores(tree["base"])]]
+    for name, mean in tree["mean"].items():
+        deviation = tree["standard_deviation"][name]
+        spread = [f"{a} ± {b}" for a, b in zip(_scores(mean), _scores(deviation), strict=True)]
+        rows.append([name, f"{mean['kl_divergence']:.4f}", *spread])
+    titles = ["model", "KL nats", "words read", "character errors", "ROUGE-L", "CIDEr-D"]
+    return _table(titles, rows)
+
+
 def _scores(scores: dict[str, float]) -> list[str]:
     return [
         f"{scores['word_recall']:.1%}",
@@ -268,6 +278,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "costs": ("costs", _costs),
     "decode": ("decode_h100", _decode),
     "embedded": ("embedded", _embedded),
+    "hqq_recovery": ("hqq_recovery", _hqq_recovery),
     "photographs": ("photographs_report", _report),
     "quickstart": ("quickstart_report", _report),
     "serving": ("serving", _serving),
