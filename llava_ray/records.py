@@ -74,7 +74,8 @@ class AdapterCheckpoint(Record):
     dataset_uri: str
     steps: int
     train_loss: float
-    """Mean over the last tenth of the steps, nats per supervised token."""
+    """Mean over the last tenth of the steps, at least one, logged or not; each step's loss in
+    nats per supervised token."""
     eval_loss: float | None
     samples_per_s: float
     num_workers: int

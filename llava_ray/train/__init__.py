@@ -61,7 +61,7 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
             dataset_uri=dataset.uri,
             num_workers=plan.num_workers,
             zero_stage=train.zero_stage,
-            **_summary(build.folder, result),
+            **_summary(result),
         )
     if store.storage.is_local:
         shutil.rmtree(work, ignore_errors=True)
@@ -88,16 +88,12 @@ def _collect(result: "Result", folder: Path, work: Path | None) -> None:
     draw_curve(read_metrics(folder / METRICS), folder / "curve.png")
 
 
-def _summary(folder: Path, result: "Result") -> dict[str, Any]:
-    lines = read_metrics(folder / METRICS)
-    losses = [line["loss"] for line in lines if "loss" in line]
-    last = losses[-max(1, len(losses) // 10) :]
-    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+def _summary(result: "Result") -> dict[str, Any]:
     metrics = result.metrics or {}
     return {
         "steps": metrics["step"],
-        "train_loss": sum(last) / len(last),
-        "eval_loss": held_out[-1] if held_out else None,
+        "train_loss": metrics["train_loss"],
+        "eval_loss": metrics.get("eval_loss"),
         "samples_per_s": metrics["samples_per_s"],
         "peak_memory_bytes": metrics["peak_memory_bytes"],
     }

@@ -37,6 +37,37 @@ class TrainState(BaseModel):
     """Seconds in the loop so far, those of lost work left out."""
     loss_scale: float | None
     """Of fp16."""
+    loss: float | None = None
+    """Of the last step, nats per supervised token over all workers."""
+    tail_loss: float = 0.0
+    """Sum of the losses of the steps that `train_loss` is the mean of."""
+    tail_steps: int = 0
+
+    @property
+    def train_loss(self) -> float:
+        """Mean over the last tenth of the run's steps."""
+        return self.tail_loss / self.tail_steps
+
+    @property
+    def samples_per_s(self) -> float:
+        """Over the whole run, lost work left out."""
+        return self.samples / max(self.train_s, 1e-9)
+
+    def advanced(self, samples: int, lap_s: float, *, loss_scale: float | None) -> "TrainState":
+        """Return the state after one more step."""
+        return self.model_copy(
+            update={
+                "step": self.step + 1,
+                "samples": self.samples + samples,
+                "train_s": self.train_s + lap_s,
+                "loss_scale": loss_scale,
+            }
+        )
+
+    def with_loss(self, loss: float, *, is_tail: bool) -> "TrainState":
+        """Return the state once the last step's loss is known."""
+        tail = {"tail_loss": self.tail_loss + loss, "tail_steps": self.tail_steps + 1}
+        return self.model_copy(update={"loss": loss, **(tail if is_tail else {})})
 
 
 def trained_parameters(model: "nn.Module") -> dict[str, "nn.Parameter"]:

@@ -7,7 +7,7 @@ from llava_ray.artifacts import ArtifactStore, artifact_id
 from llava_ray.config import RunConfig
 from llava_ray.models import model_folder, weights_sha256
 from llava_ray.records import AdapterCheckpoint, DatasetRecord
-from llava_ray.train.trackers import METRICS, read_metrics
+from llava_ray.train.checkpoint import read_state
 
 
 def seal_midway(
@@ -20,15 +20,18 @@ def seal_midway(
     from ray.train import Checkpoint
 
     store = ArtifactStore(config.storage.uri)
-    settings = {"checkpoint": checkpoint, "step": step}
+    # Merging reads from `train` what base the adapter was trained over.
+    settings = {
+        "checkpoint": checkpoint, "step": step, "train": config.train.model_dump(mode="json"),
+    }  # fmt: skip
     name = artifact_id(AdapterCheckpoint.kind, settings, [dataset.id])
     with (
         store.build(AdapterCheckpoint, name, settings=settings, parents=[dataset.id]) as build,
         Checkpoint(checkpoint).as_directory() as folder,
     ):
         shutil.copytree(Path(folder) / "artifact", build.folder, dirs_exist_ok=True)
-        lines = read_metrics(Path(folder) / METRICS)
-        losses = [line["loss"] for line in lines if "loss" in line]
+        state = read_state(Path(folder))
+        assert state.loss is not None
         return build.finish(
             AdapterCheckpoint,
             device="of the trial",
@@ -36,10 +39,8 @@ def seal_midway(
             base_model_sha256=weights_sha256(model_folder(config.model)),
             dataset_uri=dataset.uri,
             steps=step,
-            train_loss=losses[-1],
-            eval_loss=next((x["eval_loss"] for x in reversed(lines) if "eval_loss" in x), None),
-            samples_per_s=next(
-                (x["samples_per_s"] for x in reversed(lines) if "samples_per_s" in x), 0.0
-            ),
+            train_loss=state.loss,
+            eval_loss=None,
+            samples_per_s=state.samples_per_s,
             num_workers=len(list(Path(folder).glob("state_*.safetensors"))),
         )

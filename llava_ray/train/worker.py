@@ -97,6 +97,10 @@ def train_worker(task: WorkerTask) -> None:
         loop.run()
 
 
+class _Diverged(Exception):
+    """A loss is no longer a finite number; all ranks see it at the same step."""
+
+
 class Loop:
     """One rank's training loop."""
 
@@ -104,7 +108,7 @@ class Loop:
         self.task, self.train, self.place = task, task.train, place
         self.rank, self.world_size, self.device = place.rank, place.world_size, place.device
         self.gpu = self.device.type == "cuda"
-        self.precision = precision_of(self.train, gpu=self.gpu)
+        self.precision = zero.precision_of(self.train, gpu=self.gpu)
         zero.prepare_environment(gpu=self.gpu)
         data = local_folder(task.dataset)
         self.data = self._samples(data / "train.json")
@@ -114,11 +118,18 @@ class Loop:
         self.base_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.metrics = MetricsFile(resume_from / METRICS if resume_from else None)
         self.state = self._first_state()
+        self.unread: tuple[torch.Tensor, float] | None = None
+        """The last step's summed loss, still on the device, and its number of tokens."""
         if resume_from is not None:
             self._resume(resume_from)
         self.total_steps = -(-self.state.total_samples // self.per_step)
         self.live_folder = Path(task.live_folder or tempfile.mkdtemp(prefix="llava_ray_"))
-        self.trackers = self._trackers() if self.rank == 0 else []
+        self.trackers: list[Tracker] = []
+        if self.rank == 0:
+            self.trackers = open_trackers(
+                self.train, run_id=task.run_id, folder=self.live_folder,
+                first_step=self.state.step + 1,
+            )  # fmt: skip
 
     @property
     def per_step(self) -> int:
@@ -128,6 +139,13 @@ class Loop:
 
     def run(self) -> None:
         """Step until the stream's last sample, then export and report the final checkpoint."""
+        try:
+            self._run_steps()
+            self._report(self._evaluate(), save=True, final=True)
+        except _Diverged:
+            self._report({"diverged": True, "eval_loss": math.nan})
+
+    def _run_steps(self) -> None:
         batches = self._batches()
         save_every = self.train.checkpoint_every_steps or max(1, self.total_steps // 10)
         eval_every = self.train.eval_every_steps
@@ -137,19 +155,19 @@ class Loop:
             values = self._step(batches)
             self._advance(time.monotonic() - lap)
             step = self.state.step
+            evaluate = bool(eval_every and step % eval_every == 0)
+            save = evaluate or step % save_every == 0
+            if save or values is not None:
+                self._read_loss()
             if values is not None:
-                if not math.isfinite(values["loss"]) and self.precision != "fp16":
-                    self._report({"diverged": True, "eval_loss": math.nan})
-                    return
                 self._log(step, values)
                 if self.rank == 0:
                     left = self.state.total_samples - self.state.samples
                     progress.tell(step, values, self.state.samples - began_at, left)
-            evaluate = bool(eval_every and step % eval_every == 0)
-            more = self.state.samples < self.state.total_samples
-            if more and (evaluate or step % save_every == 0):
+            if save and self.state.samples < self.state.total_samples:
                 self._report(self._evaluate() if evaluate else {}, save=True)
-        self._report(self._evaluate(), save=True, final=True)
+        if not self.state.tail_steps:
+            raise _Diverged
 
     def close(self) -> None:
         """Close the trackers."""
@@ -157,14 +175,6 @@ class Loop:
             tracker.close()
         if self.task.live_folder is None:
             shutil.rmtree(self.live_folder, ignore_errors=True)
-
-    def _trackers(self) -> list[Tracker]:
-        return open_trackers(
-            self.train,
-            run_id=self.task.run_id,
-            folder=self.live_folder,
-            first_step=self.state.step + 1,
-        )
 
     def _samples(self, path: Path) -> CaptionSamples:
         from transformers import AutoTokenizer
@@ -190,7 +200,7 @@ class Loop:
         torch.manual_seed(self.train.seed)
         model = adapt.load_base(
             model_folder(self.task.model),
-            dtype=torch_dtype(self.precision),
+            dtype=zero.torch_dtype(self.precision),
             device=None if shards else str(self.device),
             nf4=self.train.method == "qlora",
         )
@@ -204,7 +214,8 @@ class Loop:
         groups = adapt.parameter_groups(model, self.train)
         module = adapt.loss_module(model, self.train)
         if self.train.zero_stage == 0:
-            return replica.ReplicaEngine(module, groups, self.train, torch_dtype(self.precision))
+            dtype = zero.torch_dtype(self.precision)
+            return replica.ReplicaEngine(module, groups, self.train, dtype)
         engine = zero.make_engine(module, groups, config)
         del shards
         return engine
@@ -272,6 +283,8 @@ class Loop:
         )
         torch.distributed.all_reduce(counts)
         supervised, tokens = counts.tolist()
+        # Reading the counts waited for the last step, so its loss costs no wait of its own.
+        self._read_loss()
         total = torch.zeros((), device=self.device)
         # DeepSpeed averages over workers and micro-batches; a caption's weight in the step is its
         # number of tokens, whichever worker has it.
@@ -281,9 +294,11 @@ class Loop:
             self.engine.backward(loss * scale)
             self.engine.step()
             total += loss.detach()
-        if (step + 1) % self.train.log_every_steps:
-            return None
         torch.distributed.all_reduce(total)
+        self.unread = total, max(1, supervised)
+        last = self.state.samples + self.per_step >= self.state.total_samples
+        if (step + 1) % self.train.log_every_steps and not last:
+            return None
         norm = self.engine.get_global_grad_norm()
         values = {
             "loss": float(total) / max(1, supervised),
@@ -295,17 +310,24 @@ class Loop:
         }
         return values | {"samples_per_s": self.per_step / (time.monotonic() - began)}
 
+    def _read_loss(self) -> None:
+        """Take the last step's loss, the same number on every rank, into the state."""
+        if self.unread is None:
+            return
+        (total, tokens), self.unread = self.unread, None
+        loss = float(total) / tokens
+        if not math.isfinite(loss):
+            # DeepSpeed leaves out an fp16 step that overflows and scales the next ones down.
+            if self.precision == "fp16":
+                return
+            raise _Diverged
+        left = -(-(self.state.total_samples - self.state.samples) // self.per_step)
+        self.state = self.state.with_loss(loss, is_tail=left < max(1, self.total_steps // 10))
+
     def _advance(self, lap_s: float) -> None:
         fp16 = self.precision == "fp16"
         scale = float(self.engine.optimizer.loss_scaler.cur_scale) if fp16 else None
-        self.state = self.state.model_copy(
-            update={
-                "step": self.state.step + 1,
-                "samples": self.state.samples + self.per_step,
-                "train_s": self.state.train_s + lap_s,
-                "loss_scale": scale,
-            }
-        )
+        self.state = self.state.advanced(self.per_step, lap_s, loss_scale=scale)
 
     def _evaluate(self) -> dict[str, float]:
         """Return the held-out loss, in nats per supervised token over all workers."""
@@ -326,6 +348,8 @@ class Loop:
         self.engine.train()
         torch.distributed.all_reduce(sums)
         values = {"eval_loss": float(sums[0] / sums[1].clamp(min=1))}
+        if not math.isfinite(values["eval_loss"]):
+            raise _Diverged
         self._log(self.state.step, values)
         return values
 
@@ -336,11 +360,11 @@ class Loop:
 
     def _report(self, values: dict[str, Any], *, save: bool = False, final: bool = False) -> None:
         """Report from every rank, with this rank's part of a checkpoint if one is to be made."""
-        losses = [line["loss"] for line in self.metrics.lines if "loss" in line]
-        values = {"step": self.state.step, "loss": losses[-1] if losses else None, **values}
+        values = {"step": self.state.step, "loss": self.state.loss, **values}
         if final:
             values["device"] = device_name(self.device)
-            values["samples_per_s"] = self.state.samples / max(self.state.train_s, 1e-9)
+            values["train_loss"] = self.state.train_loss
+            values["samples_per_s"] = self.state.samples_per_s
             values["peak_memory_bytes"] = peak_bytes(self.device.type)
         with tempfile.TemporaryDirectory(prefix="llava_ray_") as name:
             folder = Path(name)
@@ -361,20 +385,6 @@ class Loop:
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-
-
-def precision_of(train: TrainConfig, *, gpu: bool) -> zero.Precision:
-    """Resolve precision `auto`."""
-    if train.precision == "auto":
-        return "bf16" if gpu else "fp32"
-    return train.precision
-
-
-def torch_dtype(precision: zero.Precision) -> "torch.dtype":
-    """Return the dtype that weights are held in."""
-    import torch
-
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
 def device_name(device: "torch.device") -> str:

@@ -35,6 +35,20 @@ _SETTLING_S = 30
 """Between taking the lock and starting ninja."""
 
 
+def precision_of(train: TrainConfig, *, gpu: bool) -> Precision:
+    """Resolve precision `auto`."""
+    if train.precision == "auto":
+        return "bf16" if gpu else "fp32"
+    return train.precision
+
+
+def torch_dtype(precision: Precision) -> "torch.dtype":
+    """Return the dtype that weights are held in."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
 def zero_config(train: TrainConfig, precision: Precision, *, gpu: bool) -> dict[str, Any]:
     """Return DeepSpeed's JSON for a train section."""
     stage: dict[str, Any] = {

@@ -90,6 +90,8 @@ def runs(bench: Bench) -> Path:
         *LONG, full, stage0, two, "train.optimizer=galore", "train.learning_rate=1e-3",
         "train.galore_rank=4", "train.galore_update_steps=3",
     )  # fmt: skip
+    tail = (stage0, two, "train.max_steps=20", "train.epochs=2")
+    unlogged = "train.log_every_steps=1000"
     two_at_2 = bench.root / "two_long" / "step_2"
     run_ranks(
         2,
@@ -103,9 +105,15 @@ def runs(bench: Bench) -> Path:
             bench.job("two_8bit_resumed", *eight_bit, resume_from=bench.root / "two_8bit/step_2"),
             bench.job("two_galore", *galore),
             bench.job("two_galore_resumed", *galore, resume_from=bench.root / "two_galore/step_2"),
+            bench.job("two_tail", *tail, "train.checkpoint_every_steps=19"),
+            bench.job("two_tail_unlogged", *tail, unlogged),
+            bench.job("two_tail_resumed", *tail, resume_from=bench.root / "two_tail" / "step_19"),
+            bench.job("two_diverged", stage0, two, unlogged, "train.max_steps=10",
+                      "train.checkpoint_every_steps=1000", "train.warmup_ratio=0",
+                      "train.learning_rate=1e18"),
         ],
         bench.root,
-    )
+    )  # fmt: skip
     run_ranks(
         1,
         [

@@ -26,8 +26,12 @@ torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
 for job in json.loads(Path(jobs).read_text()):
     out = Path(job["out"])
+    out.mkdir(exist_ok=True)
 
     def report(values: dict[str, Any], folder: Path | None, out: Path = out) -> None:
+        if rank == 0:
+            with (out / "reports.jsonl").open("a") as stream:
+                stream.write(json.dumps(values) + "\n")
         if folder is not None:
             shutil.copytree(folder, out / f"step_{values['step']}", dirs_exist_ok=True)
         torch.distributed.barrier()

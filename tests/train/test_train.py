@@ -77,6 +77,19 @@ def test_more_workers_than_the_cluster_holds_are_refused_at_once(ray_local, benc
         train.run(bench.config("train.num_workers=64"), bench.dataset)
 
 
+def test_a_run_without_a_logged_step_ends_as_any_other(ray_local, bench) -> None:
+    settings = ("train.max_steps=3", "train.zero_stage=0", "train.seed=1")
+    losses = [
+        train.run(bench.config(*settings, f"train.log_every_steps={every}", storage), bench.dataset)
+        for every, storage in (
+            (1, f"storage.uri={bench.root}/a"),
+            (1000, f"storage.uri={bench.root}/b"),
+        )
+    ]
+    assert losses[0].train_loss == losses[1].train_loss
+    assert losses[0].eval_loss == losses[1].eval_loss
+
+
 @SLOW
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_with_advice(ray_local, bench) -> None:
