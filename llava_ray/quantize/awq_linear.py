@@ -21,9 +21,9 @@ def pack(values: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(words: torch.Tensor) -> torch.Tensor:
-    """Unpack int32 [rows, columns / 8] into int8 0 to 15, [rows, columns]."""
+    """Unpack int32 [rows, columns / 8] into uint8 0 to 15, [rows, columns]."""
     shifts = torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)
-    fields = ((words[:, :, None] >> shifts) & 15).to(torch.int8)
+    fields = ((words[:, :, None] >> shifts) & 15).to(torch.uint8)
     inverse = torch.argsort(torch.tensor(ORDER, device=words.device))
     return fields[:, :, inverse].view(words.shape[0], -1)
 
@@ -55,11 +55,15 @@ class AwqLinear(nn.Module):
         self.in_features, self.out_features = qweight.shape[0], scales.shape[1]
         self.group_size = self.in_features // scales.shape[0]
 
+    def steps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the integers of the weights [in, out] and of the zeros [in / group, out]."""
+        return unpack(self.qweight), unpack(self.qzeros)
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight as nn.Linear has it, [out, in]."""
         scales = self.scales.to(dtype)
-        steps = unpack(self.qweight).view(-1, self.group_size, self.out_features)
-        levels = steps - unpack(self.qzeros)[:, None]
+        steps, zeros = (part.to(torch.int8) for part in self.steps())
+        levels = steps.view(-1, self.group_size, self.out_features) - zeros[:, None]
         return (levels.to(dtype) * scales[:, None]).view(self.in_features, -1).T
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

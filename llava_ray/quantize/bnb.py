@@ -3,7 +3,6 @@
 The tensors are those that transformers stores, so `from_pretrained` reads the folder as it is.
 """
 
-import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,11 +84,12 @@ class BnbSpec(QuantizationSpec):
         """Return the model with bitsandbytes' linears; on a CPU the rest is fp32."""
         from transformers import LlavaForConditionalGeneration
 
-        # It says for every layer that it rounds fp32 activations to fp16, as it does by design.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         model: Any = LlavaForConditionalGeneration.from_pretrained(folder, device_map=device)
         if device == "cpu":
-            _run_in_fp32(model)
+            for parameter in model.parameters():
+                # Packed weights are integers and stay.
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.float()
         return model.eval()
 
     def open_engine(self, folder: Path, *, device: str, slots: int, context: int) -> "Engine":
@@ -127,16 +127,6 @@ class BnbSpec(QuantizationSpec):
             "llm_int8_skip_modules": [*kept, "lm_head"],
             "llm_int8_threshold": 6.0,
         }
-
-
-def _run_in_fp32(model: Any) -> None:
-    for parameter in model.parameters():
-        # Packed weights are integers and stay.
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.float()
-    for module in model.modules():
-        if hasattr(module, "compute_dtype"):
-            module.compute_dtype = None  # follows the input
 
 
 def _pack_int8(name: str, weight: "torch.Tensor") -> "dict[str, torch.Tensor]":

@@ -24,6 +24,7 @@ from llava_ray.serving.torch_cache import (
     SlotCache,
 )
 from llava_ray.serving.torch_llama import LlamaForward, Shape, linear_groups, module_layers
+from llava_ray.serving.torch_weights import make_dense
 
 if TYPE_CHECKING:
     from llava_ray.serving.torch_decode import Decoder
@@ -38,7 +39,8 @@ WARM_TEXT_TOKENS = (32, 96, 160)
 class TorchEngine(Engine):
     """Run a Hugging Face LlavaForConditionalGeneration whose linears may be quantized.
 
-    The engine owns the model from then on: it merges weights that are read together.
+    The engine owns the model from then on: it merges weights that are read together, and unpacks
+    them on a CPU.
     """
 
     def __init__(
@@ -57,6 +59,8 @@ class TorchEngine(Engine):
         self.image_token_id = config.image_token_id
         self.vocab_size = config.text_config.vocab_size
         self.eos_token_id = _eos_token_id(self.tokenizer, whole)
+        if device == "cpu":
+            make_dense(whole, whole.model.language_model.embed_tokens.weight.dtype)
         language_model = whole.model.language_model
         self._embed: Any = language_model.embed_tokens
         shape = Shape.of(config.text_config)

@@ -1,11 +1,11 @@
-"""Weights of linear modules in the layouts that the GPU kernels read.
+"""Weights of linear modules in the layouts that the GPU kernels read, and plain ones for a CPU.
 
 Packed rows are made of superblocks of 8 words of 32 bits. Word u of a superblock holds, for each
 of its pairs j, columns 2 * (8 * j + u) and the next one, so that a thread that reads 4 words of
 weights reads 4 pairs of activations, 16 bytes each, for every j.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -156,6 +156,48 @@ class PackedLinear(nn.Module):
         return nn.functional.linear(x, unpack(self.held, x.dtype))
 
 
+def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put plain linears of `dtype` in the place of all quantized ones, one after the other.
+
+    For CPUs, where every packed layout decodes slower than the weights that it stands for: they
+    are unpacked once, at the price of the unquantized model's memory.
+    """
+    names = [name for name, module in model.named_modules() if type(module).__name__ in _MATRICES]
+    for name in names:
+        module: Any = model.get_submodule(name)
+        weight = _MATRICES[type(module).__name__](module).to(dtype).contiguous()
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if module.bias is not None:
+            linear.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+        model.set_submodule(name, linear)
+
+
+def _matrix_bnb_4bit(module: Any) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight: torch.Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state)
+    return weight
+
+
+def _matrix_bnb_int8(module: Any) -> torch.Tensor:
+    """As on a GPU, activations keep their bits, which bitsandbytes would round to 8 here."""
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    weight: torch.Tensor = int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
+    return weight
+
+
+_MATRICES: dict[str, Callable[[Any], torch.Tensor]] = {
+    "AwqLinear": lambda module: module.dequantize(torch.float32),
+    "HQQLinear": lambda module: module.dequantize(),
+    "Linear4bit": _matrix_bnb_4bit,
+    "Linear8bitLt": _matrix_bnb_int8,
+    "PackedLinear": lambda module: unpack(module.held, torch.float32),
+}
+"""What a linear multiplies by, as the library that packed it unpacks it."""
+
+
 class Unsupported(Exception):
     """Why a module has no fast kernel."""
 
@@ -187,18 +229,9 @@ def read_module(module: nn.Module) -> Weight:
 
 
 def _read_awq(module: Any) -> Unpacked:
-    """AutoAWQ's GEMM layout: qweight [columns, rows / 8], nibbles in the order 0 2 4 6 1 3 5 7.
-
-    Source: AutoAWQ, awq/utils/packing_utils.py.
-    """
-    codes = _awq_nibbles(module.qweight).t().contiguous()
-    zeros = _awq_nibbles(module.qzeros).t()
+    """AutoAWQ's GEMM layout, which stores all by input row."""
+    codes, zeros = (part.t().contiguous() for part in module.steps())
     return Unpacked(codes, module.scales.t(), zeros, 4, f"awq g{module.group_size}")
-
-
-def _awq_nibbles(words: torch.Tensor) -> torch.Tensor:
-    places = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7], device=words.device) * 4
-    return ((words[:, :, None] >> places) & 0xF).to(torch.uint8).flatten(1)
 
 
 def _read_hqq(module: Any) -> Unpacked:

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 
 from llava_ray.models import EMBEDDED
+from llava_ray.quantize import llava_folder
+from llava_ray.quantize.awq_linear import pack
 from llava_ray.quantize.spec import Calibration, QuantizationSpec
 from llava_ray.serving.engine import Engine, Prompt
 
@@ -19,6 +21,36 @@ def quantized(spec: QuantizationSpec, out: Path) -> Path:
     out.mkdir(parents=True)
     spec.quantize(TINY, out, NO_CALIBRATION, "cpu")
     return out
+
+
+def packed_by_awq(out: Path, group: int) -> dict[str, torch.Tensor]:
+    """Round the tiny model by hand, write it as AutoAWQ does; return the rounded weights."""
+    from safetensors.torch import save_file
+
+    stored, rounded = {}, {}
+    for name, value in tensors_of(TINY).items():
+        module = llava_folder.module_name(name.removesuffix(".weight"))
+        # transformers 4, whose names AutoAWQ writes, has one more level in the vision tower.
+        classic = name.replace("vision_tower.", "vision_tower.vision_model.")
+        if not llava_folder.is_linear(module, vision=False):
+            stored[classic] = rounded[module] = value
+            continue
+        rows, columns = value.shape
+        groups = value.float().view(rows, -1, group)
+        scales = ((groups.amax(-1) - groups.amin(-1)) / 15).half().float()
+        zeros = (-groups.amin(-1) / scales).round().clamp(0, 15)
+        steps = ((groups / scales[..., None]).round() + zeros[..., None]).clamp(0, 15)
+        rounded[module] = ((steps - zeros[..., None]) * scales[..., None]).view(rows, columns)
+        stem = classic.removesuffix(".weight")
+        stored[f"{stem}.qweight"] = pack(steps.view(rows, columns).T.contiguous())
+        stored[f"{stem}.qzeros"] = pack(zeros.T.contiguous())
+        stored[f"{stem}.scales"] = scales.T.half().contiguous()
+    save_file(stored, out / "model.safetensors")
+    llava_folder.copy_sidecars(TINY, out)
+    llava_folder.write_config(
+        TINY, out, dtype=torch.float16, quantization_config={"quant_method": "awq"}
+    )
+    return rounded
 
 
 def probe_logits(model: Any, *, images: bool = True) -> torch.Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantize_inputs import NO_CALIBRATION, TINY, probe_logits, tensors_of
+from quantize_inputs import NO_CALIBRATION, TINY, packed_by_awq, probe_logits
 
 from llava_ray.errors import VariantError
 from llava_ray.quantize import llava_folder
@@ -49,40 +49,10 @@ def test_pack_is_the_inverse_of_unpack_and_gives_autoawqs_words() -> None:
     assert torch.equal(pack(steps), words)
 
 
-def packed_checkpoint(out: Path, group: int) -> dict[str, torch.Tensor]:
-    """Round the tiny model by hand, write it as AutoAWQ does; return the rounded weights."""
-    from safetensors.torch import save_file
-
-    stored, rounded = {}, {}
-    for name, value in tensors_of(TINY).items():
-        module = llava_folder.module_name(name.removesuffix(".weight"))
-        # transformers 4, whose names AutoAWQ writes, has one more level in the vision tower.
-        classic = name.replace("vision_tower.", "vision_tower.vision_model.")
-        if not spec(f"awq-w4-g{group}").quantizes(module):
-            stored[classic] = rounded[module] = value
-            continue
-        rows, columns = value.shape
-        groups = value.float().view(rows, -1, group)
-        scales = ((groups.amax(-1) - groups.amin(-1)) / 15).half().float()
-        zeros = (-groups.amin(-1) / scales).round().clamp(0, 15)
-        steps = ((groups / scales[..., None]).round() + zeros[..., None]).clamp(0, 15)
-        rounded[module] = ((steps - zeros[..., None]) * scales[..., None]).view(rows, columns)
-        stem = classic.removesuffix(".weight")
-        stored[f"{stem}.qweight"] = pack(steps.view(rows, columns).T.contiguous())
-        stored[f"{stem}.qzeros"] = pack(zeros.T.contiguous())
-        stored[f"{stem}.scales"] = scales.T.half().contiguous()
-    save_file(stored, out / "model.safetensors")
-    llava_folder.copy_sidecars(TINY, out)
-    llava_folder.write_config(
-        TINY, out, dtype=torch.float16, quantization_config={"quant_method": "awq"}
-    )
-    return rounded
-
-
 def test_a_checkpoint_runs_as_its_dequantized_weights_do(tmp_path: Path) -> None:
     from transformers import LlavaForConditionalGeneration
 
-    rounded = packed_checkpoint(tmp_path, 64)
+    rounded = packed_by_awq(tmp_path, 64)
     reference = LlavaForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32).eval()
     for module, value in rounded.items():
         if spec("awq-w4-g64").quantizes(module):

@@ -1,0 +1,72 @@
+"""Weights that are unpacked once for a CPU: the same answers, nothing packed left."""
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quantize_inputs import kl_divergence, packed_by_awq, probe_logits, quantized
+
+from llava_ray.quantize.registry import spec_for
+from llava_ray.serving.torch_weights import make_dense
+
+SLUGS = [
+    "awq-w4-g64", "hqq-w8-g64", "hqq-w4-g64", "hqq-w3-g64", "hqq-w2-g64", "hqq-w1-g64",
+    "hqq-w4-g32-vision", "bnb-nf4", "bnb-fp4", "bnb-nf4-dq", "bnb-nf4-vision", "bnb-int8",
+]  # fmt: skip
+LINEARS = 6 * 7
+VISION = 7 * 6 + 2
+
+
+def variant(slug: str, folder: Path) -> Path:
+    if not slug.startswith("awq"):
+        return quantized(spec_for(slug), folder)
+    folder.mkdir()
+    packed_by_awq(folder, 64)
+    return folder
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_unpacked_weights_answer_as_the_packed_ones(slug: str, tmp_path: Path) -> None:
+    spec: Any = spec_for(slug)
+    # bitsandbytes packs anew for some CPUs when a layer first runs.
+    model, packed = (spec.load(variant(slug, tmp_path / name), "cpu") for name in "ab")
+    for module in packed.modules():
+        if hasattr(module, "compute_dtype") and slug.startswith("bnb"):
+            module.compute_dtype = torch.float32
+    expected = probe_logits(packed)
+    quantized_linears = [m for m in model.modules() if hasattr(m, "weight") or hasattr(m, "W_q")]
+    kinds = {type(m) for m in quantized_linears}
+    assert len(kinds) > 1
+    make_dense(model, torch.float32)
+    plain = [m for m in model.modules() if type(m) is torch.nn.Linear]
+    assert len(plain) == LINEARS + VISION + 1
+    found = probe_logits(model)
+    if slug == "bnb-int8":
+        # The packed layers round activations to 8 bits as well.
+        assert kl_divergence(expected, found) < 1e-3
+    else:
+        assert (found - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("slug", ["awq-w4-g64", "hqq-w4-g64", "bnb-nf4", "bnb-int8"])
+def test_a_cpu_engine_holds_no_packed_weight_and_counts_what_it_reads(
+    slug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec: Any = spec_for(slug)
+    folder = variant(slug, tmp_path / "packed")
+    model = spec.load(folder, "cpu")
+    layer = model.model.language_model.layers[0].mlp.up_proj
+    packed = weakref.ref(layer)
+    del layer
+    monkeypatch.setattr(type(spec), "load", lambda *_: model)
+    engine = spec.open_engine(folder, device="cpu", slots=1, context=64)
+    gc.collect()
+    assert packed() is None
+    base = spec_for("none-fp16")
+    reference = base.open_engine(
+        quantized(base, tmp_path / "base"), device="cpu", slots=1, context=64
+    )
+    assert engine.weight_bytes() == reference.weight_bytes()
