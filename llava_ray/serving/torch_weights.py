@@ -176,7 +176,9 @@ def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
 def _matrix_bnb_4bit(module: Any) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    weight: torch.Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state)
+    state = module.weight.quant_state
+    state.dtype = torch.float32  # of the result, which the stored 16 bits would round
+    weight: torch.Tensor = dequantize_4bit(module.weight.data, state)
     return weight
 
 
