@@ -11,6 +11,8 @@ from llava_ray.errors import VariantError
 from llava_ray.quantize import llava_folder
 from llava_ray.quantize.awq import AwqSpec
 from llava_ray.quantize.awq_linear import AwqLinear, pack, unpack
+from llava_ray.serving.torch_weights import read_module
+from llava_ray.serving.torch_weights import unpack as unpack_weight
 
 # Written by AutoAWQ 0.2.9: WQLinear_GEMM.from_linear and dequantize_gemm of a random 32x64
 # weight in groups of 32.
@@ -38,6 +40,15 @@ def test_tensors_of_autoawq_are_read_to_the_same_weights() -> None:
     assert torch.equal(linear.dequantize(torch.float16), expected.T)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(linear(x), x @ expected.float(), atol=1e-2)
+
+
+def test_a_gpus_layout_stands_for_the_same_weights() -> None:
+    draw = torch.Generator().manual_seed(0)
+    steps, zeros = (torch.randint(0, 16, (n, 64), generator=draw) for n in (256, 4))
+    scales = torch.rand(4, 64, generator=draw).half()
+    linear = AwqLinear(pack(steps), pack(zeros), scales)
+    read = unpack_weight(read_module(linear), torch.float32)
+    assert torch.equal(read, linear.dequantize(torch.float32))
 
 
 def test_pack_is_the_inverse_of_unpack_and_gives_autoawqs_words() -> None:
