@@ -10,10 +10,14 @@ from llava_ray.errors import ConfigError
 from llava_ray.quantize import bench
 
 
-def test_rows_are_measured_kept_and_told_apart_from_failures(tmp_path: Path) -> None:
+def test_rows_are_measured_kept_and_told_apart_from_failures(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "results" / "out.json"
     bench.run(out, tmp_path, TINY, ["bnb-nf4"])
-    # AutoAWQ is not in this environment.
+    monkeypatch.setenv("LLAVA_RAY_CACHE", str(tmp_path_factory.mktemp("empty")))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
     text = bench.run(out, tmp_path, TINY, ["awq-w4-g128"])
     tree = json.loads(out.read_text())
     good, failed = tree["rows"]
@@ -22,7 +26,7 @@ def test_rows_are_measured_kept_and_told_apart_from_failures(tmp_path: Path) -> 
     assert good["size_bytes"] == pytest.approx(good["estimated_bytes"], rel=0.02)
     assert good["host_peak_bytes"] > good["size_bytes"]
     assert failed["status"] == "failed"
-    assert "AutoAWQ is not importable" in failed["reason"]
+    assert "AutoAWQ's environment could not be set up" in failed["reason"]
     assert tree["sum_s"] == good["total_s"]
     assert "| bnb-nf4 | " in text and "| awq-w4-g128 | " in text
     left = {path.name for path in tmp_path.iterdir()}
