@@ -1,5 +1,6 @@
 """What every stage will ask for and how that is known, said before anything is asked for."""
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.spec import Resources
 
 _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}
-_CACHED_WEIGHTS = ("model.safetensors.index.json", "model.safetensors")
+_INDEX = "model.safetensors.index.json"
+_CACHED_WEIGHTS = (_INDEX, "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -22,18 +24,16 @@ class Base:
     """What can be read of the base model without a download."""
 
     folder: Path | None
+    """Holds all of its weights; None where some are not on this machine."""
     source: str
     """Where the figures are from, or why there are none."""
+    weight_bytes: int | None = None
+    """Of its weights as they are stored; None where it is unknown."""
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of its weights as they are stored."""
-        assert self.folder is not None
-        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
-
-    def merged_bytes(self, dtype: str) -> int:
-        """Bytes of the merged model, all weights in one dtype."""
-        assert self.folder is not None
+    def merged_bytes(self, dtype: str) -> int | None:
+        """Bytes of the merged model, all weights in one dtype; of an index alone, as stored."""
+        if self.folder is None:
+            return self.weight_bytes
         shapes = llava_folder.weight_shapes(self.folder).values()
         return _WIDTHS[dtype] * sum(math.prod(shape) for shape in shapes)
 
@@ -59,14 +59,24 @@ def find_base(config: RunConfig) -> Base:
     """Look for the base model on this machine: in the package, a folder or the hub's cache."""
     path = config.model.path
     folder = EMBEDDED if path == "embedded" else Path(path).expanduser()
-    if folder.is_dir():
-        if any(folder.glob("*.safetensors")):
-            return Base(folder, f"the headers of *.safetensors in {folder}")
+    if not folder.is_dir():
+        cached = _cached(path, config.model.revision)
+        if cached is None:
+            return Base(None, f"{path} is not on this machine")
+        folder = cached
+    index = folder / _INDEX
+    if index.is_file():
+        tree = json.loads(index.read_text(encoding="utf-8"))
+        names = set(tree["weight_map"].values())
+        missing = sum(not (folder / name).is_file() for name in names)
+        if missing:
+            why = f"{index}; {missing} of {len(names)} weight files are not on this machine"
+            return Base(None, why, int(tree["metadata"]["total_size"]))
+    files = list(folder.glob("*.safetensors"))
+    if not files:
         return Base(None, f"{folder} holds no safetensors")
-    cached = _cached(path, config.model.revision)
-    if cached is not None:
-        return Base(cached, f"the headers of *.safetensors in {cached}")
-    return Base(None, f"{path} is not on this machine")
+    size = sum(path.stat().st_size for path in files)
+    return Base(folder, f"the headers of *.safetensors in {folder}", size)
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
@@ -78,7 +88,7 @@ def _cached(repo: str, revision: str | None) -> Path | None:
     except HFValidationError:
         return None
     folders = [Path(path).parent for path in found if isinstance(path, str)]
-    return folders[0] if folders and any(folders[0].glob("*.safetensors")) else None
+    return folders[0] if folders else None
 
 
 def _source(config: RunConfig) -> str:
@@ -119,7 +129,7 @@ def _train(config: RunConfig) -> str:
 
 
 def _merge(base: Base) -> str:
-    if base.folder is None:
+    if base.weight_bytes is None:
         memory = f"memory unknown: {base.source}"
     else:
         need = merge_memory_bytes(base.weight_bytes) / 2**30
@@ -128,8 +138,8 @@ def _merge(base: Base) -> str:
 
 
 def _quantize(config: RunConfig, base: Base) -> Iterator[str]:
-    known = base.folder is not None
-    size = base.merged_bytes(config.merge.dtype) if known else 0
+    merged = base.merged_bytes(config.merge.dtype)
+    known, size = merged is not None, merged or 0
     if known:
         yield f"quantize: from {size / 1e9:,.2f} GB of merged weights ({base.source})"
     for slug in dict.fromkeys(config.quantize.variants):
@@ -139,7 +149,7 @@ def _quantize(config: RunConfig, base: Base) -> Iterator[str]:
         if with_gpu != without:
             text += f"; where a GPU is up {with_gpu.num_gpus:g} GPUs, {_text(with_gpu, known)}"
         if base.folder is None:
-            text += f"; memory and size unknown: {base.source}"
+            text += f"; {'size' if known else 'memory and size'} unknown: {base.source}"
         else:
             text += f"; about {spec.estimated_bytes(base.folder) / 1e6:,.1f} MB on disk"
         yield f"quantize {slug}: {text}"

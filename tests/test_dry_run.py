@@ -1,5 +1,6 @@
 """A dry run names what every stage asks for, and calls unknown what it cannot know (A8)."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,20 @@ def test_a_hub_model_in_the_cache_is_read_there(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     there, here = lines("model.path=a/b"), lines()
     assert there["quantize awq-w4-g128"] == here["quantize awq-w4-g128"]
+
+
+def test_of_a_model_that_is_partly_here_the_index_says_the_size(tmp_path: Path) -> None:
+    (tmp_path / "model-1-of-2.safetensors").write_bytes(
+        (EMBEDDED / "model.safetensors").read_bytes()
+    )
+    names = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
+    index = {"metadata": {"total_size": 14 * 2**30}, "weight_map": names}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    said = lines(f"model.path={tmp_path}")
+    assert said["merge"].startswith("35.0 GiB on one node")
+    assert "1 of 2 weight files are not on this machine" in said["merge"]
+    memory = spec_for("awq-w4-g128").resources(14 * 2**30, gpu=True).memory_bytes / 2**30
+    assert f"{memory:.1f} GiB; size unknown: " in said["quantize awq-w4-g128"]
 
 
 def test_data_that_is_not_here_is_unknown(tmp_path: Path) -> None:
