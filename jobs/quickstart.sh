@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source jobs/setup.sh
 
-install_environment gguf,scene-text
+install_environment "linux-$(uname -m)"
 export PATH="$venv/bin:$PATH" PYTHONUNBUFFERED=1
 python -m llava_ray.cluster up cluster/local.yaml
 eval "$(python -m llava_ray.cluster env cluster/local.yaml)"

@@ -3,6 +3,7 @@
 # the built wheel in its cache. What each part took stands in $venv/install.json.
 
 venv=${LLAVA_RAY_VENV:-$PWD/.venv}
+uv_version=0.13.9
 
 die() { echo "error: $*" >&2; exit 2; }
 
@@ -28,19 +29,32 @@ safe_compiler_flags() {  # Flags without which this compiler's llama.cpp would c
     echo "$flags"
 }
 
-build_llama_cpp() {  # $1: folder for the wheel
+build_llama_cpp() {  # $1: requirements, $2: folder for the wheel
     local flags start=$SECONDS
     flags=$(safe_compiler_flags)
+    grep -A 1 '^llama-cpp-python==' "$1" > "$2/requirement.txt"
     CFLAGS="${CFLAGS:-} $flags" CXXFLAGS="${CXXFLAGS:-} $flags" \
     CMAKE_ARGS="${CMAKE_ARGS:-} -DCMAKE_PROJECT_INCLUDE=$PWD/jobs/llama_cpp.cmake" \
-        "$venv/bin/pip" wheel -q --no-deps -w "$1" \
-        "$(grep -o 'llama-cpp-python==[0-9.]*' pyproject.toml)" || return
-    echo $((SECONDS - start)) > "$1/seconds"
+        "$venv/bin/pip" wheel -q --no-deps --require-hashes -w "$2" -r "$2/requirement.txt" || return
+    echo $((SECONDS - start)) > "$2/seconds"
 }
 
-install_environment() {  # $1: extras, comma-separated, gguf among them
-    local extras=$1 wanted python free_kb wheels start downloads compile
-    wanted="$extras $(cat pyproject.toml jobs/llama_cpp.cmake | cksum)"
+install_requirements() {  # $1: requirements; uv takes seconds, pip knows every kind of index
+    local index
+    index=$("$venv/bin/pip" config get global.index-url 2>/dev/null) && export UV_DEFAULT_INDEX=$index
+    export UV_SYSTEM_CERTS=1
+    if "$venv/bin/pip" install -q "uv==$uv_version" \
+        && "$venv/bin/uv" pip install -q --compile-bytecode --python "$venv/bin/python" --require-hashes -r "$1"; then
+        return
+    fi
+    echo "uv did not succeed; pip installs the same packages" >&2
+    "$venv/bin/pip" install -q --no-deps --no-compile --require-hashes -r "$1"
+}
+
+install_environment() {  # $1: the name of a file in jobs/requirements, without .txt
+    local requirements=jobs/requirements/$1.txt wanted python free_kb work start downloads compile
+    [ -f "$requirements" ] || die "no $requirements: this runs on Linux on x86_64 and aarch64"
+    wanted=$(cat pyproject.toml jobs/llama_cpp.cmake "$requirements" | cksum)
     if [ "$(cat "$venv/.installed" 2>/dev/null)" = "$wanted" ]; then
         return
     fi
@@ -48,24 +62,22 @@ install_environment() {  # $1: extras, comma-separated, gguf among them
     command -v c++ >/dev/null || die "no C++ compiler found: install g++ (llama-cpp-python is compiled)"
     free_kb=$(df -Pk . | awk 'NR == 2 { print $4 }')
     [ "$free_kb" -gt 12000000 ] || die "$((free_kb / 1024)) MB free in $PWD: the environment needs 12000 MB while it is made"
-    echo "installing into $venv (about 5 minutes; llama-cpp-python is compiled meanwhile)"
+    echo "installing into $venv (about 4 minutes; llama-cpp-python is compiled meanwhile)"
     "$python" -m venv "$venv" || die "$python cannot make a virtual environment at $venv"
-    "$venv/bin/pip" install -q --upgrade pip
-    wheels=$venv/wheels
-    mkdir -p "$wheels/llama"
-    build_llama_cpp "$wheels/llama" > "$wheels/llama/log" 2>&1 &
+    work=$(mktemp -d)
+    build_llama_cpp "$requirements" "$work" > "$work/log" 2>&1 &
     start=$SECONDS
-    "$venv/bin/pip" wheel -q -w "$wheels" ".[${extras//gguf,/}]" diskcache \
+    sed '/^llama-cpp-python==/,+1d' "$requirements" > "$work/requirements.txt"
+    install_requirements "$work/requirements.txt" \
         || die "the packages could not be had; the reason stands above"
     downloads=$((SECONDS - start))
-    wait $! || { tail -n 30 "$wheels/llama/log" >&2; die "llama-cpp-python could not be compiled; the reason stands above"; }
-    compile=$(cat "$wheels/llama/seconds")
+    wait $! || { tail -n 30 "$work/log" >&2; die "llama-cpp-python could not be compiled; the reason stands above"; }
+    compile=$(cat "$work/seconds")
     start=$SECONDS
-    rm -f "$wheels"/llava_ray-*.whl
-    "$venv/bin/pip" install -q --no-index --no-deps --no-compile "$wheels"/*.whl "$wheels"/llama/*.whl \
+    "$venv/bin/pip" install -q --no-index --no-deps --no-compile "$work"/*.whl \
         && "$venv/bin/pip" install -q --no-index --no-deps --no-build-isolation -e . \
         || die "the installation failed; its reason stands above"
-    rm -r "$wheels"
+    rm -r "$work"
     echo "{\"downloads_s\": $downloads, \"compile_s\": $compile, \"install_s\": $((SECONDS - start))}" > "$venv/install.json"
     echo "$wanted" > "$venv/.installed"
 }

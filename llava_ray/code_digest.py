@@ -29,6 +29,7 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "drill": ("llava_ray.cluster.drill", "llava_ray.sweep", *_LINE),
     "embedded": ("llava_ray.embedded", *_MEASURED),
     "hqq_recovery": ("llava_ray.recovery", *_MEASURED),
+    "llama_amx": ("llava_ray.serving.llama_trial",),
     "llava_7b_h100": _REPORT,
     "photographs_report": _REPORT,
     "pretrain": ("llava_ray.tiny.scores",),

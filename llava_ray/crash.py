@@ -11,17 +11,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import llava_ray
 from llava_ray.errors import LlavaRayError, VariantError
 from llava_ray.storage import cache_folder
-
-T = TypeVar("T")
 
 _SIGNALS = {
     "Segmentation fault": signal.SIGSEGV,
@@ -33,7 +30,6 @@ _SIGNALS = {
 }
 """By faulthandler's words for them."""
 _FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
-_ASK_S = 30.0
 _NATIVE_CALL = re.compile(r"\b((?:llama|mtmd|ggml)_\w+)\(")
 
 
@@ -152,22 +148,13 @@ def run_child(
     return printed, None
 
 
-def recorded(name: str, work: Callable[..., T], *arguments: Any) -> T:
-    """Do a Ray task's work with its crash recorded; the driver finds it by the name."""
-    with crash_recorded(name):
-        return work(*arguments)
-
-
-def failure_reason(error: Exception, name: str) -> str:
-    """Say in one line why the Ray task that was recorded under a name failed."""
+def failure_reason(error: Exception) -> str:
+    """Say in one line why a Ray task failed."""
     import ray
 
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return "its process was ended because the node ran out of memory: use a larger node"
     if isinstance(error, ray.exceptions.WorkerCrashedError):
-        crash = _crash_on_any_node(name)
-        if crash is not None:
-            return crash.describe()
         return "its worker process died (killed, or out of memory): see the node's Ray logs"
     # Ray wraps a task's error in a class that is also the error's own.
     cause = getattr(error, "cause", None) or error
@@ -181,25 +168,3 @@ def last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"(?i)error|.*\berror:", line)]
     return (errors or lines or ["no message"])[-1][:500]
-
-
-def _crash_on_any_node(name: str) -> Crash | None:
-    """Ask every living node for the stack that a dead task left there."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    ask: Any = ray.remote(num_cpus=0, max_retries=0)(read_crash)
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    for node in nodes:
-        if not node["Alive"]:
-            continue
-        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        try:
-            found: Crash | None = ray.get(
-                ask.options(scheduling_strategy=here).remote(crash_file(name)), timeout=_ASK_S
-            )
-        except ray.exceptions.RayError:
-            continue  # The node may have died with the task.
-        if found is not None:
-            return found
-    return None

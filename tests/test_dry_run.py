@@ -28,7 +28,7 @@ def test_every_stage_says_what_it_asks_for_and_how_that_is_known() -> None:
     assert "0.5 GPUs each (serve.gpus_per_replica)" in said["deploy"]
     assert str(EMBEDDED) in said["merge"] and "unknown" not in said["merge"]
     memory = spec_for("gguf-q4_k_m").resources(22_900_000, gpu=False).memory_bytes / 2**30
-    assert f"2 CPUs, {memory:.1f} GiB" in said["quantize gguf-q4_k_m"]
+    assert f"1 CPUs, {memory:.1f} GiB" in said["quantize gguf-q4_k_m"]
     assert "0.25 GPUs" in said["quantize hqq-w4-g64"]
     assert "sweep" not in said
     assert "2 draws" in lines("sweep.space={lora_r: {grid: [2, 4]}}", "sweep.num_trials=2")["sweep"]

@@ -7,7 +7,7 @@ import pytest
 
 from llava_ray.artifacts import ArtifactStore, local_folder
 from llava_ray.config import load_config
-from llava_ray.embedded import _base_variant, _over_seeds, _scores, _with_seed, score
+from llava_ray.embedded import _over_seeds, _scores, _with_seed, base_variant, score
 from llava_ray.errors import ConfigError, VariantError
 from llava_ray.models import EMBEDDED, weights_sha256
 from llava_ray.records import VariantFailure
@@ -21,9 +21,9 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_the_base_is_the_shipped_model_and_is_found_again(tmp_path: Path) -> None:
     store = ArtifactStore(str(tmp_path))
-    made = _base_variant(store)
+    made = base_variant(store)
     assert weights_sha256(local_folder(made)) == weights_sha256(EMBEDDED)
-    assert _base_variant(store) == made
+    assert base_variant(store) == made
 
 
 def test_seeds_change_the_training_alone() -> None:

@@ -5,9 +5,12 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 
@@ -59,3 +62,16 @@ def test_a_crash_in_a_test_leaves_the_closing_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "crashed while running 'test_one.py::test_dies'" in done.stdout
     assert re.search(r"1 failed, 1 passed in ", done.stdout.splitlines()[-1])
+
+
+def test_the_locks_hold_what_the_project_asks_for_and_no_address() -> None:
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *extras["gguf"], *extras["scene-text"]]
+    for name, more in (("linux-x86_64", []), ("linux-aarch64", []), ("dev", extras["dev"])):
+        text = Path(f"jobs/requirements/{name}.txt").read_text()
+        assert "://" not in text
+        pins = dict(re.findall(r"^([a-z0-9-]+)==([^ ]+) ", text, re.MULTILINE))
+        assert text.count("==") <= len(pins) + 2 < text.count("--hash=sha256:")
+        for requirement in map(Requirement, [*asked, *more]):
+            assert pins[canonicalize_name(requirement.name)] in requirement.specifier

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llava_ray.artifacts import ArtifactStore
+from llava_ray.benchmark.turns import shared_turn
 from llava_ray.config import RunConfig
-from llava_ray.crash import failure_reason, recorded
+from llava_ray.crash import failure_reason
 from llava_ray.errors import VariantError
+from llava_ray.forked import Forked
 from llava_ray.records import DatasetRecord, ReferenceScores, Scorecard, Variant, VariantFailure
 
 if TYPE_CHECKING:
@@ -65,11 +67,11 @@ def score_captions(config: RunConfig, variant: Variant, dataset: DatasetRecord) 
 
     check_dataset(dataset)
     plan = make_plan(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
-    name, task = _start(measure_captions, plan, variant.slug, plan, variant, dataset)
+    task = _start(measure_captions, plan, variant.slug, plan, variant, dataset)
     try:
         scores: dict[str, float] = ray.get(task)
     except ray.exceptions.RayError as error:
-        reason = failure_reason(error, name)
+        reason = failure_reason(error)
         raise VariantError(f"captions of {variant.slug!r}: {reason}") from error
     return scores
 
@@ -100,11 +102,11 @@ def _reference(plan: "Plan", baseline: Variant, dataset: DatasetRecord) -> Refer
     found = store.find(ReferenceScores, reference_id(plan, baseline, dataset))
     if found is not None:
         return found
-    name, task = _start(score_baseline, plan, baseline.slug, plan, baseline, dataset)
+    task = _start(score_baseline, plan, baseline.slug, plan, baseline, dataset)
     try:
         record: ReferenceScores = ray.get(task)
     except ray.exceptions.RayError as error:
-        reason = failure_reason(error, name)
+        reason = failure_reason(error)
         raise VariantError(
             f"baseline {baseline.slug!r} cannot be scored, so nothing compares: {reason}"
         ) from error
@@ -125,18 +127,16 @@ def _measure_all(
 
     start, waiting = time.monotonic(), list(missing)
     most = plan.config.max_parallel or _side_by_side(plan, missing)
-    running: dict[Any, tuple[str, str]] = {}
+    running: dict[Any, str] = {}
     results: dict[str, Scorecard | VariantFailure] = {}
     while waiting or running:
         while waiting and len(running) < most:
             variant = waiting.pop(0)
-            name, task = _start(
-                measure, plan, variant.slug, plan, variant, baseline, dataset, reference
-            )
-            running[task] = (variant.slug, name)
+            task = _start(measure, plan, variant.slug, plan, variant, baseline, dataset, reference)
+            running[task] = variant.slug
         ready, _ = ray.wait(list(running), num_returns=1)
-        slug, name = running.pop(ready[0])
-        results[slug] = _result(ready[0], slug, name)
+        slug = running.pop(ready[0])
+        results[slug] = _result(ready[0], slug)
         took = time.monotonic() - start
         logger.info(
             "benchmark: %d of %d measured, last %s; %.0f s so far, about %.0f s left",
@@ -155,32 +155,32 @@ def _side_by_side(plan: "Plan", variants: Sequence[Variant]) -> int:
     return len(variants) if small or plan.device == "cuda" else 1
 
 
-def _result(task: Any, slug: str, name: str) -> Scorecard | VariantFailure:
+def _result(task: Any, slug: str) -> Scorecard | VariantFailure:
     import ray
 
     try:
         card: Scorecard = ray.get(task)
     except ray.exceptions.RayError as error:
-        reason = failure_reason(error, name)
+        reason = failure_reason(error)
         logger.warning("%s: not measured: %s", slug, reason)
         return VariantFailure(slug=slug, reason=f"benchmark: {reason}")
     return card
 
 
-def _start(work: Callable[..., Any], plan: "Plan", slug: str, *arguments: Any) -> tuple[str, Any]:
-    """Start a task whose process runs nothing before it and nothing after it; return its name too.
-
-    Its peak memory is then that of the one variant; the environment variable keeps Ray from
-    taking a process that has served other tasks.
-    """
+def _start(work: Callable[..., Any], plan: "Plan", slug: str, *arguments: Any) -> Any:
+    """Start a task whose work runs in a process of its own, so peak memory is of it alone."""
     import ray
 
-    name = f"{work.__name__}-{slug}-{secrets.token_hex(4)}"
-    remote: Any = ray.remote(
-        num_cpus=plan.num_cpus,
-        num_gpus=plan.num_gpus,
-        max_calls=1,
-        max_retries=1,
-        runtime_env={"env_vars": {"LLAVA_RAY_MEASURED": slug}},
-    )(recorded)
-    return name, remote.options(name=f"{work.__name__} {slug}").remote(name, work, *arguments)
+    name = f"{work.__name__} {slug}"
+    remote: Any = ray.remote(_run_apart).options(
+        name=name, num_cpus=plan.num_cpus, num_gpus=plan.num_gpus, max_retries=1
+    )
+    return remote.remote(f"{name} {secrets.token_hex(4)}", work, *arguments)
+
+
+def _run_apart(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
+    """Do the work in a child, whose start and imports disturb no timing."""
+    with shared_turn():
+        child = Forked(name, work, *arguments)
+    with child:
+        return child.result()

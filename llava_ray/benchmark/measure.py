@@ -76,7 +76,8 @@ def measure(
         settings=plan.settings(),
         parents=_parents(plan, variant, baseline, dataset),
     ) as build:
-        context = _context(plan, local_folder(baseline), dataset)
+        with shared_turn():
+            context = _context(plan, local_folder(baseline), dataset)
         fields, samples = _open_and_measure(plan, variant, dataset, reference, context)
         rows = [sample.model_dump() for sample in samples]
         (build.folder / FIDELITY_FILE).write_text(json.dumps(rows, indent=1), encoding="utf-8")
@@ -152,11 +153,13 @@ def measure_engine(
     samples = score_fidelity(engine, reference)
     generations = _generate(engine, plan, captioned, folder)
     references, texts = [g.reference for g in generations], [g.text for g in generations]
+    with shared_turn():
+        scores = caption_scores(references, texts)
     fields = {
         **dict(summarize(samples)),
         "prefill_s": prefill_s,
         "decode_tokens_per_s": decode_rate,
-        "scores": caption_scores(references, texts),
+        "scores": scores,
         "generations": tuple(generations[: plan.config.shown_samples]),
     }
     return fields, samples
@@ -182,13 +185,13 @@ def score_fidelity(engine: Engine, reference: ReferenceScores) -> list[SampleFid
     for stored in read_reference(reference):
         with shared_turn():
             logits = engine.score(stored.prompt, stored.continuation)
-        if logits.shape != stored.log_probs.shape:
-            raise VariantError(
-                f"scores of shape {tuple(logits.shape)} where the baseline has "
-                f"{tuple(stored.log_probs.shape)}: the vocabularies differ"
-            )
-        caption = torch.tensor(stored.continuation)
-        samples.append(compare(stored.log_probs, stored.top1, logits, caption))
+            if logits.shape != stored.log_probs.shape:
+                raise VariantError(
+                    f"scores of shape {tuple(logits.shape)} where the baseline has "
+                    f"{tuple(stored.log_probs.shape)}: the vocabularies differ"
+                )
+            caption = torch.tensor(stored.continuation)
+            samples.append(compare(stored.log_probs, stored.top1, logits, caption))
     return samples
 
 

@@ -1,11 +1,14 @@
 """Fold an adapter into its base in fp32 and measure what that changes."""
 
 import logging
+from typing import Any
 
 from llava_ray.artifacts import ArtifactStore, artifact_id, read_record
 from llava_ray.capacity import free_nodes
 from llava_ray.config import RunConfig
+from llava_ray.crash import failure_reason
 from llava_ray.errors import LlavaRayError, ResourceError
+from llava_ray.forked import run_forked
 from llava_ray.merge.fold import MergeTask, merge_task
 from llava_ray.models import model_folder
 from llava_ray.records import AdapterCheckpoint, DatasetRecord, MergedModel
@@ -40,12 +43,14 @@ def run(config: RunConfig, adapter: AdapterCheckpoint) -> MergedModel:
         dataset=read_record(DatasetRecord, adapter.dataset_uri),
         max_image_pixels=config.data.max_image_pixels,
     )
-    remote = ray.remote(merge_task).options(**_resources(config), max_retries=1)
+    remote: Any = ray.remote(run_forked).options(**_resources(config), max_retries=1)
     try:
-        record: MergedModel = ray.get(remote.remote(task))
+        record: MergedModel = ray.get(remote.remote(f"merge {id}", merge_task, task))
     except LlavaRayError as error:
         # Ray's wrapper prints the task's traceback; its cause is the error itself.
         raise getattr(error, "cause", None) or error from None
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        raise ResourceError(f"merge: {failure_reason(error)}") from error
     logger.info(
         "merge: largest logit difference %.2e in fp32, %.2e once rounded to %s",
         record.max_logit_difference, record.rounded_max_logit_difference, config.merge.dtype,

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from llava_ray.artifacts import ArtifactStore, artifact_id
 from llava_ray.config import RunConfig
 from llava_ray.errors import LlavaRayError
+from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.tasks import Job, run_remotely
 from llava_ray.records import DatasetRecord, MergedModel, QuantizationRun, Variant, VariantFailure
 
@@ -79,7 +80,8 @@ def _outcomes(config: RunConfig, jobs: list[Job]) -> Iterator[Outcome]:
                 gpu=gpu,
                 placement_timeout_s=config.quantize.placement_timeout_s,
             ): job
-            for job in jobs
+            # Calibrating takes longest, so what runs beside it comes after it.
+            for job in sorted(jobs, key=lambda job: not spec_for(job.slug).calibrated)
         }
         for future in as_completed(futures):
             slug = futures[future].slug

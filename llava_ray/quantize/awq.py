@@ -55,9 +55,10 @@ class AwqSpec(QuantizationSpec):
         )
 
     def resources(self, model_bytes: int, *, gpu: bool) -> Resources:
-        """Ask for a GPU, else two CPUs; the whole model stays in memory, in fp32 without a GPU."""
+        """Ask for a GPU if there is one; the whole model stays in memory, in fp32 on CPUs."""
         memory = int(model_bytes * (1.5 if gpu else 3)) + 2 * 2**30
-        return Resources(num_cpus=2, num_gpus=1 if gpu else 0, memory_bytes=memory)
+        cpus = min(2, max(1, model_bytes // 10**9))
+        return Resources(num_cpus=cpus, num_gpus=1 if gpu else 0, memory_bytes=memory)
 
     def bits_per_weight(self) -> float:
         """Return 4 bits with the share of an fp16 scale and a 4-bit zero point per group."""

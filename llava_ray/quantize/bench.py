@@ -115,10 +115,11 @@ def _timed(
     phases = spec.quantize(merged, out, calibration, device)
     total_s = time.perf_counter() - start
     parts = asdict(phases) if phases else {"quantize_s": total_s}
+    peak = parts.pop("peak_memory_bytes", None)
     return {
         "total_s": round(total_s, 2),
         **{name: round(seconds, 2) for name, seconds in parts.items()},
-        "device_peak_bytes": peak_bytes(device),
+        "device_peak_bytes": peak or peak_bytes(device),
         "host_peak_bytes": host_peak_bytes(),
         "size_bytes": sum(path.stat().st_size for path in out.iterdir()),
         "estimated_bytes": spec.estimated_bytes(merged),

@@ -72,7 +72,7 @@ class GgufSpec(QuantizationSpec):
 
     def resources(self, model_bytes: int, *, gpu: bool) -> Resources:
         """Ask for CPUs only, one for each GB: llama.cpp quantizes there, rows beside each other."""
-        cpus = min(8, max(2, model_bytes // 10**9))
+        cpus = min(8, max(1, model_bytes // 10**9))
         return Resources(num_cpus=cpus, memory_bytes=process_memory(model_bytes))
 
     def bits_per_weight(self) -> float:

@@ -60,7 +60,8 @@ class GgufImatrixSpec(GgufSpec):
     def resources(self, model_bytes: int, *, gpu: bool) -> Resources:
         """Ask for a GPU where there is one; the whole model stays in memory, in fp32 on a CPU."""
         memory = int(model_bytes * (1.5 if gpu else 3)) + 2 * 2**30
-        return Resources(num_cpus=2, num_gpus=1 if gpu else 0, memory_bytes=memory)
+        cpus = min(2, max(1, model_bytes // 10**9))
+        return Resources(num_cpus=cpus, num_gpus=1 if gpu else 0, memory_bytes=memory)
 
     def _importance(self, merged: Path, calibration: Calibration, device: str) -> Importance | None:
         return importance_matrix(merged, calibration, device)

@@ -1,12 +1,10 @@
-"""One variant in a Ray task: what it is told, what it does, and how a failure is told.
-
-Surprising: workers are reused for several variants, so their peak memory is reset before each.
-"""
+"""One variant in a Ray task: what it is told, what it does, and how a failure is told."""
 
 import logging
 import platform
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,9 @@ from typing import Any
 from llava_ray.artifacts import ArtifactStore, artifact_id, local_folder
 from llava_ray.capacity import free_nodes
 from llava_ray.config import RunConfig
-from llava_ray.crash import failure_reason, recorded
+from llava_ray.crash import failure_reason
 from llava_ray.errors import LlavaRayError, VariantError
+from llava_ray.forked import run_forked
 from llava_ray.memory import peak_bytes, reset_peaks
 from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.spec import Calibration, Resources
@@ -56,9 +55,8 @@ class Job:
         return artifact_id(Variant.kind, self.settings, self.parents)
 
 
-def make_variant(job: Job) -> Variant:
-    """Quantize in this process and seal the variant's folder."""
-    device = _device()
+def make_variant(job: Job, device: str) -> Variant:
+    """Quantize in this process on `cpu` or `cuda`, and seal the variant's folder."""
     spec = spec_for(job.slug)
     merged = local_folder(job.merged)
     calibration = Calibration(
@@ -102,7 +100,7 @@ def run_remotely(job: Job, *, gpu: bool, placement_timeout_s: float) -> Variant:
 
     spec = spec_for(job.slug)
     need = fitted(spec.resources(job.merged.size_bytes, gpu=gpu), free_nodes())
-    remote: Any = ray.remote(recorded).options(
+    remote: Any = ray.remote(_run_apart).options(
         name=f"quantize {job.slug}",
         num_cpus=need.num_cpus,
         num_gpus=need.num_gpus,
@@ -122,8 +120,15 @@ def run_remotely(job: Job, *, gpu: bool, placement_timeout_s: float) -> Variant:
     try:
         result: Variant = ray.get(ref)
     except ray.exceptions.RayError as error:
-        raise VariantError(failure_reason(error, name)) from error
+        raise VariantError(failure_reason(error)) from error
     return result
+
+
+def _run_apart(name: str, work: Callable[[Job, str], Variant], job: Job) -> Variant:
+    import ray
+
+    gpu = ray.get_runtime_context().get_accelerator_ids().get("GPU")
+    return run_forked(name, work, job, "cuda" if gpu else "cpu")
 
 
 def fitted(need: Resources, nodes: list[dict[str, float]]) -> Resources:
@@ -150,12 +155,6 @@ def _resources_text(values: dict[str, float]) -> str:
     memory = values.get("memory", 0) / 2**30
     cpus, gpus = values.get("CPU", 0), values.get("GPU", 0)
     return f"{cpus:g} CPUs, {gpus:g} GPUs and {memory:.1f} GiB of memory"
-
-
-def _device() -> str:
-    import ray
-
-    return "cuda" if ray.get_runtime_context().get_accelerator_ids().get("GPU") else "cpu"
 
 
 def _device_name(device: str) -> str:
