@@ -3,6 +3,7 @@
 # the built wheel in its cache. What each part took stands in $venv/install.json.
 
 venv=${LLAVA_RAY_VENV:-$PWD/.venv}
+export PIP_DISABLE_PIP_VERSION_CHECK=1
 uv_version=0.13.9
 
 die() { echo "error: $*" >&2; exit 2; }

@@ -18,7 +18,7 @@ from llava_ray.errors import ResourceError
 
 T = TypeVar("T")
 
-# Nothing here may start CUDA, which does not survive a fork.
+# CUDA does not survive a fork, and nothing here may start it.
 _IMPORTED_ONCE = (
     "__main__",
     "ray.cloudpickle",
@@ -37,6 +37,8 @@ class Forked(Generic[T]):
 
         name: names the file with the stack should the child crash.
         """
+        # Else torch.cuda.is_available(), which libraries call at import, would start CUDA.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(_IMPORTED_ONCE))
         self._name = name

@@ -1,5 +1,6 @@
 """What README's commands cost on this machine, from a clean clone and an empty home."""
 
+import contextlib
 import json
 import logging
 import os
@@ -77,7 +78,7 @@ def _run(command: str, clone: Path, home: Path) -> dict[str, Any]:
     watcher.join()
     if code:
         raise ResourceError(f"{command!r} ended with exit code {code}: its output stands above")
-    disk = sum(_size_bytes(path) for folder in (clone, home) for path in folder.rglob("*"))
+    disk = _size_bytes(clone, home)
     installed = clone / ".venv" / "install.json"
     if installed.is_file() and installed.stat().st_mtime > began:
         parts = json.loads(installed.read_text(encoding="utf-8")) | parts
@@ -111,12 +112,15 @@ def _shell(command: str, clone: Path, home: Path) -> tuple[int, dict[str, float]
     return process.returncode, stages
 
 
-def _size_bytes(path: Path) -> int:
-    """Return what a file takes; a link nothing."""
-    try:
-        return 0 if path.is_symlink() or not path.is_file() else path.stat().st_blocks * 512
-    except OSError:
-        return 0
+def _size_bytes(*folders: Path) -> int:
+    """Return what the files below take; links take nothing."""
+    taken: dict[int, int] = {}
+    for folder in folders:
+        for path in folder.rglob("*"):
+            with contextlib.suppress(OSError):
+                stat = path.lstat()
+                taken[stat.st_ino] = stat.st_blocks * 512
+    return sum(taken.values())
 
 
 def _machine() -> str:
