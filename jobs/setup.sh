@@ -45,7 +45,7 @@ install_requirements() {  # $1: requirements; uv takes seconds, pip knows every 
     index=$("$venv/bin/pip" config get global.index-url 2>/dev/null) && export UV_DEFAULT_INDEX=$index
     export UV_SYSTEM_CERTS=1
     if "$venv/bin/pip" install -q "uv==$uv_version" \
-        && "$venv/bin/uv" pip install -q --compile-bytecode --python "$venv/bin/python" --require-hashes -r "$1"; then
+        && "$venv/bin/uv" pip install -q --python "$venv/bin/python" --require-hashes -r "$1"; then
         return
     fi
     echo "uv did not succeed; pip installs the same packages" >&2
@@ -80,5 +80,7 @@ install_environment() {  # $1: the name of a file in jobs/requirements, without 
         || die "the installation failed; its reason stands above"
     rm -r "$work"
     echo "{\"downloads_s\": $downloads, \"compile_s\": $compile, \"install_s\": $((SECONDS - start))}" > "$venv/install.json"
+    # Beside what comes next, whose first part keeps one CPU busy.
+    nice -n 19 "$venv/bin/python" -m compileall -q -j 2 "$venv/lib" > "$venv/compileall.log" 2>&1 &
     echo "$wanted" > "$venv/.installed"
 }

@@ -17,6 +17,7 @@ from llava_ray.config import RunConfig
 from llava_ray.deploy import front
 from llava_ray.errors import ConfigError, ResourceError
 from llava_ray.records import ChosenVariant, Scorecard
+from llava_ray.serving.crashes import engine_name, last_crash
 from llava_ray.serving.settings import AppArgs, CanaryArgs, ModelArgs
 
 if TYPE_CHECKING:
@@ -251,13 +252,17 @@ def _run_application(application: "Application") -> None:
 
 
 def _wait_until_running(target: Target) -> None:
-    start = logged = time.monotonic()
+    start, began = time.monotonic(), time.time()
+    logged = start
     while (state := _application_state())[0] != "RUNNING":
         status, message = state
         waited = time.monotonic() - start
         if status in ("DEPLOY_FAILED", "UNHEALTHY") or waited > _START_TIMEOUT_S:
+            names = (target.model_name, *target.config.serve.beside)
+            crashes = [f"{n} {c}" for n in names if (c := last_crash(engine_name(n), began))]
             raise ResourceError(
-                f"{target.chosen.slug} is not served after {waited:.0f} s ({status}): {message}"
+                f"{target.chosen.slug} is not served after {waited:.0f} s ({status}): "
+                f"{'; '.join(crashes) or message}"
             )
         if time.monotonic() - logged > _LOG_EVERY_S:
             logged = time.monotonic()

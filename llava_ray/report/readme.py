@@ -262,16 +262,19 @@ def _ms(value: float | None) -> str:
 
 
 def _costs(tree: Any) -> str:
-    rows = [
-        [
-            f"`{row['command']}`",
-            f"{row['seconds'] / 60:.0f} min" if row["seconds"] >= 90 else f"{row['seconds']:.0f} s",
-            f"{row['disk_bytes'] / 1e9:.1f}",
-            f"{row['memory_bytes'] / 1e9:.1f}",
-        ]
-        for row in tree["rows"]
-    ]
-    return _table(["command", "time", "disk GB", "memory GB"], rows)
+    rows = []
+    for row in tree["rows"]:
+        seconds, parts = row["seconds"], row.get("parts", {})
+        rows.append(
+            [
+                f"`{row['command']}`",
+                f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s",
+                ", ".join(f"{name.removesuffix('_s')} {s:.0f}" for name, s in parts.items() if s),
+                f"{row['disk_bytes'] / 1e9:.1f}",
+                f"{row['memory_bytes'] / 1e9:.1f}",
+            ]
+        )
+    return _table(["command", "time", "of which, in seconds", "disk GB", "memory GB"], rows)
 
 
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {

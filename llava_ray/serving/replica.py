@@ -36,8 +36,10 @@ class EngineReplica:
     async def __init__(self, model: ModelArgs, args: AppArgs) -> None:  # type: ignore[misc]
         from ray import serve
 
+        from llava_ray.serving.crashes import engine_name, record_crashes
         from llava_ray.serving.loading import open_variant
 
+        record_crashes(engine_name(model.name or model.variant_uri))
         engine, card = await asyncio.to_thread(open_variant, model, args)
         replica = serve.get_replica_context().replica_tag
         # The ingress queues; what gets here has a slot, or its siblings of one request do.

@@ -50,11 +50,12 @@ def test_a_table_without_its_results_is_named(tmp_path: Path) -> None:
 def test_a_table_says_where_the_code_has_changed_since(
     tmp_path: Path, then: str | None, told: str
 ) -> None:
-    row = {"command": "true", "seconds": 1, "disk_bytes": 0, "memory_bytes": 0}
+    parts = {"downloads_s": 3.2, "merge_s": 0.0}
+    row = {"command": "true", "seconds": 1, "parts": parts, "disk_bytes": 0, "memory_bytes": 0}
     tree: dict[str, object] = {"code_digest": then, "rows": [row]}
     (tmp_path / "costs.json").write_text(json.dumps(tree))
     filled = fill("<!-- table: costs -->\n<!-- end -->", tmp_path)
-    assert filled.endswith(f"| `true` | 1 s | 0.0 | 0.0 |\n{told}<!-- end -->")
+    assert filled.endswith(f"| `true` | 1 s | downloads 3 | 0.0 | 0.0 |\n{told}<!-- end -->")
     assert fill(filled, tmp_path) == filled
 
 
