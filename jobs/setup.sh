@@ -23,10 +23,10 @@ safe_compiler_flags() {  # Flags without which this compiler's llama.cpp would c
     # gcc before 13 writes AMX's tile configuration wrongly (llama.cpp issue 20824).
     local flags="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
     case $(uname -m) in x86_64 | i686) ;; *) return 0 ;; esac
-    ! c++ --version 2>/dev/null | grep -qi clang || return 0
+    case $(c++ --version 2>/dev/null) in *clang*) return 0 ;; esac
     [ "$(c++ -dumpversion | cut -d. -f1)" -lt 13 ] || return 0
     # A gcc that does not know AMX cannot compile it either.
-    echo | c++ $flags -x c++ -c -o /dev/null - 2>/dev/null || return 0
+    c++ $flags -x c++ -c -o /dev/null /dev/null 2>/dev/null || return 0
     echo "$flags"
 }
 
