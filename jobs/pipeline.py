@@ -8,7 +8,8 @@ from llava_ray.records import ChosenVariant, DeploymentRecord
 
 def choose_and_deploy(config: RunConfig) -> tuple[ChosenVariant, DeploymentRecord]:
     """Return the choice, whose folder holds the report, beside the deployment."""
-    return run_choose(config), run_deploy(config)
+    chosen = run_choose(config)
+    return chosen, run_deploy(config, chosen)
 
 
 if __name__ == "__main__":

@@ -34,15 +34,19 @@ build_llama_cpp() {  # $1: requirements, $2: folder for the wheel
     local flags start=$SECONDS
     flags=$(safe_compiler_flags)
     grep -A 1 '^llama-cpp-python==' "$1" > "$2/requirement.txt"
+    # Settings are split at spaces, which the path of the repository may have.
+    cp jobs/llama_cpp.cmake "$2/"
     CFLAGS="${CFLAGS:-} $flags" CXXFLAGS="${CXXFLAGS:-} $flags" \
-    CMAKE_ARGS="${CMAKE_ARGS:-} -DCMAKE_PROJECT_INCLUDE=$PWD/jobs/llama_cpp.cmake" \
+    CMAKE_ARGS="${CMAKE_ARGS:-} -DCMAKE_PROJECT_INCLUDE=$2/llama_cpp.cmake" \
         "$venv/bin/pip" wheel -q --no-deps --require-hashes -w "$2" -r "$2/requirement.txt" || return
     echo $((SECONDS - start)) > "$2/seconds"
 }
 
 install_requirements() {  # $1: requirements; uv takes seconds, pip knows every kind of index
     local index
-    index=$("$venv/bin/pip" config get global.index-url 2>/dev/null) && export UV_DEFAULT_INDEX=$index
+    index=${PIP_INDEX_URL:-$("$venv/bin/pip" config get global.index-url 2>/dev/null || true)}
+    [ -z "$index" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index}
+    [ -z "${PIP_EXTRA_INDEX_URL:-}" ] || export UV_INDEX=${UV_INDEX:-$PIP_EXTRA_INDEX_URL}
     export UV_SYSTEM_CERTS=1
     if "$venv/bin/pip" install -q "uv==$uv_version" \
         && "$venv/bin/uv" pip install -q --python "$venv/bin/python" --require-hashes -r "$1"; then
@@ -53,7 +57,7 @@ install_requirements() {  # $1: requirements; uv takes seconds, pip knows every 
 }
 
 install_environment() {  # $1: the name of a file in jobs/requirements, without .txt
-    local requirements=jobs/requirements/$1.txt wanted python free_kb work start downloads compile
+    local requirements=jobs/requirements/$1.txt wanted python free_kb work build start downloads compile
     [ -f "$requirements" ] || die "no $requirements: this runs on Linux on x86_64 and aarch64"
     wanted=$(cat pyproject.toml jobs/llama_cpp.cmake "$requirements" | cksum)
     if [ "$(cat "$venv/.installed" 2>/dev/null)" = "$wanted" ]; then
@@ -66,19 +70,24 @@ install_environment() {  # $1: the name of a file in jobs/requirements, without 
     echo "installing into $venv (about 4 minutes; llama-cpp-python is compiled meanwhile)"
     "$python" -m venv "$venv" || die "$python cannot make a virtual environment at $venv"
     work=$(mktemp -d)
+    set -m  # A group of its own, so that the compilers end with it.
     build_llama_cpp "$requirements" "$work" > "$work/log" 2>&1 &
+    set +m
+    build=$!
+    trap "kill -- -$build 2>/dev/null || true; rm -rf '$work'" EXIT
     start=$SECONDS
     sed '/^llama-cpp-python==/,+1d' "$requirements" > "$work/requirements.txt"
     install_requirements "$work/requirements.txt" \
         || die "the packages could not be had; the reason stands above"
     downloads=$((SECONDS - start))
-    wait $! || { tail -n 30 "$work/log" >&2; die "llama-cpp-python could not be compiled; the reason stands above"; }
+    wait $build || { tail -n 30 "$work/log" >&2; die "llama-cpp-python could not be compiled; the reason stands above"; }
     compile=$(cat "$work/seconds")
     start=$SECONDS
     "$venv/bin/pip" install -q --no-index --no-deps --no-compile "$work"/*.whl \
         && "$venv/bin/pip" install -q --no-index --no-deps --no-build-isolation -e . \
         || die "the installation failed; its reason stands above"
     rm -r "$work"
+    trap - EXIT
     echo "{\"downloads_s\": $downloads, \"compile_s\": $compile, \"install_s\": $((SECONDS - start))}" > "$venv/install.json"
     # Beside what comes next, whose first part keeps one CPU busy.
     nice -n 19 "$venv/bin/python" -m compileall -q -j 2 "$venv/lib" > "$venv/compileall.log" 2>&1 &

@@ -17,10 +17,14 @@ _NOT_FOLLOWED = "llava_ray.pipeline"
 """It imports every stage; which of them a file rests on is said in ENTRIES."""
 _MEASURED = (
     "llava_ray.prepare", "llava_ray.train", "llava_ray.merge", "llava_ray.quantize",
+    # Run by its name, so that no import leads to it.
+    "llava_ray.quantize.awq_calibration",
     "llava_ray.benchmark",
 )  # fmt: skip
+_SERVED = ("llava_ray.serving.replica", "llava_ray.serving.loading")
+"""What Serve starts by the name of the application."""
 _REPORT = (_NOT_FOLLOWED, *_MEASURED, "llava_ray.choose.decision", "llava_ray.report.rows")
-_LINE = (_NOT_FOLLOWED, *_MEASURED, "llava_ray.choose", "llava_ray.deploy")
+_LINE = (_NOT_FOLLOWED, *_MEASURED, "llava_ray.choose", "llava_ray.deploy", *_SERVED)
 ENTRIES: Mapping[str, tuple[str, ...]] = {
     "awq_calibration": ("llava_ray.compare", *_MEASURED),
     "costs": ("llava_ray.measure", "llava_ray.cluster.local", *_LINE),
@@ -35,8 +39,8 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "pretrain": ("llava_ray.tiny.scores",),
     "quickstart_report": _REPORT,
     "report": _REPORT,
-    "serving": ("llava_ray.serving.bench_serving",),
-    "serving_7b_h100": ("llava_ray.serving.bench_serving",),
+    "serving": ("llava_ray.serving.bench_serving", *_SERVED),
+    "serving_7b_h100": ("llava_ray.serving.bench_serving", *_SERVED),
     "sweep": ("llava_ray.sweep",),
     "train_h100": ("llava_ray.train.bench",),
 }

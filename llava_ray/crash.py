@@ -49,9 +49,16 @@ class Crash:
         where = f" in {self.function}" if self.function else ""
         return f"died by {self.signal}{where}: {self._cure()} (stack: {self.stack})"
 
+    @property
+    def is_fault(self) -> bool:
+        """Whether the process's own code is to blame, not one who ended it or a lack of memory."""
+        return self.signal in {number.name for number in _SIGNALS.values()}
+
     def _cure(self) -> str:
         if self.signal == "SIGKILL":
             return "probably the machine ran out of memory; use a larger one"
+        if not self.is_fault:
+            return "it was ended from outside; run it again"
         # Where the signal's frame does not fit the handler's stack, as with AMX, nothing is told.
         llama = _NATIVE_CALL.match(f"{self.function}(") or "gguf" in self.stack.name
         if not llama:
@@ -106,7 +113,9 @@ def read_crash(path: Path, number: int | None = None) -> Crash | None:
     current = next((part for part in threads if part.startswith("Current")), "")
     # A thread of native code's own has no Python frame; then the main thread, listed last, tells.
     frame = _FRAME.search(current) or _FRAME.search(threads[-1])
-    return Crash(signal.Signals(number).name, _called(frame) if frame else "", path)
+    known = number in signal.Signals.__members__.values()
+    name = signal.Signals(number).name if known else f"signal {number}"
+    return Crash(name, _called(frame) if frame else "", path)
 
 
 def _called(frame: re.Match[str]) -> str:

@@ -64,6 +64,13 @@ def find_base(config: RunConfig) -> Base:
         if cached is None:
             return Base(None, f"{path} is not on this machine")
         folder = cached
+    try:
+        return _read_base(folder)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
+        return Base(None, f"the weights in {folder} cannot be read ({type(error).__name__})")
+
+
+def _read_base(folder: Path) -> Base:
     index = folder / _INDEX
     if index.is_file():
         tree = json.loads(index.read_text(encoding="utf-8"))
@@ -76,6 +83,7 @@ def find_base(config: RunConfig) -> Base:
     if not files:
         return Base(None, f"{folder} holds no safetensors")
     size = sum(path.stat().st_size for path in files)
+    llava_folder.weight_shapes(folder)
     return Base(folder, f"the headers of *.safetensors in {folder}", size)
 
 
@@ -93,6 +101,8 @@ def _cached(repo: str, revision: str | None) -> Path | None:
 
 def _source(config: RunConfig) -> str:
     source = config.data.source
+    if "://" in source:
+        return f"size unknown: {source} is read when the stage starts"
     if source == "scene-text":
         return "scenes are drawn on it, nothing is downloaded"
     path = Path(source).expanduser()
@@ -156,8 +166,9 @@ def _quantize(config: RunConfig, base: Base) -> Iterator[str]:
 
 
 def _text(need: Resources, known: bool) -> str:
-    memory = f", {need.memory_bytes / 2**30:.1f} GiB" if known else ""
-    return f"{need.num_cpus:g} CPUs{memory}"
+    if not known:
+        return "CPUs unknown"
+    return f"{need.num_cpus:g} CPUs, {need.memory_bytes / 2**30:.1f} GiB"
 
 
 def _benchmark(config: RunConfig) -> str:

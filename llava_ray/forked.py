@@ -4,6 +4,7 @@ Python's fork server imports the large libraries once; a child then starts in mi
 of ten seconds, and its memory is that of its own work.
 """
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -53,6 +54,9 @@ class Forked(Generic[T]):
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Programs that the child has started are in its group.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid or 0, signal.SIGKILL)
         self._process.kill()
         self._process.join()
 
@@ -87,14 +91,15 @@ def _run(sender: Any, task: bytes) -> None:
     environment, name, work, arguments = pickle.loads(task)
     os.environ.clear()
     os.environ.update(environment)
+    os.setpgrp()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _set_up()
     with crash_recorded(name):
         try:
-            answer = True, work(*arguments)
+            answer = _pickled((True, work(*arguments)))
         except Exception as error:
-            answer = False, _portable(error)
-        sender.send_bytes(_pickled(answer))
+            answer = _pickled((False, _portable(error)))
+    sender.send_bytes(answer)
 
 
 def _set_up() -> None:
@@ -112,7 +117,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _portable(error: Exception) -> Exception:

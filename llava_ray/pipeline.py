@@ -80,10 +80,10 @@ def run_choose(config: RunConfig) -> ChosenVariant:
     return _stage("choose", lambda: choose.run(config, scorecards, failures))
 
 
-def run_deploy(config: RunConfig) -> DeploymentRecord:
-    """Serve the winner."""
-    chosen = run_choose(config)
-    return _stage("deploy", lambda: deploy.run(config, chosen))
+def run_deploy(config: RunConfig, chosen: ChosenVariant | None = None) -> DeploymentRecord:
+    """Serve the winner, or the variant that was chosen before."""
+    winner = run_choose(config) if chosen is None else chosen
+    return _stage("deploy", lambda: deploy.run(config, winner))
 
 
 def _stage(name: str, work: Callable[[], T]) -> T:

@@ -1,5 +1,6 @@
 """The digest of measured code changes with what behaves, and with nothing else."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,12 @@ def test_every_results_file_has_entries_that_are_there() -> None:
     names = {path.stem for path in Path("jobs/results").glob("*.json")}
     assert names <= set(ENTRIES)
     assert all(len(code_digest(name)) == 12 for name in ENTRIES)
+
+
+def test_what_is_started_by_its_name_counts_too() -> None:
+    started = re.compile(r'"(llava_ray\.[a-z_.]+)"')
+    for path in (Path("llava_ray/quantize/awq.py"), Path("llava_ray/serving/llama_trial.py")):
+        for name in started.findall(path.read_text()):
+            reached = {*ENTRIES["quickstart_report"], "llava_ray.serving.llama_trial"}
+            assert name in reached, f"{path} starts {name}"
+    assert set(ENTRIES["costs"]) & set(ENTRIES["serving"]) >= {"llava_ray.serving.replica"}

@@ -75,6 +75,15 @@ def test_of_a_model_that_is_partly_here_the_index_says_the_size(tmp_path: Path) 
     assert f"{memory:.1f} GiB; size unknown: " in said["quantize awq-w4-g128"]
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe"])
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "model.safetensors"])
+def test_weights_that_cannot_be_read_are_unknown(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    said = lines(f"model.path={tmp_path}")
+    assert said["merge"].startswith(f"memory unknown: the weights in {tmp_path} cannot be read")
+    assert said["quantize gguf-q4_k_m"].startswith("CPUs unknown; memory and size unknown: ")
+
+
 def test_data_that_is_not_here_is_unknown(tmp_path: Path) -> None:
     assert "is not on this machine" in lines(f"data.source={tmp_path}/no.jsonl")["prepare"]
     assert "read when the stage starts" in lines("data.source=someone/captions")["prepare"]

@@ -74,6 +74,21 @@ def test_leaving_ends_the_child() -> None:
     assert not process.is_running()
 
 
+def test_leaving_ends_the_programs_that_it_started(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+
+    def work() -> None:
+        subprocess.run(["sh", "-c", f"echo $$ > {told}.draft; mv {told}.draft {told}; sleep 600"])
+
+    with Forked("starting", work):
+        deadline = time.monotonic() + 20
+        while not told.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        grandchild = psutil.Process(int(told.read_text()))
+    grandchild.wait(10)
+
+
 def test_a_child_dies_with_its_caller(tmp_path: Path) -> None:
     script = tmp_path / "caller.py"
     script.write_text(

@@ -8,10 +8,12 @@ configuration wrongly, and the first product of several rows ends the process
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
 import logging
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,24 +33,36 @@ _ROWS = 32
 _WIDTH, _INNER, _VOCABULARY = 256, 256, 64
 
 
-@functools.cache
 def extra_buffers() -> bool:
-    """Say whether this llama.cpp's extra buffer types (repacked, AMX) work on this CPU.
+    """Say whether this llama.cpp's extra buffer types (repacked, AMX) work on this CPU."""
+    return not _fault()
+
+
+@functools.cache
+def _fault() -> str:
+    """Say why the extra buffer types are off; nothing where they work.
 
     Tried once for each build and CPU; the answer is kept in the cache folder.
     """
     record = cache_folder() / "llama_cpp" / f"{_build_and_cpu()}.json"
-    if record.is_file():
-        return bool(json.loads(record.read_text(encoding="utf-8"))["extra_buffers"])
+    # Without the key, or not JSON: of another version, or cut off.
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        known: str = json.loads(record.read_text(encoding="utf-8"))["fault"]
+        return known
     printed, crash = run_child(_MODULE, [], name="gguf-trial", capture=True)
-    works = crash is None
+    fault = ""
     if crash is not None:
-        at = (printed.split() or ["its start"])[-1]
-        logger.warning("llama.cpp's extra buffer types are off: at %s it %s", at, crash.describe())
-    record.parent.mkdir(parents=True, exist_ok=True)
-    tree = {"extra_buffers": works, "reason": crash.describe() if crash else ""}
-    record.write_text(json.dumps(tree), encoding="utf-8")
-    return works
+        fault = f"at {(printed.split() or ['its start'])[-1]} it {crash.describe()}"
+        _, also = run_child(_MODULE, ["--plain"], name="gguf-trial-plain", capture=True)
+        if also is not None:
+            fault += f"; without them it {also.describe()}"
+        logger.warning("llama.cpp's extra buffer types are off: %s", fault)
+    if crash is None or crash.is_fault:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        draft = record.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps({"fault": fault}), encoding="utf-8")
+        draft.replace(record)
+    return fault
 
 
 def features() -> str:
@@ -57,7 +71,8 @@ def features() -> str:
     found = llama.llama_print_system_info().decode("utf-8", errors="replace")
     pairs = [part.rpartition(":")[2].partition("=") for part in found.split("|")]
     names = [name.strip() for name, _, value in pairs if value.strip() not in ("", "0")]
-    return f"{', '.join(names)}; extra buffer types {'on' if extra_buffers() else 'off'}"
+    fault = _fault()
+    return f"{', '.join(names)}; extra buffer types {f'off: {fault}' if fault else 'on'}"
 
 
 def check_file(path: Path, threads: int) -> None:

@@ -27,8 +27,8 @@ static void *real(const char *name) {
     return dlsym(dlopen("libggml.so.0", RTLD_LAZY | RTLD_NOLOAD), name);
 }
 
-#ifdef ILLEGAL
-int ggml_backend_sched_graph_compute_async(void *sched, void *graph) { return raise(SIGILL); }
+#ifdef FATAL
+int ggml_backend_sched_graph_compute_async(void *sched, void *graph) { return raise(FATAL); }
 #else
 void *ggml_backend_reg_get_proc_address(void *reg, const char *name) {
     if (strcmp(name, "ggml_backend_dev_get_extra_bufts") == 0) raise(SIGSEGV);
@@ -57,9 +57,9 @@ def faulty(folder: Path, *options: str) -> str:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LLAVA_RAY_CACHE", str(tmp_path / "cache"))
-    extra_buffers.cache_clear()
+    llama_trial._fault.cache_clear()
     yield tmp_path / "cache"
-    extra_buffers.cache_clear()
+    llama_trial._fault.cache_clear()
 
 
 def test_extra_buffer_types_that_crash_are_off_and_models_open_without_them(
@@ -69,7 +69,7 @@ def test_extra_buffer_types_that_crash_are_off_and_models_open_without_them(
     with caplog.at_level(logging.WARNING):
         assert not extra_buffers()
     assert "died by SIGSEGV in llama_model_load_from_file" in caplog.text
-    assert "extra buffer types off" in features()
+    assert "extra buffer types off: at f32 it died by SIGSEGV" in features()
     (stack,) = (cache / "crashes").glob("*.txt")
     assert "Fatal Python error: Segmentation fault" in stack.read_text()
     merged = small_model(tmp_path / "merged")
@@ -84,14 +84,26 @@ def test_extra_buffer_types_that_crash_are_off_and_models_open_without_them(
 
 def test_the_trial_is_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     works = extra_buffers()
-    extra_buffers.cache_clear()
+    llama_trial._fault.cache_clear()
     monkeypatch.setattr(llama_trial, "run_child", None)
     assert extra_buffers() == works
     (record,) = (cache / "llama_cpp").glob("*.json")
-    record.unlink()
-    extra_buffers.cache_clear()
+    record.write_text("")  # As a full disk leaves it.
+    llama_trial._fault.cache_clear()
     with pytest.raises(TypeError):
         extra_buffers()
+
+
+def test_a_trial_that_was_killed_is_not_remembered(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LD_PRELOAD", faulty(tmp_path, "-DFATAL=SIGKILL"))
+    assert not extra_buffers()
+    assert not (cache / "llama_cpp").exists()
+    llama_trial._fault.cache_clear()
+    monkeypatch.setenv("LD_PRELOAD", faulty(tmp_path, "-DFATAL=SIGILL"))
+    assert "; without them it died by SIGILL" in features()
+    assert (cache / "llama_cpp").exists()
 
 
 def test_a_file_that_kills_llama_cpp_is_told_in_one_line(
@@ -99,7 +111,7 @@ def test_a_file_that_kills_llama_cpp_is_told_in_one_line(
 ) -> None:
     pair = write_f32(small_model(tmp_path / "merged"), tmp_path / "pair")
     extra_buffers()
-    monkeypatch.setenv("LD_PRELOAD", faulty(tmp_path, "-DILLEGAL"))
+    monkeypatch.setenv("LD_PRELOAD", faulty(tmp_path, "-DFATAL=SIGILL"))
     with pytest.raises(VariantError) as caught:
         check_file(pair / "llava-f32.gguf", 1)
     line = str(caught.value)
@@ -120,4 +132,4 @@ def test_a_broken_file_says_llama_cpps_reason(cache: Path, tmp_path: Path) -> No
 def test_the_features_are_named() -> None:
     named = features()
     assert "OPENMP" in named
-    assert named.endswith(("extra buffer types on", "extra buffer types off"))
+    assert "; extra buffer types o" in named
