@@ -15,7 +15,7 @@ from llava_ray.crash import run_child
 from llava_ray.errors import VariantError
 from llava_ray.quantize import llava_folder
 from llava_ray.quantize.awq_environment import autoawq_folder
-from llava_ray.quantize.spec import Calibration, QuantizationSpec, Resources
+from llava_ray.quantize.spec import Calibration, QuantizationSpec, Resources, whole_model
 
 if TYPE_CHECKING:
     from llava_ray.serving.engine import Engine
@@ -56,9 +56,7 @@ class AwqSpec(QuantizationSpec):
 
     def resources(self, model_bytes: int, *, gpu: bool) -> Resources:
         """Ask for a GPU if there is one; the whole model stays in memory, in fp32 on CPUs."""
-        memory = int(model_bytes * (1.5 if gpu else 3)) + 2 * 2**30
-        cpus = min(2, max(1, model_bytes // 10**9))
-        return Resources(num_cpus=cpus, num_gpus=1 if gpu else 0, memory_bytes=memory)
+        return whole_model(model_bytes, gpu=gpu)
 
     def bits_per_weight(self) -> float:
         """Return 4 bits with the share of an fp16 scale and a 4-bit zero point per group."""

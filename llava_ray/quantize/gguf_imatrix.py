@@ -21,7 +21,7 @@ from llava_ray.quantize import llava_folder
 from llava_ray.quantize.gguf import GgufSpec, Importance
 from llava_ray.quantize.gguf_types import FILE_TYPES, NEEDS_IMATRIX, PLAIN, PREFIX
 from llava_ray.quantize.gguf_writer import text_targets
-from llava_ray.quantize.spec import Calibration, Resources
+from llava_ray.quantize.spec import Calibration, Resources, whole_model
 
 if TYPE_CHECKING:
     import torch
@@ -59,9 +59,7 @@ class GgufImatrixSpec(GgufSpec):
 
     def resources(self, model_bytes: int, *, gpu: bool) -> Resources:
         """Ask for a GPU where there is one; the whole model stays in memory, in fp32 on a CPU."""
-        memory = int(model_bytes * (1.5 if gpu else 3)) + 2 * 2**30
-        cpus = min(2, max(1, model_bytes // 10**9))
-        return Resources(num_cpus=cpus, num_gpus=1 if gpu else 0, memory_bytes=memory)
+        return whole_model(model_bytes, gpu=gpu)
 
     def _importance(self, merged: Path, calibration: Calibration, device: str) -> Importance | None:
         return importance_matrix(merged, calibration, device)

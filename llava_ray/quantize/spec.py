@@ -26,6 +26,13 @@ def process_memory(model_bytes: int) -> int:
     return 2**30 + min(model_bytes, 2 * llava_folder.SHARD_BYTES)
 
 
+def whole_model(model_bytes: int, *, gpu: bool) -> Resources:
+    """Return what a method needs that holds the whole model: on a GPU, or in fp32 on CPUs."""
+    memory = int(model_bytes * (1.5 if gpu else 3)) + 2 * 2**30
+    cpus = min(2, max(1, model_bytes // 10**9))
+    return Resources(num_cpus=cpus, num_gpus=1 if gpu else 0, memory_bytes=memory)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Training samples for the methods that look at activations."""

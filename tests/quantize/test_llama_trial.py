@@ -92,6 +92,9 @@ def test_the_trial_is_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -
     llama_trial._fault.cache_clear()
     with pytest.raises(TypeError):
         extra_buffers()
+    record.unlink()
+    with pytest.raises(TypeError):
+        extra_buffers()
 
 
 def test_a_trial_that_was_killed_is_not_remembered(
@@ -132,4 +135,4 @@ def test_a_broken_file_says_llama_cpps_reason(cache: Path, tmp_path: Path) -> No
 def test_the_features_are_named() -> None:
     named = features()
     assert "OPENMP" in named
-    assert "; extra buffer types o" in named
+    assert named.endswith("; extra buffer types on") or "; extra buffer types off: at " in named
