@@ -16,6 +16,7 @@ config=(--config jobs/configs/quickstart.yaml)
 [[ " $* " != *" --config "* ]] || config=()
 job="pipeline-$(date +%Y%m%d-%H%M%S)-$$"
 code=0
+trap 'echo; echo "job $job goes on: \"ray job logs -f $job\" shows it, \"ray job stop $job\" ends it" >&2' INT
 ray job submit --submission-id "$job" --runtime-env jobs/runtime_env.yaml --working-dir . \
     -- python jobs/pipeline.py "${config[@]}" "$@" || code=$?
 if [ "$code" -ne 0 ]; then

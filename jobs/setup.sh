@@ -4,7 +4,6 @@
 
 venv=${LLAVA_RAY_VENV:-$PWD/.venv}
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-uv_version=0.13.9
 
 die() { echo "error: $*" >&2; exit 2; }
 
@@ -21,22 +20,24 @@ find_python() {
 
 safe_compiler_flags() {  # Flags without which this compiler's llama.cpp would crash.
     # gcc before 13 writes AMX's tile configuration wrongly (llama.cpp issue 20824).
-    local flags="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    local flags="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" compiler=${CXX:-c++}
     case $(uname -m) in x86_64 | i686) ;; *) return 0 ;; esac
-    case $(c++ --version 2>/dev/null) in *clang*) return 0 ;; esac
-    [ "$(c++ -dumpversion | cut -d. -f1)" -lt 13 ] || return 0
+    case $($compiler --version 2>/dev/null) in *clang*) return 0 ;; esac
+    [ "$($compiler -dumpversion | cut -d. -f1)" -lt 13 ] || return 0
     # A gcc that does not know AMX cannot compile it either.
-    c++ $flags -x c++ -c -o /dev/null /dev/null 2>/dev/null || return 0
+    $compiler $flags -x c++ -c -o /dev/null /dev/null 2>/dev/null || return 0
     echo "$flags"
 }
 
 build_llama_cpp() {  # $1: requirements, $2: folder for the wheel
-    local flags start=$SECONDS
+    local flags c_flags start=$SECONDS
     flags=$(safe_compiler_flags)
+    c_flags=$flags  # The C compiler may be another one.
+    ${CC:-cc} $flags -x c -c -o /dev/null /dev/null 2>/dev/null || c_flags=
     grep -A 1 '^llama-cpp-python==' "$1" > "$2/requirement.txt"
     # Settings are split at spaces, which the path of the repository may have.
     cp jobs/llama_cpp.cmake "$2/"
-    CFLAGS="${CFLAGS:-} $flags" CXXFLAGS="${CXXFLAGS:-} $flags" \
+    CFLAGS="${CFLAGS:-} $c_flags" CXXFLAGS="${CXXFLAGS:-} $flags" \
     CMAKE_ARGS="${CMAKE_ARGS:-} -DCMAKE_PROJECT_INCLUDE=$2/llama_cpp.cmake" \
         "$venv/bin/pip" wheel -q --no-deps --require-hashes -w "$2" -r "$2/requirement.txt" || return
     echo $((SECONDS - start)) > "$2/seconds"
@@ -48,7 +49,7 @@ install_requirements() {  # $1: requirements; uv takes seconds, pip knows every 
     [ -z "$index" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index}
     [ -z "${PIP_EXTRA_INDEX_URL:-}" ] || export UV_INDEX=${UV_INDEX:-$PIP_EXTRA_INDEX_URL}
     export UV_SYSTEM_CERTS=1
-    if "$venv/bin/pip" install -q "uv==$uv_version" \
+    if "$venv/bin/pip" install -q --require-hashes -r jobs/requirements/uv.txt \
         && "$venv/bin/uv" pip install -q --python "$venv/bin/python" --require-hashes -r "$1"; then
         return
     fi
@@ -64,7 +65,7 @@ install_environment() {  # $1: the name of a file in jobs/requirements, without 
         return
     fi
     python=$(find_python) || die "no Python 3.11 or 3.12 with venv found: install one or set PYTHON=/path/to/python"
-    command -v c++ >/dev/null || die "no C++ compiler found: install g++ (llama-cpp-python is compiled)"
+    command -v ${CXX:-c++} >/dev/null || die "no C++ compiler ${CXX:-c++} found: install g++ (llama-cpp-python is compiled)"
     free_kb=$(df -Pk . | awk 'NR == 2 { print $4 }')
     [ "$free_kb" -gt 12000000 ] || die "$((free_kb / 1024)) MB free in $PWD: the environment needs 12000 MB while it is made"
     echo "installing into $venv (about 4 minutes; llama-cpp-python is compiled meanwhile)"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_ray.config import RunConfig
+from llava_ray.errors import ConfigError
 from llava_ray.merge import merge_memory_bytes
-from llava_ray.models import EMBEDDED
+from llava_ray.models import EMBEDDED, vision_shape
 from llava_ray.prepare.tables import SUFFIXES
 from llava_ray.quantize import llava_folder
 from llava_ray.quantize.registry import spec_for
@@ -65,9 +66,12 @@ def find_base(config: RunConfig) -> Base:
             return Base(None, f"{path} is not on this machine")
         folder = cached
     try:
+        vision_shape(folder)
         return _read_base(folder)
+    except ConfigError as error:
+        return Base(None, f"it cannot be used: {error}")
     except (OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
-        return Base(None, f"the weights in {folder} cannot be read ({type(error).__name__})")
+        return Base(None, f"the model in {folder} cannot be read ({type(error).__name__})")
 
 
 def _read_base(folder: Path) -> Base:

@@ -1,6 +1,7 @@
 """A dry run names what every stage asks for, and calls unknown what it cannot know (A8)."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def test_a_model_that_is_not_here_has_unknown_sizes_never_wrong_ones(
         if name.startswith(("quantize ", "merge")):
             assert "unknown: llava-hf/llava-1.5-7b-hf is not on this machine" in line
             assert "GiB" not in line and "MB" not in line
+    shutil.copy(EMBEDDED / "config.json", tmp_path)
     assert lines(f"model.path={tmp_path}")["merge"].startswith(
         f"memory unknown: {tmp_path} holds no safetensors"
     )
@@ -62,6 +64,7 @@ def test_a_hub_model_in_the_cache_is_read_there(
 
 
 def test_of_a_model_that_is_partly_here_the_index_says_the_size(tmp_path: Path) -> None:
+    shutil.copy(EMBEDDED / "config.json", tmp_path)
     (tmp_path / "model-1-of-2.safetensors").write_bytes(
         (EMBEDDED / "model.safetensors").read_bytes()
     )
@@ -78,10 +81,21 @@ def test_of_a_model_that_is_partly_here_the_index_says_the_size(tmp_path: Path) 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe"])
 @pytest.mark.parametrize("name", ["model.safetensors.index.json", "model.safetensors"])
 def test_weights_that_cannot_be_read_are_unknown(tmp_path: Path, name: str, content: bytes) -> None:
+    shutil.copy(EMBEDDED / "config.json", tmp_path)
     (tmp_path / name).write_bytes(content)
     said = lines(f"model.path={tmp_path}")
-    assert said["merge"].startswith(f"memory unknown: the weights in {tmp_path} cannot be read")
+    assert said["merge"].startswith(f"memory unknown: the model in {tmp_path} cannot be read")
     assert said["quantize gguf-q4_k_m"].startswith("CPUs unknown; memory and size unknown: ")
+
+
+@pytest.mark.parametrize(
+    "config", [b"{", b"[]", b'{"model_type": "gpt2"}', b'{"model_type": "llava"}']
+)
+def test_a_model_that_cannot_be_used_has_no_figures(tmp_path: Path, config: bytes) -> None:
+    shutil.copy(EMBEDDED / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_bytes(config)
+    said = lines(f"model.path={tmp_path}")
+    assert said["merge"].startswith("memory unknown: ") and "GiB" not in said["merge"]
 
 
 def test_data_that_is_not_here_is_unknown(tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ from packaging.utils import canonicalize_name
 AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 
 
-def flags(tmp_path: Path, *, version: str, machine: str, knows: bool = True) -> str:
+def flags(
+    tmp_path: Path, *, version: str, machine: str, knows: bool = True, compiler: str = "c++"
+) -> str:
     """Ask jobs/setup.sh for its flags, with a compiler and a machine of that kind."""
     scripts = {
-        "c++": f'case "$*" in *dumpversion*) echo {version} ;; *--version*) echo "g++ {version}" ;;'
+        compiler: f'case "$*" in *dumpversion*) echo {version} ;; *--version*) echo "g++ {version}" ;;'
         f" *) exit {0 if knows else 1} ;; esac",
         "uname": f"echo {machine}",
     }
@@ -28,6 +30,7 @@ def flags(tmp_path: Path, *, version: str, machine: str, knows: bool = True) -> 
         path.chmod(0o755)
     command = "source jobs/setup.sh; safe_compiler_flags"
     environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {} if compiler == "c++" else {"CXX": compiler}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command], env=environment, text=True,
         capture_output=True, check=True,
@@ -40,6 +43,11 @@ def flags(tmp_path: Path, *, version: str, machine: str, knows: bool = True) -> 
 )
 def test_gcc_before_13_leaves_amx_out(tmp_path: Path, version: str, said: str) -> None:
     assert flags(tmp_path, version=version, machine="x86_64") == said
+
+
+def test_the_compiler_of_the_environment_is_looked_at(tmp_path: Path) -> None:
+    for name, version, said in (("g++-12", "12", AMX), ("g++-14", "14", "")):
+        assert flags(tmp_path, version=version, machine="x86_64", compiler=name) == said
 
 
 def test_no_flag_that_a_compiler_does_not_know(tmp_path: Path) -> None:
