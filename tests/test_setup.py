@@ -20,8 +20,8 @@ def flags(
 ) -> str:
     """Ask jobs/setup.sh for its flags, with a compiler and a machine of that kind."""
     scripts = {
-        compiler: f'case "$*" in *dumpversion*) echo {version} ;; *--version*) echo "g++ {version}" ;;'
-        f" *) exit {0 if knows else 1} ;; esac",
+        compiler: f'case "$*" in *dumpversion*) echo {version} ;; *--version*) echo "g++ {version}"'
+        f" ;; *) exit {0 if knows else 1} ;; esac",
         "uname": f"echo {machine}",
     }
     for name, body in scripts.items():
