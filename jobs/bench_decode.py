@@ -8,7 +8,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from llava_ray.serving.bench_decode import run
+from llava_ray.bench.decode import run
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

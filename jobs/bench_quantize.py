@@ -12,7 +12,7 @@ from pathlib import Path
 # The folder above, so that a machine without the package installed can run this file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llava_ray.quantize.bench import SLUGS, run
+from llava_ray.bench.quantize import SLUGS, run
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -10,7 +10,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from llava_ray.serving.bench_serving import run
+from llava_ray.bench.serving import run
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

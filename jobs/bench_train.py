@@ -13,9 +13,9 @@ from pathlib import Path
 # The folder above, so that a machine without the package installed can run this file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llava_ray.bench.train import run
 from llava_ray.cli import fail
 from llava_ray.errors import LlavaRayError
-from llava_ray.train.bench import run
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -7,8 +7,8 @@ Further arguments are --config and overrides as of the other jobs.
 import sys
 from pathlib import Path
 
+from llava_ray.bench.compare import compare
 from llava_ray.cli import run_job
-from llava_ray.compare import compare
 
 if __name__ == "__main__":
     if len(sys.argv) < 4:

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from llava_ray.cli import fail
-from llava_ray.config import load_config
+from llava_ray.config.run import load_config
 from llava_ray.errors import LlavaRayError
 from llava_ray.train.estimate import check_table, run
 

@@ -8,9 +8,9 @@ import logging
 import sys
 from pathlib import Path
 
+from llava_ray.bench.measure import measure
 from llava_ray.cli import fail
 from llava_ray.errors import LlavaRayError
-from llava_ray.measure import measure
 
 if __name__ == "__main__":
     if len(sys.argv) < 3:

@@ -1,9 +1,9 @@
 """The whole line: captions in, a served quantized LLaVA out."""
 
+from llava_ray.artifacts.records import ChosenVariant, DeploymentRecord
 from llava_ray.cli import run_job
-from llava_ray.config import RunConfig
+from llava_ray.config.run import RunConfig
 from llava_ray.pipeline import run_choose, run_deploy
-from llava_ray.records import ChosenVariant, DeploymentRecord
 
 
 def choose_and_deploy(config: RunConfig) -> tuple[ChosenVariant, DeploymentRecord]:

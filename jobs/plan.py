@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llava_ray.cli import fail
 from llava_ray.cluster.table import plan_table
-from llava_ray.config import load_config
+from llava_ray.config.run import load_config
 from llava_ray.errors import LlavaRayError
 
 

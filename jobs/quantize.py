@@ -2,10 +2,10 @@
 
 import sys
 
+from llava_ray.artifacts.records import Variant
 from llava_ray.cli import run_job
 from llava_ray.pipeline import run_quantize
 from llava_ray.quantize.registry import known_slugs
-from llava_ray.records import Variant
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--list"]:

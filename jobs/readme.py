@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from llava_ray.bench.readme import fill
 from llava_ray.cli import fail
 from llava_ray.errors import LlavaRayError
-from llava_ray.report.readme import fill
 
 if __name__ == "__main__":
     readme = Path("README.md")

@@ -7,8 +7,8 @@ Further arguments are overrides as of the other jobs.
 import sys
 from pathlib import Path
 
+from llava_ray.bench.embedded import score
 from llava_ray.cli import run_job
-from llava_ray.embedded import score
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):

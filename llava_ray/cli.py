@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from llava_ray.config import RunConfig, load_config, to_yaml
+from llava_ray.config.run import RunConfig, load_config, to_yaml
 from llava_ray.errors import ConfigError, LlavaRayError, ResourceError
 
 T = TypeVar("T")

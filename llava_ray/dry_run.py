@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_ray.config import RunConfig
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
 from llava_ray.merge import merge_memory_bytes
-from llava_ray.models import EMBEDDED, vision_shape
+from llava_ray.models import tensors as llava_folder
+from llava_ray.models.folder import EMBEDDED, vision_shape
 from llava_ray.prepare.tables import SUFFIXES
-from llava_ray.quantize import llava_folder
 from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.spec import Resources
 

@@ -9,9 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from llava_ray import benchmark, choose, deploy, merge, prepare, quantize, sweep, train
-from llava_ray.config import RunConfig
-from llava_ray.errors import ConfigError
-from llava_ray.records import (
+from llava_ray.artifacts.records import (
     AdapterCheckpoint,
     ChosenVariant,
     DatasetRecord,
@@ -22,6 +20,8 @@ from llava_ray.records import (
     Variant,
     VariantFailure,
 )
+from llava_ray.config.run import RunConfig
+from llava_ray.errors import ConfigError
 from llava_ray.trial_score import scorer_for
 
 logger = logging.getLogger(__name__)

@@ -8,11 +8,11 @@ import logging
 from dataclasses import dataclass
 
 from llava_ray import benchmark, merge, quantize
-from llava_ray.config import RunConfig
+from llava_ray.artifacts.records import DatasetRecord, VariantFailure
+from llava_ray.artifacts.storage import Storage
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import DataError, VariantError
 from llava_ray.quantize.registry import spec_for
-from llava_ray.records import DatasetRecord, VariantFailure
-from llava_ray.storage import Storage
 from llava_ray.sweep.objective import Objective
 from llava_ray.train.midway import seal_midway
 

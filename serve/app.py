@@ -11,10 +11,10 @@ from ray import serve
 from ray.serve import Application
 
 from llava_ray.errors import ConfigError
-from llava_ray.serving.autoscaling import replicas_for_answers
-from llava_ray.serving.guard import key_digest
-from llava_ray.serving.replica import EngineReplica, Ingress
-from llava_ray.serving.settings import AppArgs, ModelArgs, is_loopback
+from llava_ray.server.autoscaling import replicas_for_answers
+from llava_ray.server.guard import key_digest
+from llava_ray.server.replica import EngineReplica, Ingress
+from llava_ray.server.settings import AppArgs, ModelArgs, is_loopback
 
 
 def build(args: AppArgs) -> Application:

@@ -5,9 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from llava_ray.artifacts import ArtifactStore
-from llava_ray.config import RunConfig, load_config
-from llava_ray.records import (
+from llava_ray.artifacts.records import (
     DatasetRecord,
     Generation,
     MergedModel,
@@ -17,6 +15,8 @@ from llava_ray.records import (
     Variant,
     VariantFailure,
 )
+from llava_ray.artifacts.store import ArtifactStore
+from llava_ray.config.run import RunConfig, load_config
 
 # slug, bytes, tokens/s, KL, words read
 SHAPES = (

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_ray.code_digest import code_digest
+from llava_ray.artifacts.code_digest import code_digest
+from llava_ray.bench.measure import measure
 from llava_ray.errors import ResourceError
-from llava_ray.measure import measure
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from llava_ray import cli
-from llava_ray.config import RunConfig
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError, DataError
-from llava_ray.models import EMBEDDED
+from llava_ray.models.folder import EMBEDDED
 from llava_ray.quantize.registry import spec_for
 
 JOBS = [

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_ray.config import load_config
+from llava_ray.config.run import load_config
 from llava_ray.dry_run import describe_requests
-from llava_ray.models import EMBEDDED
+from llava_ray.models.folder import EMBEDDED
 from llava_ray.quantize.registry import spec_for
 
 STAGES = ("prepare", "train", "merge", "quantize", "benchmark", "choose", "deploy")

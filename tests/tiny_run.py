@@ -8,10 +8,10 @@ from typing import Any
 
 from PIL import Image
 
-from llava_ray.artifacts import ArtifactStore
-from llava_ray.config import RunConfig, load_config
-from llava_ray.models import EMBEDDED
-from llava_ray.records import DatasetRecord
+from llava_ray.artifacts.records import DatasetRecord
+from llava_ray.artifacts.store import ArtifactStore
+from llava_ray.config.run import RunConfig, load_config
+from llava_ray.models.folder import EMBEDDED
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 30), "blue": (20, 40, 220)}
 

@@ -6,13 +6,19 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.artifacts import ArtifactStore
+from llava_ray.artifacts.records import (
+    DatasetRecord,
+    ReferenceScores,
+    Scorecard,
+    Variant,
+    VariantFailure,
+)
+from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.benchmark.turns import shared_turn
-from llava_ray.config import RunConfig
-from llava_ray.crash import failure_reason
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import VariantError
-from llava_ray.forked import Forked
-from llava_ray.records import DatasetRecord, ReferenceScores, Scorecard, Variant, VariantFailure
+from llava_ray.resources.crash import failure_reason
+from llava_ray.resources.forked import Forked
 
 if TYPE_CHECKING:
     from llava_ray.benchmark.plan import Plan

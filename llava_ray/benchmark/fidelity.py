@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from llava_ray.records import Spread
+from llava_ray.artifacts.records import Spread
 
 if TYPE_CHECKING:
     import torch

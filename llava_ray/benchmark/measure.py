@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_ray.artifacts import ArtifactStore, artifact_id, local_folder
+from llava_ray.artifacts.records import (
+    DatasetRecord,
+    Generation,
+    ReferenceScores,
+    Scorecard,
+    Spread,
+    Variant,
+)
+from llava_ray.artifacts.store import ArtifactStore, artifact_id, local_folder
+from llava_ray.benchmark.caption_scores import caption_scores
 from llava_ray.benchmark.fidelity import SampleFidelity, compare, summarize
 from llava_ray.benchmark.plan import Plan, held_out
 from llava_ray.benchmark.reference import (
@@ -20,17 +29,15 @@ from llava_ray.benchmark.reference import (
 )
 from llava_ray.benchmark.timing import PeakMemory, copy_bytes_per_s, spread, time_generation
 from llava_ray.benchmark.turns import quiet_turn, shared_turn
-from llava_ray.caption_scores import caption_scores
-from llava_ray.conversation import Sample
 from llava_ray.errors import VariantError
-from llava_ray.images import open_image
-from llava_ray.models import vision_shape
-from llava_ray.records import DatasetRecord, Generation, ReferenceScores, Scorecard, Spread, Variant
-from llava_ray.serving.engine import Engine, Prompt
-from llava_ray.serving.generate import generate_text
-from llava_ray.serving.llama_trial import features
-from llava_ray.serving.prompts import make_prompt
-from llava_ray.serving.sampling import SamplingParams
+from llava_ray.inference.engine import Engine, Prompt
+from llava_ray.inference.generate import generate_text
+from llava_ray.inference.llama_cpp.trial import features
+from llava_ray.inference.prompts import make_prompt
+from llava_ray.inference.sampling import SamplingParams
+from llava_ray.models.conversation import Sample
+from llava_ray.models.folder import vision_shape
+from llava_ray.models.images import open_image
 
 logger = logging.getLogger(__name__)
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_ray.config import BenchmarkConfig, RunConfig
-from llava_ray.conversation import Sample, read_samples
+from llava_ray.artifacts.records import DatasetRecord
+from llava_ray.config.run import BenchmarkConfig, RunConfig
 from llava_ray.errors import ConfigError, DataError, ResourceError
-from llava_ray.records import DatasetRecord
+from llava_ray.models.conversation import Sample, read_samples
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_ray.artifacts import ArtifactStore, artifact_id, local_folder
+from llava_ray.artifacts.records import DatasetRecord, ReferenceScores, Variant
+from llava_ray.artifacts.store import ArtifactStore, artifact_id, local_folder
 from llava_ray.benchmark.plan import Plan, held_out
-from llava_ray.conversation import Sample, encode_sample
 from llava_ray.errors import DataError
-from llava_ray.images import open_image, square_pixels
-from llava_ray.records import DatasetRecord, ReferenceScores, Variant
-from llava_ray.serving.engine import Engine, Prompt
+from llava_ray.inference.engine import Engine, Prompt
+from llava_ray.models.conversation import Sample, encode_sample
+from llava_ray.models.images import open_image, square_pixels
 
 if TYPE_CHECKING:
     import torch

@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llava_ray.records import Spread
-from llava_ray.serving.engine import Engine, Prompt
-from llava_ray.serving.generate import generate
-from llava_ray.serving.sampling import SamplingParams
+from llava_ray.artifacts.records import Spread
+from llava_ray.inference.engine import Engine, Prompt
+from llava_ray.inference.generate import generate
+from llava_ray.inference.sampling import SamplingParams
 
 if TYPE_CHECKING:
     import torch

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from llava_ray.artifacts import ArtifactStore, artifact_id
+from llava_ray.artifacts.records import ChosenVariant, Scorecard, VariantFailure
+from llava_ray.artifacts.store import ArtifactStore, artifact_id
 from llava_ray.choose.decision import Limits, decide
-from llava_ray.config import RunConfig
-from llava_ray.records import ChosenVariant, Scorecard, VariantFailure
+from llava_ray.config.run import RunConfig
 
 
 def run(

@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llava_ray.config import ChooseConfig
+from llava_ray.artifacts.records import Scorecard, VariantFailure
+from llava_ray.config.run import ChooseConfig
 from llava_ray.errors import ConfigError
-from llava_ray.records import Scorecard, VariantFailure
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_ray.cluster.groups import NodeGroup
-from llava_ray.config import RunConfig
-from llava_ray.models import EMBEDDED
+from llava_ray.config.run import RunConfig
+from llava_ray.models.folder import EMBEDDED
 from llava_ray.quantize.registry import spec_for
 
 LLAVA_7B_BYTES = 14_128_000_000

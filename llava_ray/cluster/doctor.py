@@ -14,9 +14,9 @@ from llava_ray import __version__
 from llava_ray.cluster.demand import Demand, demands_of
 from llava_ray.cluster.groups import Cluster, NodeGroup, read_groups, strings_of
 from llava_ray.cluster.local import WORKER_PORTS
-from llava_ray.config import RunConfig
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
-from llava_ray.serving.llama_trial import features
+from llava_ray.inference.llama_cpp.trial import features
 
 WORKING_DIR_LIMIT_BYTES = 100 * 2**20
 """Ray uploads larger folders too, but each node downloads them before a job starts."""

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_ray.artifacts import ArtifactStore
+from llava_ray.artifacts.records import QuantizationRun, SweepResult
+from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.cluster.drill_clients import Clients
 from llava_ray.cluster.drill_faults import Strike, mend, small_disk, strike, why_not
 from llava_ray.cluster.drill_network import Network
@@ -39,7 +40,6 @@ from llava_ray.cluster.drill_results import (
 )
 from llava_ray.cluster.drill_stages import STAGES, Job, Stage, checkpoint_steps, losses
 from llava_ray.errors import LlavaRayError, ResourceError
-from llava_ray.records import QuantizationRun, SweepResult
 
 logger = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from llava_ray import __version__
-from llava_ray.artifacts import MANIFEST, read_record, verify
+from llava_ray.artifacts.code_digest import code_digest, with_digests
+from llava_ray.artifacts.records import Record
+from llava_ray.artifacts.store import MANIFEST, read_record, verify
 from llava_ray.cluster.drill_clients import Requests
 from llava_ray.cluster.drill_nodes import SETTINGS
 from llava_ray.cluster.drill_stages import CHECKPOINT_EVERY_STEPS
-from llava_ray.code_digest import code_digest, with_digests
 from llava_ray.errors import ArtifactError
-from llava_ray.records import Record
 
 CLEAN_S = 60.0
 MEMORY_ALLOWANCE_BYTES = 256 * 2**20

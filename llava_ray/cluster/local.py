@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_ray.artifacts.storage import cache_folder, disk_errors
 from llava_ray.cluster.schema import read_cluster
 from llava_ray.errors import ConfigError, ResourceError
-from llava_ray.storage import cache_folder, disk_errors
 
 if TYPE_CHECKING:
     import psutil

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from llava_ray.cluster.demand import Demand, demands_of
 from llava_ray.cluster.groups import Cluster, NodeGroup
 from llava_ray.cluster.rates import Rates
-from llava_ray.config import RunConfig
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
 
 GRADIENT_BYTES = 2

@@ -6,10 +6,10 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from llava_ray.artifacts import ArtifactStore
-from llava_ray.config import Count, Positive, Section
+from llava_ray.artifacts.records import AdapterCheckpoint, MergedModel, Record, Scorecard, Variant
+from llava_ray.artifacts.store import ArtifactStore
+from llava_ray.config.run import Count, Positive, Section
 from llava_ray.errors import ConfigError
-from llava_ray.records import AdapterCheckpoint, MergedModel, Record, Scorecard, Variant
 
 
 class Rates(Section):

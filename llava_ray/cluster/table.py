@@ -12,7 +12,7 @@ from llava_ray.cluster.plan import (
     unmeasured,
 )
 from llava_ray.cluster.rates import measured_rates, read_rates
-from llava_ray.config import RunConfig
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
 
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -3,11 +3,11 @@
 import json
 import os
 
-from llava_ray.artifacts import ArtifactStore, artifact_id, local_folder
-from llava_ray.config import RunConfig
+from llava_ray.artifacts.records import ChosenVariant, DeploymentRecord
+from llava_ray.artifacts.store import ArtifactStore, artifact_id, local_folder
+from llava_ray.config.run import RunConfig
 from llava_ray.deploy.application import APP_NAME, Target, ensure_served
 from llava_ray.deploy.probe import MAX_TOKENS, ask, curl_command, probe_request
-from llava_ray.records import ChosenVariant, DeploymentRecord
 
 
 def run(config: RunConfig, chosen: ChosenVariant) -> DeploymentRecord:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.artifacts import ArtifactStore
-from llava_ray.config import RunConfig
+from llava_ray.artifacts.records import ChosenVariant, Scorecard
+from llava_ray.artifacts.store import ArtifactStore
+from llava_ray.config.run import RunConfig
 from llava_ray.deploy import front
 from llava_ray.errors import ConfigError, ResourceError
-from llava_ray.records import ChosenVariant, Scorecard
-from llava_ray.serving.crashes import engine_name, last_crash
-from llava_ray.serving.settings import AppArgs, CanaryArgs, ModelArgs
+from llava_ray.server.crashes import engine_name, last_crash
+from llava_ray.server.settings import AppArgs, CanaryArgs, ModelArgs
 
 if TYPE_CHECKING:
     from ray.serve import Application

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from llava_ray.serving.api_errors import Unavailable
+from llava_ray.inference.request_errors import Unavailable
 
 _HEAD = "node:__internal_head__"
 _FAST = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}

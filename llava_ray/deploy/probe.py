@@ -10,10 +10,10 @@ from typing import Any
 
 from PIL import Image
 
-from llava_ray.artifacts import ArtifactStore, local_folder
-from llava_ray.conversation import read_samples
+from llava_ray.artifacts.records import ChosenVariant, DatasetRecord, Scorecard
+from llava_ray.artifacts.store import ArtifactStore, local_folder
 from llava_ray.errors import ArtifactError, ResourceError
-from llava_ray.records import ChosenVariant, DatasetRecord, Scorecard
+from llava_ray.models.conversation import read_samples
 
 _SIDE = 336
 """Longest side of the image sent: what LLaVA-1.5 sees."""

@@ -3,15 +3,15 @@
 import logging
 from typing import Any
 
-from llava_ray.artifacts import ArtifactStore, artifact_id, read_record
-from llava_ray.capacity import free_nodes
-from llava_ray.config import RunConfig
-from llava_ray.crash import failure_reason
+from llava_ray.artifacts.records import AdapterCheckpoint, DatasetRecord, MergedModel
+from llava_ray.artifacts.store import ArtifactStore, artifact_id, read_record
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import LlavaRayError, ResourceError
-from llava_ray.forked import run_forked
 from llava_ray.merge.fold import MergeTask, merge_task
-from llava_ray.models import model_folder
-from llava_ray.records import AdapterCheckpoint, DatasetRecord, MergedModel
+from llava_ray.models.folder import model_folder
+from llava_ray.resources.capacity import free_nodes
+from llava_ray.resources.crash import failure_reason
+from llava_ray.resources.forked import run_forked
 
 logger = logging.getLogger(__name__)
 

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from llava_ray.artifacts import ArtifactStore, local_folder
-from llava_ray.config import MergeConfig, ModelConfig
-from llava_ray.conversation import encode_sample, read_samples
+from llava_ray.artifacts.records import AdapterCheckpoint, DatasetRecord, MergedModel
+from llava_ray.artifacts.store import ArtifactStore, local_folder
+from llava_ray.config.run import MergeConfig, ModelConfig
 from llava_ray.errors import ArtifactError
-from llava_ray.images import normalize, open_image, square_pixels
-from llava_ray.low_bits import rounded_base
-from llava_ray.memory import peak_bytes, reset_peaks
-from llava_ray.models import model_folder, vision_shape, weights_sha256
-from llava_ray.records import AdapterCheckpoint, DatasetRecord, MergedModel
+from llava_ray.models.conversation import encode_sample, read_samples
+from llava_ray.models.folder import model_folder, vision_shape, weights_sha256
+from llava_ray.models.images import normalize, open_image, square_pixels
+from llava_ray.models.low_bits import rounded_base
+from llava_ray.resources.memory import peak_bytes, reset_peaks
 
 if TYPE_CHECKING:
     import torch

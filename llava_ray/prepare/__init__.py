@@ -11,22 +11,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import llava_ray.tiny
-from llava_ray.artifacts import ArtifactStore, artifact_id
-from llava_ray.config import DataConfig, RunConfig
-from llava_ray.conversation import IMAGE_TOKEN
+from llava_ray.artifacts.code_digest import digest_of
+from llava_ray.artifacts.records import DatasetRecord
+from llava_ray.artifacts.store import ArtifactStore, artifact_id
+from llava_ray.config.run import DataConfig, RunConfig
 from llava_ray.errors import ConfigError, DataError
+from llava_ray.models.conversation import IMAGE_TOKEN
 from llava_ray.prepare.pictures import StoredRow, hash_image_files, store_images
 from llava_ray.prepare.rows import Rejection, RowReader
 from llava_ray.prepare.split import split_rows
 from llava_ray.prepare.tables import Table, open_file, open_table
-from llava_ray.records import DatasetRecord
 
 logger = logging.getLogger(__name__)
 
 SCENE_TEXT = "scene-text"
 SCENE_TEXT_ROWS = 240
-SCENE_TEXT_CODE = ("captions", "draw", "fonts", "scene", "scene_text", "words")
+_DRAWING = ("llava_ray.embedded.scene_text",)
+"""The code from which, with the count and the seed, the pictures follow."""
 SHOWN_REJECTIONS = 5
 
 
@@ -41,7 +42,7 @@ def run(config: RunConfig) -> DatasetRecord:
     store = ArtifactStore(config.storage.uri)
     if config.data.source == SCENE_TEXT:
         # Drawing takes seconds, so an existing artifact is looked for by what shapes the drawing.
-        settings = _settings(config.data, _scene_text_sha256())
+        settings = _settings(config.data, digest_of(_DRAWING))
         found = store.find(DatasetRecord, artifact_id(DatasetRecord.kind, settings))
         if found:
             return found
@@ -113,7 +114,7 @@ def _opened(config: DataConfig) -> Iterator[tuple[Table, Path | None]]:
             raise ConfigError(f"data.images {config.images!r}: no such folder")
         yield table, folder
         return
-    from llava_ray.tiny.scene_text import write_scene_text
+    from llava_ray.embedded.scene_text import write_scene_text
 
     with TemporaryDirectory(prefix="llava_ray-scene-text-") as scratch:
         count = config.limit or SCENE_TEXT_ROWS
@@ -130,15 +131,6 @@ def _content_sha256(table: Table, reader: RowReader, folder: Path | None) -> str
         return table.sha256
     images = hash_image_files(reader, folder)
     return hashlib.sha256(f"{table.sha256} {images}".encode()).hexdigest()
-
-
-def _scene_text_sha256() -> str:
-    """Hash the code that draws: the pictures follow from it, the count and the seed."""
-    folder = Path(llava_ray.tiny.__file__).parent
-    digest = hashlib.sha256()
-    for name in SCENE_TEXT_CODE:
-        digest.update((folder / f"{name}.py").read_bytes())
-    return digest.hexdigest()
 
 
 def _check_counts(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_ray.errors import DataError
-from llava_ray.images import open_image
+from llava_ray.models.images import open_image
 from llava_ray.prepare.rows import Rejection, Row, RowProblem
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
-from llava_ray.config import DataConfig
-from llava_ray.conversation import IMAGE_TOKEN
+from llava_ray.config.run import DataConfig
 from llava_ray.errors import DataError
+from llava_ray.models.conversation import IMAGE_TOKEN
 from llava_ray.prepare.tables import BrokenRow, Cells, Table
 
 CONVERSATIONS = "conversations"

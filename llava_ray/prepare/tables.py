@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_ray.artifacts import sha256_of
-from llava_ray.config import DataConfig
+from llava_ray.artifacts.store import sha256_of
+from llava_ray.config.run import DataConfig
 from llava_ray.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)

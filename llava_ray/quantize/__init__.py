@@ -5,12 +5,18 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from llava_ray.artifacts import ArtifactStore, artifact_id
-from llava_ray.config import RunConfig
+from llava_ray.artifacts.records import (
+    DatasetRecord,
+    MergedModel,
+    QuantizationRun,
+    Variant,
+    VariantFailure,
+)
+from llava_ray.artifacts.store import ArtifactStore, artifact_id
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import LlavaRayError
 from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.tasks import Job, run_remotely
-from llava_ray.records import DatasetRecord, MergedModel, QuantizationRun, Variant, VariantFailure
 
 logger = logging.getLogger(__name__)
 

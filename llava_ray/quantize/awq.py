@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from llava_ray.crash import run_child
 from llava_ray.errors import VariantError
-from llava_ray.quantize import llava_folder
+from llava_ray.models import tensors as llava_folder
 from llava_ray.quantize.awq_environment import autoawq_folder
 from llava_ray.quantize.spec import Calibration, QuantizationSpec, Resources, whole_model
+from llava_ray.resources.crash import run_child
 
 if TYPE_CHECKING:
-    from llava_ray.serving.engine import Engine
+    from llava_ray.inference.engine import Engine
 
 _SLUG = re.compile(r"awq-w4-g(32|64|128)(-sym)?(-text)?")
 
@@ -132,7 +132,7 @@ class AwqSpec(QuantizationSpec):
 
     def open_engine(self, folder: Path, *, device: str, slots: int, context: int) -> "Engine":
         """Load the variant's folder for generation."""
-        from llava_ray.serving.torch_engine import TorchEngine
+        from llava_ray.inference.torch.engine import TorchEngine
 
         model = self.load(folder, device)
         return TorchEngine(model, folder=folder, device=device, slots=slots, context=context)

@@ -21,15 +21,15 @@ from awq.quantize.quantizer import AwqQuantizer
 from torch import nn
 
 from llava_ray.cli import fail
-from llava_ray.conversation import encode_sample, read_samples
 from llava_ray.errors import DataError, LlavaRayError, VariantError
-from llava_ray.images import normalize, open_image, square_pixels
-from llava_ray.memory import peak_bytes
-from llava_ray.models import vision_shape
-from llava_ray.quantize import llava_folder
+from llava_ray.models import tensors as llava_folder
+from llava_ray.models.conversation import encode_sample, read_samples
+from llava_ray.models.folder import vision_shape
+from llava_ray.models.images import normalize, open_image, square_pixels
 from llava_ray.quantize.awq import AwqSpec
 from llava_ray.quantize.awq_linear import AwqLinear, pack
 from llava_ray.quantize.spec import Calibration
+from llava_ray.resources.memory import peak_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llava_ray.crash import last_line
+from llava_ray.artifacts.storage import cache_folder, disk_errors
 from llava_ray.errors import VariantError
-from llava_ray.storage import cache_folder, disk_errors
+from llava_ray.resources.crash import last_line
 
 logger = logging.getLogger(__name__)
 

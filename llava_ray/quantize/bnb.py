@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from llava_ray.quantize import llava_folder
+from llava_ray.models import tensors as llava_folder
 from llava_ray.quantize.spec import Calibration, QuantizationSpec, Resources, process_memory
 
 if TYPE_CHECKING:
     import torch
 
-    from llava_ray.serving.engine import Engine
+    from llava_ray.inference.engine import Engine
 
 _SLUG = re.compile(r"bnb-(?:(int8)|(nf4|fp4)(-dq)?)(-vision)?")
 _BLOCK = 64
@@ -94,7 +94,7 @@ class BnbSpec(QuantizationSpec):
 
     def open_engine(self, folder: Path, *, device: str, slots: int, context: int) -> "Engine":
         """Load the variant's folder for generation."""
-        from llava_ray.serving.torch_engine import TorchEngine
+        from llava_ray.inference.torch.engine import TorchEngine
 
         model = self.load(folder, device)
         return TorchEngine(model, folder=folder, device=device, slots=slots, context=context)

@@ -20,10 +20,9 @@ from gguf import GGML_QUANT_SIZES, GGUFReader
 from numpy.typing import NDArray
 
 from llava_ray.errors import VariantError
-from llava_ray.quantize import llava_folder
-from llava_ray.quantize.gguf_parity import check_parity, check_tokenization
-from llava_ray.quantize.gguf_source import shared_pair
-from llava_ray.quantize.gguf_types import (
+from llava_ray.inference.llama_cpp.native import last_error, load_llama_cpp
+from llava_ray.inference.llama_cpp.trial import check_file
+from llava_ray.inference.llama_cpp.types import (
     FILE_TYPES,
     NEEDS_IMATRIX,
     PLAIN,
@@ -32,13 +31,14 @@ from llava_ray.quantize.gguf_types import (
     head_bits,
     main_type,
 )
+from llava_ray.models import tensors as llava_folder
+from llava_ray.quantize.gguf_parity import check_parity, check_tokenization
+from llava_ray.quantize.gguf_source import shared_pair
 from llava_ray.quantize.gguf_writer import Checkpoint, write_pair
 from llava_ray.quantize.spec import Calibration, QuantizationSpec, Resources, process_memory
-from llava_ray.serving.llama_native import last_error, load_llama_cpp
-from llava_ray.serving.llama_trial import check_file
 
 if TYPE_CHECKING:
-    from llava_ray.serving.engine import Engine
+    from llava_ray.inference.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class GgufSpec(QuantizationSpec):
 
     def open_engine(self, folder: Path, *, device: str, slots: int, context: int) -> "Engine":
         """Load the variant's folder for generation."""
-        from llava_ray.serving.llama_engine import LlamaCppEngine
+        from llava_ray.inference.llama_cpp.engine import LlamaCppEngine
 
         return LlamaCppEngine(folder, device=device, slots=slots, context=context)
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from llava_ray.conversation import encode_sample, read_samples
 from llava_ray.errors import VariantError
-from llava_ray.images import normalize, open_image, square_pixels
-from llava_ray.quantize import llava_folder
+from llava_ray.inference.llama_cpp.types import FILE_TYPES, NEEDS_IMATRIX, PLAIN, PREFIX
+from llava_ray.models import tensors as llava_folder
+from llava_ray.models.conversation import encode_sample, read_samples
+from llava_ray.models.images import normalize, open_image, square_pixels
 from llava_ray.quantize.gguf import GgufSpec, Importance
-from llava_ray.quantize.gguf_types import FILE_TYPES, NEEDS_IMATRIX, PLAIN, PREFIX
 from llava_ray.quantize.gguf_writer import text_targets
 from llava_ray.quantize.spec import Calibration, Resources, whole_model
 

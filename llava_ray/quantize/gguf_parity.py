@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llava_ray.conversation import Turn, encode_prompt
 from llava_ray.errors import VariantError
-from llava_ray.images import Pixels, normalize
+from llava_ray.models.conversation import Turn, encode_prompt
+from llava_ray.models.images import Pixels, normalize
 
 if TYPE_CHECKING:
     import torch
 
-    from llava_ray.serving.engine import Prompt
+    from llava_ray.inference.engine import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ def check_parity(merged: Path, pair: Path, *, tolerance: float = TOLERANCE) -> f
 
     Both see the same pixels and a teacher-forced answer. Raises VariantError above `tolerance`.
     """
-    from llava_ray.serving.engine import Prompt
-    from llava_ray.serving.llama_engine import LlamaCppEngine
+    from llava_ray.inference.engine import Prompt
+    from llava_ray.inference.llama_cpp.engine import LlamaCppEngine
 
     engine = LlamaCppEngine(pair, device="cpu", slots=1, context=_context(pair))
     try:
@@ -102,7 +102,7 @@ def check_tokenization(text: Path) -> list[str]:
 
 def llama_tokenize(text: Path, samples: tuple[str, ...]) -> list[list[int]]:
     """Cut samples by llama.cpp's tokenizer, reading special tokens as such."""
-    from llava_ray.serving.llama_native import last_error, load_llama_cpp
+    from llava_ray.inference.llama_cpp.native import last_error, load_llama_cpp
 
     llama = load_llama_cpp()
     params = llama.llama_model_default_params()
@@ -126,6 +126,6 @@ def _tokenize(llama: Any, vocab: Any, sample: bytes) -> list[int]:
 
 
 def _context(pair: Path) -> int:
-    from llava_ray.models import vision_shape
+    from llava_ray.models.folder import vision_shape
 
     return vision_shape(pair).tokens_per_image + 256

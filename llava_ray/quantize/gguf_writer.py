@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
 from llava_ray.errors import VariantError
-from llava_ray.images import CLIP_MEAN, CLIP_STD
+from llava_ray.models.images import CLIP_MEAN, CLIP_STD
+from llava_ray.models.tensors import module_name
 from llava_ray.quantize.gguf_vocab import read_vocabulary, write_vocabulary
-from llava_ray.quantize.llava_folder import module_name
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from llava_ray.errors import VariantError
-from llava_ray.quantize import llava_folder
+from llava_ray.models import tensors as llava_folder
 from llava_ray.quantize.spec import Calibration, QuantizationSpec, Resources, process_memory
 
 if TYPE_CHECKING:
     import torch
 
-    from llava_ray.serving.engine import Engine
+    from llava_ray.inference.engine import Engine
 
 _SLUG = re.compile(r"hqq-w([84321])-g(16|32|64|128|256)(-vision)?")
 _BITS = (8, 4, 3, 2, 1)
@@ -100,7 +100,7 @@ class HqqSpec(QuantizationSpec):
 
     def open_engine(self, folder: Path, *, device: str, slots: int, context: int) -> "Engine":
         """Load the variant's folder for generation."""
-        from llava_ray.serving.torch_engine import TorchEngine
+        from llava_ray.inference.torch.engine import TorchEngine
 
         model = self.load(folder, device)
         return TorchEngine(model, folder=folder, device=device, slots=slots, context=context)

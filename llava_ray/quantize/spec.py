@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from llava_ray.quantize import llava_folder
+from llava_ray.models import tensors as llava_folder
 
 if TYPE_CHECKING:
-    from llava_ray.serving.engine import Engine
+    from llava_ray.inference.engine import Engine
 
 
 @dataclass(frozen=True)

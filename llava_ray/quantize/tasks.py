@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_ray.artifacts import ArtifactStore, artifact_id, local_folder
-from llava_ray.capacity import free_nodes
-from llava_ray.config import RunConfig
-from llava_ray.crash import failure_reason
+from llava_ray.artifacts.records import DatasetRecord, MergedModel, Variant
+from llava_ray.artifacts.store import ArtifactStore, artifact_id, local_folder
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import LlavaRayError, VariantError
-from llava_ray.forked import run_forked
-from llava_ray.memory import peak_bytes, reset_peaks
 from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.spec import Calibration, Resources
-from llava_ray.records import DatasetRecord, MergedModel, Variant
+from llava_ray.resources.capacity import free_nodes
+from llava_ray.resources.crash import failure_reason
+from llava_ray.resources.forked import run_forked
+from llava_ray.resources.memory import peak_bytes, reset_peaks
 
 logger = logging.getLogger(__name__)
 

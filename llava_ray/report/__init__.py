@@ -4,10 +4,10 @@ import json
 import re
 from pathlib import Path
 
-from llava_ray.artifacts import CARD
-from llava_ray.code_digest import code_digest
+from llava_ray.artifacts.code_digest import code_digest
+from llava_ray.artifacts.storage import Storage
+from llava_ray.artifacts.store import CARD
 from llava_ray.report.findings import Findings
-from llava_ray.storage import Storage
 
 __all__ = ["Findings", "write_report"]
 

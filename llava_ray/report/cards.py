@@ -4,7 +4,7 @@ import re
 
 import yaml
 
-from llava_ray.records import Scorecard, Variant
+from llava_ray.artifacts.records import Scorecard, Variant
 from llava_ray.report.columns import number, size_text
 from llava_ray.report.findings import Origins
 from llava_ray.report.markdown import escape

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llava_ray.records import Spread
+from llava_ray.artifacts.records import Spread
 from llava_ray.report.rows import Row
 
 MISSING = "–"

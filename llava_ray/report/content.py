@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from llava_ray import article
-from llava_ray.config import to_yaml
-from llava_ray.records import missing_line
+from llava_ray.artifacts.records import missing_line
+from llava_ray.config.run import to_yaml
+from llava_ray.report import article
 from llava_ray.report.columns import number, size_text
 from llava_ray.report.findings import Findings, Origins
 from llava_ray.report.pictures import Shown, show

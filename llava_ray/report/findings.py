@@ -2,11 +2,7 @@
 
 from dataclasses import dataclass
 
-from llava_ray.artifacts import ArtifactStore, read_record
-from llava_ray.benchmark.fidelity import SampleFidelity
-from llava_ray.benchmark.measure import read_fidelity
-from llava_ray.config import RunConfig
-from llava_ray.records import (
+from llava_ray.artifacts.records import (
     DatasetRecord,
     MergedModel,
     QuantizationRun,
@@ -14,6 +10,10 @@ from llava_ray.records import (
     Variant,
     VariantFailure,
 )
+from llava_ray.artifacts.store import ArtifactStore, read_record
+from llava_ray.benchmark.fidelity import SampleFidelity
+from llava_ray.benchmark.measure import read_fidelity
+from llava_ray.config.run import RunConfig
 
 
 @dataclass(frozen=True)

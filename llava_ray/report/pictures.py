@@ -4,9 +4,9 @@ import base64
 import io
 from dataclasses import dataclass
 
-from llava_ray.artifacts import local_folder
-from llava_ray.caption_scores import quoted_words, words
-from llava_ray.images import open_image
+from llava_ray.artifacts.store import local_folder
+from llava_ray.benchmark.caption_scores import quoted_words, words
+from llava_ray.models.images import open_image
 from llava_ray.report.findings import Findings, Origins
 
 THUMBNAIL_PIXELS = 360

@@ -5,9 +5,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from llava_ray import article
+from llava_ray.artifacts.records import Scorecard, Spread
 from llava_ray.benchmark.fidelity import paired_difference
-from llava_ray.records import Scorecard, Spread
+from llava_ray.report import article
 from llava_ray.report.findings import Findings, Origins
 
 

@@ -5,10 +5,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_ray.artifacts import ArtifactStore
-from llava_ray.code_digest import with_digests
-from llava_ray.errors import ConfigError
-from llava_ray.records import (
+from llava_ray.artifacts.code_digest import with_digests
+from llava_ray.artifacts.records import (
     AdapterCheckpoint,
     ChosenVariant,
     DatasetRecord,
@@ -19,6 +17,8 @@ from llava_ray.records import (
     Scorecard,
     Variant,
 )
+from llava_ray.artifacts.store import ArtifactStore
+from llava_ray.errors import ConfigError
 
 _TOLD: dict[type[Record], tuple[str, set[str]]] = {
     DatasetRecord: ("prepare", {"num_train", "num_test"}),

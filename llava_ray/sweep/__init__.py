@@ -4,10 +4,10 @@ import logging
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.artifacts import ArtifactStore, artifact_id
-from llava_ray.config import RunConfig
+from llava_ray.artifacts.records import DatasetRecord, SweepResult, Trial
+from llava_ray.artifacts.store import ArtifactStore, artifact_id
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
-from llava_ray.records import DatasetRecord, SweepResult, Trial
 from llava_ray.sweep.objective import Objective
 from llava_ray.sweep.space import check_space, with_settings
 from llava_ray.train import shaping_settings

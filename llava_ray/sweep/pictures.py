@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.records import Trial
+from llava_ray.artifacts.records import Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.config import RunConfig, TrainConfig
+from llava_ray.artifacts.records import DatasetRecord, Trial
+from llava_ray.artifacts.storage import Storage
+from llava_ray.config.run import RunConfig, TrainConfig
 from llava_ray.errors import ConfigError
-from llava_ray.records import DatasetRecord, Trial
-from llava_ray.storage import Storage
 from llava_ray.sweep.space import domains, num_samples
 from llava_ray.sweep.trial import Scorer, TrialRun, TrialTask
 from llava_ray.train.resources import Node, WorkerPlan, cluster_nodes, plan_workers, room

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from llava_ray.config import RunConfig, SweepConfig, TrainConfig
+from llava_ray.config.run import RunConfig, SweepConfig, TrainConfig
 from llava_ray.errors import ConfigError
 
 _LISTS = ("grid", "choice")

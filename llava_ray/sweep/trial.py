@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 from ray import tune
 
-from llava_ray.config import RunConfig
+from llava_ray.artifacts.records import DatasetRecord
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
-from llava_ray.records import DatasetRecord
 from llava_ray.sweep.space import with_settings
 from llava_ray.train.resources import WorkerPlan
 from llava_ray.train.trainer import fit, make_trainer

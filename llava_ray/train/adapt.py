@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.config import TrainConfig
-from llava_ray.conversation import IGNORE_INDEX
+from llava_ray.config.run import TrainConfig
 from llava_ray.errors import ConfigError
+from llava_ray.models.conversation import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import torch

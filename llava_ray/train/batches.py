@@ -11,16 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.conversation import (
-    IGNORE_INDEX,
-    Sample,
-    Turn,
-    encode_prompt,
-    encode_sample,
-)
 from llava_ray.errors import ConfigError
-from llava_ray.images import normalize, open_image, square_pixels
-from llava_ray.models import VisionShape
+from llava_ray.models.conversation import IGNORE_INDEX, Sample, Turn, encode_prompt, encode_sample
+from llava_ray.models.folder import VisionShape
+from llava_ray.models.images import normalize, open_image, square_pixels
 
 if TYPE_CHECKING:
     import torch

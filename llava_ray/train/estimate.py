@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llava_ray.config import ModelConfig, RunConfig, TrainConfig
+from llava_ray.config.run import ModelConfig, RunConfig, TrainConfig
 from llava_ray.errors import ConfigError
-from llava_ray.train.shapes import LLAVA_7B
-from llava_ray.train.sizes import Sizes, accelerate_estimate
+from llava_ray.models.shapes import LLAVA_7B
+from llava_ray.models.sizes import Sizes, accelerate_estimate
 
 CAPTION_TOKENS, QUESTION_TOKENS = 160, 20
 """Of an average sample of the article's data, where --tokens does not say otherwise."""
@@ -70,7 +70,7 @@ def shapes_of(model: ModelConfig) -> Mapping[str, Any]:
 
     Raises ConfigError for another model that is not on this machine.
     """
-    from llava_ray.models import EMBEDDED
+    from llava_ray.models.folder import EMBEDDED
 
     folder = EMBEDDED if model.path == "embedded" else Path(model.path).expanduser()
     if (folder / "config.json").is_file():

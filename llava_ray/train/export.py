@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from llava_ray.records import AdapterCheckpoint
+from llava_ray.artifacts.records import AdapterCheckpoint
 from llava_ray.train.adapt import PROJECTOR
 from llava_ray.train.checkpoint import trained_parameters
 from llava_ray.train.zero import full_weight

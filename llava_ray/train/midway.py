@@ -3,10 +3,10 @@
 import shutil
 from pathlib import Path
 
-from llava_ray.artifacts import ArtifactStore, artifact_id
-from llava_ray.config import RunConfig
-from llava_ray.models import model_folder, weights_sha256
-from llava_ray.records import AdapterCheckpoint, DatasetRecord
+from llava_ray.artifacts.records import AdapterCheckpoint, DatasetRecord
+from llava_ray.artifacts.store import ArtifactStore, artifact_id
+from llava_ray.config.run import RunConfig
+from llava_ray.models.folder import model_folder, weights_sha256
 from llava_ray.train.checkpoint import read_state
 
 

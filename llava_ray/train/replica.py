@@ -8,7 +8,7 @@ a weight, GaLore projects whole gradient matrices.
 
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.config import TrainConfig
+from llava_ray.config.run import TrainConfig
 from llava_ray.errors import ConfigError
 
 if TYPE_CHECKING:

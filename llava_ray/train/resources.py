@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llava_ray.capacity import free_nodes
-from llava_ray.config import TrainConfig
+from llava_ray.config.run import TrainConfig
 from llava_ray.errors import ConfigError, ResourceError
+from llava_ray.resources.capacity import free_nodes
 
 
 @dataclass(frozen=True)

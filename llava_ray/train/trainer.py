@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.config import RunConfig, TrainConfig
+from llava_ray.artifacts.records import DatasetRecord
+from llava_ray.artifacts.storage import Storage, disk_errors
+from llava_ray.config.run import RunConfig, TrainConfig
 from llava_ray.errors import ConfigError, LlavaRayError
-from llava_ray.records import DatasetRecord
-from llava_ray.storage import Storage, disk_errors
 from llava_ray.train.resources import WorkerPlan
 from llava_ray.train.worker import WorkerTask, train_worker
 

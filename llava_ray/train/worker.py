@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from llava_ray import low_bits
-from llava_ray.artifacts import local_folder
-from llava_ray.config import ModelConfig, TrainConfig
-from llava_ray.conversation import IGNORE_INDEX, read_samples
-from llava_ray.memory import peak_bytes
-from llava_ray.models import model_folder, vision_shape
-from llava_ray.records import DatasetRecord
+from llava_ray.artifacts.records import DatasetRecord
+from llava_ray.artifacts.store import local_folder
+from llava_ray.config.run import ModelConfig, TrainConfig
+from llava_ray.models import low_bits
+from llava_ray.models.conversation import IGNORE_INDEX, read_samples
+from llava_ray.models.folder import model_folder, vision_shape
+from llava_ray.resources.memory import peak_bytes
 from llava_ray.train import adapt, checkpoint, export, replica, zero
 from llava_ray.train.batches import (
     Batch,

@@ -12,9 +12,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llava_ray.config import TrainConfig
+from llava_ray.artifacts.storage import cache_folder
+from llava_ray.config.run import TrainConfig
 from llava_ray.errors import ResourceError
-from llava_ray.storage import cache_folder
 from llava_ray.train.replica import ReplicaEngine
 
 if TYPE_CHECKING:

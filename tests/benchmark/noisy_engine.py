@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoTokenizer
 
-from llava_ray.models import EMBEDDED
-from llava_ray.serving.engine import Engine, Prompt
+from llava_ray.inference.engine import Engine, Prompt
+from llava_ray.models.folder import EMBEDDED
 
 
 class NoisyEngine(Engine):

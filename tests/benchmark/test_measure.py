@@ -8,13 +8,13 @@ import torch
 from measured_run import SIGNS, make_config, make_dataset, reference
 from noisy_engine import NoisyEngine
 
-from llava_ray.artifacts import ArtifactStore
+from llava_ray.artifacts.records import DatasetRecord, ReferenceScores, Variant
+from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.benchmark.measure import measure_engine, time_engine
 from llava_ray.benchmark.plan import Plan, make_plan
 from llava_ray.benchmark.reference import read_reference, write_reference
 from llava_ray.benchmark.timing import PeakMemory, copy_bytes_per_s
 from llava_ray.errors import DataError, ResourceError, VariantError
-from llava_ray.records import DatasetRecord, ReferenceScores, Variant
 
 SMALL = (
     "benchmark.fidelity_samples=3",

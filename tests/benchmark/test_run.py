@@ -10,13 +10,19 @@ import pytest
 from measured_run import make_config, make_dataset
 
 from llava_ray import benchmark
-from llava_ray.artifacts import ArtifactStore
+from llava_ray.artifacts.records import (
+    DatasetRecord,
+    ReferenceScores,
+    Scorecard,
+    Variant,
+    VariantFailure,
+)
+from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.benchmark import measure
 from llava_ray.benchmark.plan import Plan
-from llava_ray.config import RunConfig
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError, VariantError
-from llava_ray.models import EMBEDDED
-from llava_ray.records import DatasetRecord, ReferenceScores, Scorecard, Variant, VariantFailure
+from llava_ray.models.folder import EMBEDDED
 
 FAILED = VariantFailure(slug="awq-w4-g128", reason="quantize: no package")
 

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from llava_ray.artifacts.records import Scorecard, Spread, VariantFailure
 from llava_ray.choose.decision import Decision, Limits, decide, violations
-from llava_ray.config import ChooseConfig
+from llava_ray.config.run import ChooseConfig
 from llava_ray.errors import ConfigError
-from llava_ray.records import Scorecard, Spread, VariantFailure
 
 BASELINE = "none-fp16"
 

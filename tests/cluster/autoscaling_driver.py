@@ -11,10 +11,10 @@ import ray
 from ray.util.state import list_tasks
 
 from llava_ray import prepare, quantize
-from llava_ray.artifacts import ArtifactStore
-from llava_ray.config import load_config
-from llava_ray.models import EMBEDDED, weights_sha256
-from llava_ray.records import MergedModel
+from llava_ray.artifacts.records import MergedModel
+from llava_ray.artifacts.store import ArtifactStore
+from llava_ray.config.run import load_config
+from llava_ray.models.folder import EMBEDDED, weights_sha256
 
 
 def alive() -> int:

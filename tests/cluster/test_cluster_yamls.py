@@ -11,9 +11,9 @@ from jsonschema import Draft7Validator
 
 from llava_ray import __version__
 from llava_ray.cluster.groups import Cluster, quantity, ray_cluster_spec, read_groups, strings_of
-from llava_ray.config import load_config
+from llava_ray.config.run import load_config
 from llava_ray.errors import ConfigError
-from llava_ray.serving.settings import AppArgs
+from llava_ray.server.settings import AppArgs
 
 REPO = Path(__file__).parents[2]
 CLUSTER = REPO / "cluster"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llava_ray.cluster.doctor import Finding, examine, working_dir_size
-from llava_ray.config import load_config
+from llava_ray.config.run import load_config
 from llava_ray.errors import ConfigError
 
 REPO = Path(__file__).parents[2]

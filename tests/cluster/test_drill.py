@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from llava_ray.artifacts import ArtifactStore
+from llava_ray.artifacts.records import DatasetRecord
+from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.cluster import drill
 from llava_ray.cluster.drill_clients import ATTEMPTS, Clients
 from llava_ray.cluster.drill_faults import DISK_BYTES, fill, scenarios, small_disk
@@ -30,7 +31,6 @@ from llava_ray.cluster.drill_results import (
 )
 from llava_ray.cluster.drill_stages import CHECKPOINT_EVERY_STEPS, STAGES, losses
 from llava_ray.errors import ResourceError
-from llava_ray.records import DatasetRecord
 
 GOOD = {
     "stage": "train", "fault": "node", "created": "2026-01-01T00:00:00+00:00", "finished": True,

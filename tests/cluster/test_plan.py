@@ -19,7 +19,7 @@ from llava_ray.cluster.plan import (
 )
 from llava_ray.cluster.rates import Rates, read_rates
 from llava_ray.cluster.table import plan_table
-from llava_ray.config import load_config
+from llava_ray.config.run import load_config
 from llava_ray.errors import ConfigError
 
 REPO = Path(__file__).parents[2]

@@ -4,12 +4,19 @@ import json
 
 from PIL import Image, ImageDraw
 
-from llava_ray.artifacts import ArtifactStore
-from llava_ray.config import RunConfig
-from llava_ray.models import EMBEDDED
+from llava_ray.artifacts.records import (
+    ChosenVariant,
+    DatasetRecord,
+    Record,
+    Scorecard,
+    Spread,
+    Variant,
+)
+from llava_ray.artifacts.store import ArtifactStore
+from llava_ray.config.run import RunConfig
+from llava_ray.models.folder import EMBEDDED
 from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.spec import Calibration
-from llava_ray.records import ChosenVariant, DatasetRecord, Record, Scorecard, Spread, Variant
 
 SLUG = "none-fp32"
 

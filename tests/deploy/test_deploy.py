@@ -15,10 +15,10 @@ from openai import OpenAI
 from served_variant import make_chosen
 
 from llava_ray import deploy
-from llava_ray.capacity import free_nodes
-from llava_ray.config import RunConfig
+from llava_ray.artifacts.records import ChosenVariant, DeploymentRecord
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError, ResourceError
-from llava_ray.records import ChosenVariant, DeploymentRecord
+from llava_ray.resources.capacity import free_nodes
 
 
 @pytest.fixture(scope="module")

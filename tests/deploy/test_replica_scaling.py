@@ -11,7 +11,7 @@ from free_port import free_port
 from served_variant import make_chosen
 
 from llava_ray import deploy
-from llava_ray.config import RunConfig
+from llava_ray.config.run import RunConfig
 
 pytestmark = [
     pytest.mark.slow,

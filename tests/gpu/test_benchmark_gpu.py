@@ -8,10 +8,10 @@ import torch
 from measured_run import make_config, make_dataset
 
 from llava_ray import benchmark
-from llava_ray.artifacts import ArtifactStore
+from llava_ray.artifacts.records import Scorecard, Variant
+from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.benchmark.timing import PeakMemory, copy_bytes_per_s
-from llava_ray.models import EMBEDDED
-from llava_ray.records import Scorecard, Variant
+from llava_ray.models.folder import EMBEDDED
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -14,7 +14,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from llava_ray.serving.kernels.launch import (  # noqa: E402
+from llava_ray.inference.torch.cache import Segment, SlotCache  # noqa: E402
+from llava_ray.inference.torch.decode import Decoder, read_stack  # noqa: E402
+from llava_ray.inference.torch.kernels.launch import (
     MAX_BATCH,
     Attention,
     GemmBlock,
@@ -23,11 +25,8 @@ from llava_ray.serving.kernels.launch import (  # noqa: E402
     Scratch,
     Squares,
 )
-from llava_ray.serving.kernels.unpack import unpack_to  # noqa: E402
-from llava_ray.serving.torch_cache import Segment, SlotCache  # noqa: E402
-from llava_ray.serving.torch_decode import Decoder, read_stack  # noqa: E402
-from llava_ray.serving.torch_llama import LlamaForward, module_layers  # noqa: E402
-from llava_ray.serving.torch_weights import (  # noqa: E402
+from llava_ray.inference.torch.kernels.unpack import unpack_to  # noqa: E402
+from llava_ray.inference.torch.kernels.weights import (
     Format,
     PackedLinear,
     Unpacked,
@@ -36,6 +35,7 @@ from llava_ray.serving.torch_weights import (  # noqa: E402
     placed,
     unpack,
 )
+from llava_ray.inference.torch.llama import LlamaForward, module_layers  # noqa: E402
 
 # The interpreter computes in NumPy, which warns where sigmoid's exp becomes infinite, as it may.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from llava_ray.models import EMBEDDED
-from llava_ray.quantize import llava_folder
+from llava_ray.inference.engine import Prompt
+from llava_ray.models import tensors as llava_folder
+from llava_ray.models.folder import EMBEDDED
 from llava_ray.quantize.gguf_writer import write_pair
-from llava_ray.serving.engine import Prompt
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs 'pip install llava_ray[gguf]'")
 pytestmark = pytest.mark.skipif(
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("precision", ["f32", "f16"])
 def test_offloaded_layers_score_as_the_cpu_does(precision: str, tmp_path: Path) -> None:
-    from llava_ray.serving.llama_engine import LlamaCppEngine
+    from llava_ray.inference.llama_cpp.engine import LlamaCppEngine
 
     llava_folder.copy_sidecars(EMBEDDED, tmp_path)
     shutil.copyfile(EMBEDDED / "config.json", tmp_path / "config.json")

@@ -10,9 +10,9 @@ import torch
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from llava_ray.models import EMBEDDED  # noqa: E402
-from llava_ray.serving.engine import Prompt  # noqa: E402
-from llava_ray.serving.torch_engine import TorchEngine  # noqa: E402
+from llava_ray.inference.engine import Prompt  # noqa: E402
+from llava_ray.inference.torch.engine import TorchEngine  # noqa: E402
+from llava_ray.models.folder import EMBEDDED  # noqa: E402
 
 CONTEXT = 512
 

@@ -7,11 +7,11 @@ import torch
 from tiny_run import config_for, small_model, squares
 
 from llava_ray import merge
-from llava_ray.artifacts import ArtifactStore, local_folder
+from llava_ray.artifacts.records import AdapterCheckpoint, DatasetRecord
+from llava_ray.artifacts.store import ArtifactStore, local_folder
 from llava_ray.errors import ArtifactError
 from llava_ray.merge.fold import adapted_model
-from llava_ray.models import weights_sha256
-from llava_ray.records import AdapterCheckpoint, DatasetRecord
+from llava_ray.models.folder import weights_sha256
 
 
 def make_adapter(storage: Path, model: Path, dataset: DatasetRecord) -> AdapterCheckpoint:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from llava_ray.config import RunConfig, load_config
+from llava_ray.config.run import RunConfig, load_config
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from llava_ray import prepare
-from llava_ray.artifacts import local_folder
-from llava_ray.config import RunConfig
-from llava_ray.conversation import read_samples
+from llava_ray.artifacts.records import DatasetRecord
+from llava_ray.artifacts.store import local_folder
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError, DataError
-from llava_ray.records import DatasetRecord
+from llava_ray.models.conversation import read_samples
 
 Row = dict[str, Any]
 

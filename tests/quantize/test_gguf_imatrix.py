@@ -10,12 +10,12 @@ import torch
 from gguf_inputs import small_model
 from PIL import Image
 
-from llava_ray.conversation import encode_sample, read_samples
 from llava_ray.errors import VariantError
-from llava_ray.images import normalize, square_pixels
+from llava_ray.inference.llama_cpp.types import FILE_TYPES, NEEDS_IMATRIX, expected_bits
+from llava_ray.models.conversation import encode_sample, read_samples
+from llava_ray.models.images import normalize, square_pixels
 from llava_ray.quantize.gguf import measured_bits_per_weight, quantize_file
 from llava_ray.quantize.gguf_imatrix import GgufImatrixSpec, importance_matrix
-from llava_ray.quantize.gguf_types import FILE_TYPES, NEEDS_IMATRIX, expected_bits
 from llava_ray.quantize.gguf_writer import write_pair
 from llava_ray.quantize.spec import Calibration
 

@@ -8,7 +8,7 @@ import torch
 from quantize_inputs import TINY, probe_logits, quantized, tensors_of
 
 from llava_ray.errors import ArtifactError
-from llava_ray.quantize import llava_folder
+from llava_ray.models import tensors as llava_folder
 from llava_ray.quantize.none import NoneSpec
 
 

@@ -11,13 +11,19 @@ import pytest
 from quantize_inputs import TINY
 
 from llava_ray import quantize
-from llava_ray.artifacts import ArtifactStore, verify
-from llava_ray.config import RunConfig
+from llava_ray.artifacts.records import (
+    DatasetRecord,
+    MergedModel,
+    QuantizationRun,
+    Variant,
+    VariantFailure,
+)
+from llava_ray.artifacts.store import ArtifactStore, verify
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError, VariantError
 from llava_ray.quantize import tasks
 from llava_ray.quantize.none import NoneSpec
 from llava_ray.quantize.spec import Resources
-from llava_ray.records import DatasetRecord, MergedModel, QuantizationRun, Variant, VariantFailure
 
 
 @pytest.fixture

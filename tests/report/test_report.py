@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from measured_run import FAILURES, SHAPES, SIGNS, make_config, make_scorecards
 
-from llava_ray import article, choose
-from llava_ray.artifacts import local_folder
-from llava_ray.code_digest import code_digest
-from llava_ray.records import ChosenVariant
+from llava_ray import choose
+from llava_ray.artifacts.code_digest import code_digest
+from llava_ray.artifacts.records import ChosenVariant
+from llava_ray.artifacts.store import local_folder
+from llava_ray.report import article
 from llava_ray.report.columns import number, size_text
 
 
@@ -118,7 +119,7 @@ def test_markdown_pictures_lie_beside_it(chosen: ChosenVariant, markdown: str) -
 def test_the_command_of_a_row_is_a_config_that_loads(chosen: ChosenVariant, markdown: str) -> None:
     import shlex
 
-    from llava_ray.config import load_config
+    from llava_ray.config.run import load_config
 
     commands = re.findall(r"^python jobs/benchmark.py .*$", markdown, flags=re.MULTILINE)
     assert len(commands) == len(SHAPES) + len(FAILURES)
@@ -141,8 +142,8 @@ def test_every_measured_variant_gets_a_card_with_its_hashes(
 
 
 def test_a_second_call_finds_the_first(storage: Path, chosen: ChosenVariant) -> None:
-    from llava_ray.artifacts import ArtifactStore
-    from llava_ray.records import Scorecard
+    from llava_ray.artifacts.records import Scorecard
+    from llava_ray.artifacts.store import ArtifactStore
 
     cards = ArtifactStore(str(storage)).latest(Scorecard)
     assert choose.run(make_config(storage), cards, list(FAILURES)) == chosen

@@ -7,10 +7,10 @@ import pytest
 from measured_run import FAILURES, make_config, make_scorecards
 
 from llava_ray import choose
-from llava_ray.artifacts import ArtifactStore
-from llava_ray.code_digest import code_digest
+from llava_ray.artifacts.code_digest import code_digest
+from llava_ray.artifacts.records import Variant
+from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.errors import ConfigError
-from llava_ray.records import Variant
 from llava_ray.report.stages import collect
 
 

@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tiny_run import config_for, small_model, squares
 
 from llava_ray import sweep
-from llava_ray.artifacts import ArtifactStore
-from llava_ray.code_digest import code_digest
-from llava_ray.config import RunConfig
-from llava_ray.records import DatasetRecord, SweepResult
+from llava_ray.artifacts.code_digest import code_digest
+from llava_ray.artifacts.records import DatasetRecord, SweepResult
+from llava_ray.artifacts.store import ArtifactStore
+from llava_ray.config.run import RunConfig
 
 RATES = [1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 1e-2]
 KNOWN = {"learning_rate": RATES[-1]}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_ray.config import load_config
+from llava_ray.config.run import load_config
 from llava_ray.errors import ConfigError
 from llava_ray.sweep.objective import BEST_SCORES, Objective
 from llava_ray.trial_score import scorer_for

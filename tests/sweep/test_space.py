@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from llava_ray.config import RunConfig, TrainConfig, load_config
+from llava_ray.artifacts.records import SweepResult, Trial
+from llava_ray.config.run import RunConfig, TrainConfig, load_config
 from llava_ray.errors import ConfigError
-from llava_ray.records import SweepResult, Trial
 from llava_ray.sweep import best_config, best_trial
 from llava_ray.sweep.pictures import write_report
 from llava_ray.sweep.search import Search, concurrent_trials, total_steps

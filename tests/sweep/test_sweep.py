@@ -7,8 +7,8 @@ import pytest
 from tiny_run import config_for, small_model, squares
 
 from llava_ray import sweep
-from llava_ray.config import RunConfig
-from llava_ray.records import DatasetRecord
+from llava_ray.artifacts.records import DatasetRecord
+from llava_ray.config.run import RunConfig
 from llava_ray.trial_score import scorer_for
 
 pytestmark = pytest.mark.timeout(600)

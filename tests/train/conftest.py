@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tiny_run import config_for, small_model, squares
 
-from llava_ray.config import RunConfig
+from llava_ray.config.run import RunConfig
 from llava_ray.train.worker import WorkerTask
 
 Runs = dict[str, Path]

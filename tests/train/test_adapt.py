@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from tiny_run import small_model
 
-from llava_ray.config import TrainConfig
+from llava_ray.config.run import TrainConfig
 from llava_ray.train import adapt
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_run import small_model, squares
 
-from llava_ray.conversation import IGNORE_INDEX, Sample, read_samples
 from llava_ray.errors import ConfigError, DataError
-from llava_ray.models import EMBEDDED, vision_shape
+from llava_ray.models.conversation import IGNORE_INDEX, Sample, read_samples
+from llava_ray.models.folder import EMBEDDED, vision_shape
 from llava_ray.train.batches import (
     CaptionSamples,
     RankBatches,

@@ -61,8 +61,8 @@ def plain(bench) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
-    from llava_ray.conversation import read_samples
-    from llava_ray.models import vision_shape
+    from llava_ray.models.conversation import read_samples
+    from llava_ray.models.folder import vision_shape
 
     model = LlavaForConditionalGeneration.from_pretrained(bench.model, dtype=torch.float32)
     torch.manual_seed(0)

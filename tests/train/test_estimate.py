@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from llava_ray.config import ModelConfig, TrainConfig, load_config
+from llava_ray.config.run import ModelConfig, TrainConfig, load_config
 from llava_ray.errors import ConfigError
-from llava_ray.models import EMBEDDED
+from llava_ray.models.folder import EMBEDDED
+from llava_ray.models.shapes import LLAVA_7B, TINY, random_model
+from llava_ray.models.sizes import Sizes, accelerate_estimate
 from llava_ray.train.adapt import adapt
 from llava_ray.train.estimate import (
     check,
@@ -18,8 +20,6 @@ from llava_ray.train.estimate import (
     shapes_of,
     trained_weights,
 )
-from llava_ray.train.shapes import LLAVA_7B, TINY, random_model
-from llava_ray.train.sizes import Sizes, accelerate_estimate
 
 ARTICLE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 

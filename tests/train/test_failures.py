@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ray.train import ControllerError, WorkerGroupError
 
-from llava_ray.config import TrainConfig
+from llava_ray.config.run import TrainConfig
 from llava_ray.errors import DataError, ResourceError
 from llava_ray.train.trainer import fit
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_run import small_model
 
-from llava_ray.config import TrainConfig
+from llava_ray.config.run import TrainConfig
 from llava_ray.train import adapt
 
 TOLERANCE = 1e-5

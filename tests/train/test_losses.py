@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llava_ray.config import TrainConfig
+from llava_ray.config.run import TrainConfig
 from llava_ray.errors import ConfigError
 from llava_ray.train.checkpoint import read_state
 from llava_ray.train.trackers import read_metrics

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_ray.config import TrainConfig
+from llava_ray.config.run import TrainConfig
 from llava_ray.errors import ConfigError, ResourceError
 from llava_ray.train.curve import draw_curve
 from llava_ray.train.resources import Node, WorkerPlan, plan_workers

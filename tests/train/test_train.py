@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from llava_ray import train
-from llava_ray.artifacts import local_folder
+from llava_ray.artifacts.records import AdapterCheckpoint
+from llava_ray.artifacts.store import local_folder
 from llava_ray.errors import ConfigError, ResourceError
-from llava_ray.records import AdapterCheckpoint
 from llava_ray.train.trackers import read_metrics
 
 SLOW = pytest.mark.skipif(

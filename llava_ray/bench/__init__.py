@@ -1,0 +1,1 @@
+"""What only measures: tables of README beside peers and earlier figures."""

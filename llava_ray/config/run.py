@@ -1,0 +1,297 @@
+"""One config for the whole line: YAML plus overrides such as `train.learning_rate=1e-4`.
+
+All mistakes are reported at once, before a worker is asked for.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from llava_ray.config.section import Count as Count
+from llava_ray.config.section import Positive as Positive
+from llava_ray.config.section import Section as Section
+from llava_ray.config.section import Share as Share
+from llava_ray.config.train import TrainConfig as TrainConfig
+from llava_ray.errors import ConfigError
+
+
+class StorageConfig(Section):
+    """Where artifacts live."""
+
+    uri: str = Field(default="~/llava_ray_runs")
+    """A path, or an fsspec URI such as s3://bucket/prefix that every node reaches."""
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    path: str = Field(default="embedded")
+    """`embedded` (the tiny reading LLaVA of this package), a folder or a Hugging Face id."""
+    revision: str | None = Field(default=None)
+    """Commit or tag of a Hugging Face id."""
+    system_prompt: str = Field(default="")
+    """Text before the first USER turn; LLaVA's own trainer uses Vicuna's, llava-hf none."""
+
+
+class DataConfig(Section):
+    """Captions and images."""
+
+    source: str = Field(default="scene-text")
+    """`scene-text` (generated), a Hugging Face id, or a .parquet, .jsonl or LLaVA .json file."""
+    images: str | None = Field(default=None)
+    """Folder of the image files; default: an `images` column, else the source's own folder."""
+    split: str = Field(default="train")
+    """Split of a Hugging Face id."""
+    image_column: str = Field(default="filename")
+    caption_column: str = Field(default="caption_condensed")
+    question: str = Field(default="Describe this image in detail.")
+    limit: int | None = Field(default=None, ge=2)
+    """Take only the first rows; for scene-text how many are drawn (default 240)."""
+    test_share: Share = Field(default=0.1)
+    max_rejected_share: Share = Field(default=0.05)
+    """More rejected rows than this share end the stage with the list of reasons."""
+    max_image_pixels: Count = Field(default=50_000_000)
+    """Larger images are rejected before they are decoded."""
+    seed: int = Field(default=0)
+
+
+class SweepConfig(Section):
+    """A search over the train section, through Ray Tune."""
+
+    space: dict[str, Any] = Field(default_factory=dict)
+    """By key of train: {grid: [...]}, {choice: [...]}, {uniform: [a, b]}, {loguniform: [a, b]}."""
+    num_trials: Count = Field(default=8)
+    """Samples drawn. A grid alone is walked once; beside other entries, once for each sample."""
+    scheduler: Literal["asha", "pbt", "fifo"] = Field(default="asha")
+    search: Literal["random", "optuna"] = Field(default="random")
+    objective: str = Field(default="eval_loss")
+    """`eval_loss`, a caption score of the held-out split (`rouge_l`, `cider_d`, `word_recall`,
+    `character_error_rate`), or such a score `after <variant slug>`: of the quantized model."""
+    max_concurrent_trials: Count | None = Field(default=None)
+    """Default: as many as the cluster's GPUs (or CPUs) hold."""
+    seed: int = Field(default=0)
+
+
+class MergeConfig(Section):
+    """Folding the adapter into the base, in fp32."""
+
+    dtype: Literal["bf16", "fp16", "fp32"] = Field(default="fp16")
+    """Of the weights written."""
+    probe_samples: Count = Field(default=4)
+    """Held-out samples on which logits before and after are compared."""
+
+
+class QuantizeConfig(Section):
+    """Which variants are made."""
+
+    variants: tuple[str, ...] = Field(
+        default=(
+            "none-fp16", "bnb-int8", "bnb-nf4", "bnb-fp4",
+            "hqq-w8-g64", "hqq-w4-g64", "hqq-w3-g64", "hqq-w2-g64", "hqq-w1-g64",
+            "gguf-q8_0", "gguf-q6_k", "gguf-q5_k_m", "gguf-q4_k_m", "gguf-q3_k_m", "gguf-q2_k",
+            "awq-w4-g128",
+        )
+    )  # fmt: skip
+    """Slugs; `python jobs/quantize.py --list` names all."""
+    calibration_samples: Count = Field(default=32)
+    """Training samples that calibrated methods (AWQ) see."""
+    max_parallel: Count | None = Field(default=None)
+    """Variants made at a time; default: what the cluster's resources allow."""
+    placement_timeout_s: float = Field(default=30, ge=0)
+    """How long a variant waits for a node large enough; raise it where a cluster adds nodes."""
+
+
+class BenchmarkConfig(Section):
+    """How variants are measured."""
+
+    baseline: str = Field(default="none-fp16")
+    """The variant that fidelity is measured against."""
+    fidelity_samples: Count = Field(default=16)
+    """Held-out samples whose captions are teacher-forced."""
+    caption_samples: Count = Field(default=16)
+    """Held-out samples that are generated and scored."""
+    shown_samples: Count = Field(default=4)
+    """Generations that the report shows."""
+    max_new_tokens: Count = Field(default=96)
+    decode_tokens: Count = Field(default=48)
+    """Tokens of one timed generation."""
+    warmup: int = Field(default=1, ge=0)
+    repeats: Count = Field(default=3)
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto")
+    """`auto`: a GPU where the cluster has one."""
+    max_parallel: Count | None = Field(default=None)
+    """Variants measured at a time; default: as many as there are CPUs (models below 1 GiB) or
+    GPUs for. Each is timed while no other on its machine is at work."""
+
+
+class ChooseConfig(Section):
+    """Limits that the winner keeps, and what decides among those that keep them."""
+
+    max_kl_divergence: Positive | None = Field(default=0.1)
+    """Nats per token against the baseline."""
+    min_decode_tokens_per_s: Positive | None = Field(default=None)
+    max_size_bytes: Count | None = Field(default=None)
+    prefer: Literal["size", "speed", "fidelity"] = Field(default="speed")
+    may_choose_baseline: bool = Field(default=False)
+
+
+class ServeConfig(Section):
+    """The endpoint."""
+
+    host: str = Field(default="127.0.0.1")
+    port: int = Field(default=8000, ge=1, le=65535)
+    model_name: str | None = Field(default=None)
+    """Default: the variant's slug."""
+    api_key_env: str = Field(default="LLAVA_RAY_API_KEY")
+    """Environment variable with the key; needed unless host is a loopback address."""
+    min_replicas: Count = Field(default=1)
+    max_replicas: Count = Field(default=1)
+    cpus_per_replica: Positive = Field(default=1)
+    gpus_per_replica: float | None = Field(default=None, ge=0)
+    """Default: 1 where the cluster has GPUs, else 0."""
+    context: Count = Field(default=2048)
+    """Tokens of one conversation; memory grows with it times max_concurrent_requests."""
+    max_concurrent_requests: Count = Field(default=16)
+    """Per replica."""
+    max_queued_requests: Count = Field(default=64)
+    """More are refused with 429."""
+    max_new_tokens: Count = Field(default=1024)
+    request_timeout_s: Positive = Field(default=120)
+    max_image_bytes: Count = Field(default=10_000_000)
+    max_image_pixels: Count = Field(default=40_000_000)
+    max_images: Count = Field(default=1)
+    image_hosts: tuple[str, ...] = Field(default=())
+    """Hosts whose image URLs are fetched; default: images come as data URLs only."""
+    beside: tuple[str, ...] = Field(default=())
+    """Slugs of further variants, served under their slugs as `model`."""
+    canary: str | None = Field(default=None)
+    """One of `beside` that answers a share of the winner's requests unseen, to be compared."""
+    canary_share: Share = Field(default=0.1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "ServeConfig":
+        if self.canary is not None and self.canary not in self.beside:
+            raise ValueError(f"canary {self.canary!r} is not in beside: add it")
+        return self
+
+
+class RunConfig(Section):
+    """The whole line; every stage reads its own section."""
+
+    storage: StorageConfig = Field(default_factory=StorageConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    sweep: SweepConfig = Field(default_factory=SweepConfig)
+    merge: MergeConfig = Field(default_factory=MergeConfig)
+    quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
+    benchmark: BenchmarkConfig = Field(default_factory=BenchmarkConfig)
+    choose: ChooseConfig = Field(default_factory=ChooseConfig)
+    serve: ServeConfig = Field(default_factory=ServeConfig)
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        if self.benchmark.baseline not in self.quantize.variants:
+            raise ValueError(
+                f"benchmark.baseline {self.benchmark.baseline!r} is not in quantize.variants: "
+                "add it there"
+            )
+        return self
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file (or the defaults), apply `section.key=value` overrides and validate.
+
+    Raises ConfigError that lists every mistake, with the nearest known key for unknown ones.
+    """
+    tree = _read_yaml(path) if path else {}
+    mistakes = [m for text in overrides if (m := _apply(tree, text))]
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        mistakes += [_explain(item) for item in error.errors()]
+    if mistakes:
+        where = f"{path}: " if path else ""
+        raise ConfigError(where + "; ".join(mistakes))
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Write a config so that `load_config` reads the same one back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Return every dotted key, sections left out."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            keys += known_keys(kind, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"no config file at {path}: give --config an existing YAML") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds a {type(tree).__name__}, not sections such as 'train:'")
+    return tree
+
+
+def _apply(tree: dict[str, Any], text: str) -> str | None:
+    """Set one override in the tree; return the mistake, if any."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        return f"override {text!r} has no '=': write section.key=value"
+    try:
+        parsed = yaml.safe_load(value) if value else ""
+    except yaml.YAMLError:
+        return f"override {text!r}: the value is not YAML"
+    # YAML 1.1 reads 1e-4 (without a dot) as text.
+    if isinstance(parsed, str):
+        parsed = _number(parsed)
+    node = tree
+    *sections, last = key.split(".")
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            return f"override {text!r}: {section!r} is not a section"
+        node = child
+    node[last] = parsed
+    return None
+
+
+def _number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        return f"unknown key '{key}'{hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    return (
+        f"{key}={item['input']!r}: {message}"
+        if key and item["type"] != "value_error"
+        else (f"{key}: {message}" if key else message)
+    )

@@ -1,0 +1,144 @@
+"""The fonts of generated signs, found in installed font packages; some families are held out."""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llava_ray.embedded.words import Split
+from llava_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont
+
+HELD_OUT_FAMILIES = ("Caladea", "FredokaOne", "HankenGrotesk")
+
+PACKAGES = {
+    "font_amatic_sc": "AmaticSC-*.ttf",
+    "font_caladea": "Caladea-*.ttf",
+    "font_fredoka_one": "FredokaOne-*.ttf",
+    "font_hanken_grotesk": "HankenGrotesk-*.otf",
+    "font_intuitive": "Intuitive.ttf",
+    "font_manrope": "Manrope-*.ttf",
+    "font_roboto": "Roboto-*.ttf",
+    "font_source_serif_pro": "SourceSerifPro-*.ttf",
+    "matplotlib": "*.ttf",
+}
+
+MATPLOTLIB_FACES = (
+    "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSansMono "
+    "DejaVuSansMono-Bold DejaVuSansMono-Oblique DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic "
+    "DejaVuSerif-BoldItalic STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta "
+    "cmb10 cmr10 cmss10 cmtt10"
+)
+"""The others hold mathematical symbols."""
+
+CAPITALS_ONLY = ("AmaticSC",)
+"""Families whose small letters look like capitals, so case cannot be read."""
+
+ASSET_LIST = "fonts.json"
+REFERENCE_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Face:
+    """One font file."""
+
+    path: Path
+
+    @property
+    def family(self) -> str:
+        """The file's name up to its style."""
+        return self.path.stem.partition("-")[0]
+
+    @property
+    def held_out(self) -> bool:
+        """Whether pretraining never shows this family."""
+        return self.family in HELD_OUT_FAMILIES
+
+    @property
+    def capitals_only(self) -> bool:
+        """Whether case cannot be told apart."""
+        return self.family in CAPITALS_ONLY
+
+    def width(self, text: str, size: float) -> float:
+        """Return the width of a line in pixels, kerning left out."""
+        return sum(_advance(self.path, letter) for letter in text) * size / REFERENCE_SIZE
+
+    def advances(self, text: str, size: float) -> list[float]:
+        """Return the width of each character in pixels."""
+        return [_advance(self.path, letter) * size / REFERENCE_SIZE for letter in text]
+
+
+@lru_cache(maxsize=2048)
+def open_font(path: Path, size: int) -> "FreeTypeFont":
+    """Open a font at a size in pixels; kept open, as opening costs more than a line of text."""
+    from PIL import ImageFont
+
+    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+@lru_cache(maxsize=16384)
+def _advance(path: Path, letter: str) -> float:
+    return float(open_font(path, REFERENCE_SIZE).getlength(letter))
+
+
+def find_faces() -> list[Face]:
+    """Return the usable faces of the installed font packages, sorted by file name.
+
+    Raises ConfigError naming the packages that are missing.
+    """
+    folders = {name: _package_folder(name) for name in PACKAGES}
+    missing = sorted(name.replace("_", "-") for name, folder in folders.items() if not folder)
+    if missing:
+        raise ConfigError(
+            f"scene text needs the package(s) {', '.join(missing)}: "
+            "pip install 'llava_ray[scene-text]'"
+        )
+    faces = [
+        Face(path)
+        for name, folder in folders.items()
+        if folder
+        for path in folder.rglob(PACKAGES[name])
+        if "VariableFont" not in path.name
+        and (name != "matplotlib" or path.stem in MATPLOTLIB_FACES.split())
+    ]
+    return sorted(faces, key=lambda face: face.path.name)
+
+
+def faces_of(faces: Sequence[Face], split: Split) -> tuple[Face, ...]:
+    """Keep the faces of one split."""
+    return tuple(face for face in faces if face.held_out == (split == "held_out"))
+
+
+def _package_folder(name: str) -> Path | None:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent
+
+
+def pack_faces(faces: Sequence[Face], folder: Path) -> None:
+    """Copy font files, so that a machine without the packages can render."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for face in faces:
+        shutil.copyfile(face.path, folder / face.path.name)
+    names = [face.path.name for face in faces]
+    (folder / ASSET_LIST).write_text(json.dumps(names, indent=0), encoding="utf-8")
+
+
+def unpack_faces(folder: Path) -> list[Face]:
+    """Read the faces that `pack_faces` wrote.
+
+    Raises ConfigError where the folder holds none.
+    """
+    listing = folder / ASSET_LIST
+    if not listing.is_file():
+        raise ConfigError(
+            f"no packed fonts in {folder}: run 'python jobs/pretrain.py --pack' first"
+        )
+    return [Face(folder / name) for name in json.loads(listing.read_text(encoding="utf-8"))]

@@ -1,0 +1,35 @@
+"""A picture of what the model reads: held-out scenes with its answers below them."""
+
+import textwrap
+from pathlib import Path
+
+from llava_ray.embedded.draw import degrade, draw
+from llava_ray.embedded.pretrain.scores import describe
+from llava_ray.embedded.scene_text import Assets, dataset_scene
+
+SEED = 7
+"""Of the scenes; other ones than those that are scored."""
+ROWS, COLUMNS = 2, 3
+WIDTH = 44
+"""Letters in a line of an answer."""
+
+
+def draw_readings(folder: Path, out: Path, assets: Assets) -> Path:
+    """Write a PNG of scenes in a grid, each with the model's greedy answer."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    images = []
+    for index in range(ROWS * COLUMNS):
+        scene, rng = dataset_scene(assets, SEED, index)
+        images.append(degrade(draw(scene)[0], rng))
+    figure = Figure(figsize=(4 * COLUMNS, 4.3 * ROWS), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(ROWS, COLUMNS).flat
+    for axis, image, answer in zip(axes, images, describe(folder, images), strict=True):
+        axis.imshow(image)
+        axis.set_axis_off()
+        axis.set_title(textwrap.fill(answer, WIDTH), fontsize=10, y=-0.02, va="top")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=90)
+    return out

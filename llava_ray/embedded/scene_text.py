@@ -1,0 +1,85 @@
+"""A generated scene-text data set in the TextOCR-GPT4V schema, the same one for the same seed.
+
+Words and font families are those that pretraining never saw, so that scores on it are honest.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_ray.embedded.captions import condensed
+from llava_ray.embedded.draw import degrade, draw
+from llava_ray.embedded.fonts import Face, faces_of, find_faces, pack_faces, unpack_faces
+from llava_ray.embedded.scene import Level, Scene, compose
+from llava_ray.embedded.words import Split, WordList, find_words
+from llava_ray.errors import ConfigError
+
+CAPTIONS = "captions.jsonl"
+IMAGES = "images"
+WORDS = "words.txt"
+JPEG_QUALITY = 90
+
+
+@dataclass(frozen=True)
+class Assets:
+    """What scenes of one split are made from."""
+
+    words: WordList
+    faces: tuple[Face, ...]
+
+
+def load_assets(split: Split, folder: Path | None = None) -> Assets:
+    """Find words and fonts in installed packages, or in a folder that `pack_assets` wrote.
+
+    Raises ConfigError naming what to install.
+    """
+    words = find_words() if folder is None else _unpack_words(folder)
+    faces = find_faces() if folder is None else unpack_faces(folder)
+    return Assets(WordList.of(words, split), faces_of(faces, split))
+
+
+def pack_assets(folder: Path) -> None:
+    """Copy words and fonts, for machines without the packages."""
+    pack_faces(find_faces(), folder)
+    (folder / WORDS).write_text("\n".join(find_words()), encoding="utf-8")
+
+
+def _unpack_words(folder: Path) -> list[str]:
+    path = folder / WORDS
+    if not path.is_file():
+        raise ConfigError(f"no {WORDS} in {folder}: run 'python jobs/pretrain.py --pack' first")
+    return path.read_text(encoding="utf-8").split()
+
+
+def dataset_scene(assets: Assets, seed: int, index: int) -> tuple[Scene, random.Random]:
+    """Compose one scene of a data set, and the rng that its caption and noise go on from."""
+    rng = random.Random(f"{seed}/{index}")
+    longer = rng.randint(224, 320)
+    shorter = int(longer * rng.uniform(0.75, 1))
+    width, height = rng.choice(((longer, shorter), (shorter, longer)))
+    level = Level(clutter=0.6)
+    return compose(rng, assets.words, assets.faces, width=width, height=height, level=level), rng
+
+
+def write_scene_text(
+    folder: Path, count: int, seed: int, split: Split = "held_out", assets: Path | None = None
+) -> Path:
+    """Render `count` scenes; return the jsonl of `filename`, `caption_condensed` and `words`.
+
+    Images are JPEGs in folder/images; file names in the jsonl are relative to that folder.
+    Raises ConfigError where word list or fonts are not installed.
+    """
+    loaded = load_assets(split, assets)
+    (folder / IMAGES).mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(count):
+        scene, rng = dataset_scene(loaded, seed, index)
+        image = degrade(draw(scene)[0], rng)
+        name = f"scene_{index:05d}.jpg"
+        image.save(folder / IMAGES / name, quality=JPEG_QUALITY)
+        caption = condensed(scene, rng)
+        rows.append({"filename": name, "caption_condensed": caption, "words": scene.words})
+    path = folder / CAPTIONS
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

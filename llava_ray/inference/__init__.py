@@ -1,0 +1,1 @@
+"""What answers: engines, prompts, sampling and the scheduler of many answers at a time."""

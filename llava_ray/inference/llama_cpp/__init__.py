@@ -1,0 +1,1 @@
+"""A GGUF pair as an engine."""

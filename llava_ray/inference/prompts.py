@@ -1,0 +1,49 @@
+"""From turns and images to what an engine takes."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from PIL import Image
+
+from llava_ray.errors import DataError
+from llava_ray.inference.engine import Prompt
+from llava_ray.models.conversation import Turn, encode_prompt
+from llava_ray.models.images import square_pixels
+
+
+class Sight(Protocol):
+    """What of an engine shapes a prompt; the web layer has it without having the engine."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer."""
+
+    @property
+    def image_size(self) -> int:
+        """Pixels on a side."""
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Tokens that one image takes."""
+
+
+def make_prompt(
+    engine: Sight,
+    turns: str | Sequence[Turn],
+    images: Sequence[Image.Image] = (),
+    system: str = "",
+) -> Prompt:
+    """Encode a conversation, or one question about the images, in the order they are shown.
+
+    Raises DataError when the turns speak of more or fewer images than are given.
+    """
+    if isinstance(turns, str):
+        turns = [Turn(turns, num_images=len(images))]
+    spoken_of = sum(turn.num_images for turn in turns)
+    if spoken_of != len(images):
+        raise DataError(f"the turns hold {spoken_of} images, but {len(images)} were given")
+    ids = encode_prompt(
+        engine.tokenizer, turns, tokens_per_image=engine.tokens_per_image, system=system
+    )
+    pixels = tuple(square_pixels(image, engine.image_size) for image in images)
+    return Prompt(input_ids=tuple(ids), images=pixels)

@@ -1,0 +1,1 @@
+"""A PyTorch variant as an engine."""

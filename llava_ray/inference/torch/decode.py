@@ -1,0 +1,354 @@
+"""The decode step on a GPU: few fused kernels a layer, replayed as one CUDA graph.
+
+Lengths live on the GPU and grow inside the graph, so that a step needs nothing from the host.
+"""
+
+import gc
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from llava_ray.inference.torch.cache import SlotCache
+from llava_ray.inference.torch.kernels.launch import (
+    LEAST_TOKENS,
+    MAX_BATCH,
+    Attention,
+    Product,
+    Scratch,
+    Squares,
+    embed,
+    gemm_block,
+)
+from llava_ray.inference.torch.kernels.unpack import unpack_to
+from llava_ray.inference.torch.kernels.weights import (
+    Format,
+    Unsupported,
+    Weight,
+    concatenated,
+    interleaved,
+    read_module,
+)
+from llava_ray.inference.torch.llama import Layer, Projection, Shape, linear_groups
+
+logger = logging.getLogger(__name__)
+
+BATCHES = (1, 2, 4, 8, 16, 32, MAX_BATCH)
+"""Batch sizes with a graph of their own; others are filled up."""
+_HOPPER = (9, 0)
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer in kernel layouts; gate's and up's rows alternate."""
+
+    input_norm: torch.Tensor
+    qkv: Weight
+    o: Weight
+    post_norm: torch.Tensor
+    gate_up: Weight
+    down: Weight
+
+
+@dataclass
+class StackWeights:
+    """The language model in kernel layouts."""
+
+    shape: Shape
+    embeddings: torch.Tensor
+    layers: list[LayerWeights]
+    norm: torch.Tensor
+    head: Weight
+    _buffer: torch.Tensor | None = field(default=None, repr=False)
+
+    def weights(self) -> list[Weight]:
+        """Return all matrices."""
+        parts = [[layer.qkv, layer.o, layer.gate_up, layer.down] for layer in self.layers]
+        return [weight for part in parts for weight in part] + [self.head]
+
+    def bytes(self) -> int:
+        """Return the bytes that one decoded token reads."""
+        norms = (2 * len(self.layers) + 1) * self.norm.numel() * self.norm.element_size()
+        return sum(weight.bytes() for weight in self.weights()) + norms
+
+    def layer_projections(self) -> list[Layer]:
+        """Return the layers for `LlamaForward`, with plain matrix products for long inputs."""
+        return [
+            Layer(
+                input_norm=layer.input_norm,
+                qkv=self.projection(layer.qkv),
+                o=self.projection(layer.o),
+                post_norm=layer.post_norm,
+                gate_up=self.projection(layer.gate_up),
+                down=self.projection(layer.down),
+                alternating=True,
+            )
+            for layer in self.layers
+        ]
+
+    def projection(self, weight: Weight) -> Projection:
+        """Return x @ weight.T; packed weights are unpacked to a shared buffer first."""
+        if weight.format == "dense":
+            return lambda x: functional.linear(x, weight.data)
+        return lambda x: functional.linear(x, unpack_to(weight, self._shared_buffer()))
+
+    def _shared_buffer(self) -> torch.Tensor:
+        if self._buffer is None:
+            size = max(w.rows * w.columns for w in self.weights() if w.format != "dense")
+            like = self.embeddings
+            self._buffer = torch.empty(size, dtype=like.dtype, device=like.device)
+        return self._buffer
+
+
+def read_stack(language_model: Any, lm_head: nn.Module) -> StackWeights | None:
+    """Take the weights out of the model's modules, or say which one cannot be and return None."""
+    found = []
+    for index, layer in enumerate(language_model.layers):
+        groups = {}
+        for name, modules in linear_groups(layer).items():
+            weight = _read_group(f"layer {index} {name}", modules)
+            if weight is None:
+                return None
+            groups[name] = interleaved(weight) if name == "gate_up" else weight
+        found.append(
+            LayerWeights(
+                input_norm=layer.input_layernorm.weight.detach(),
+                post_norm=layer.post_attention_layernorm.weight.detach(),
+                **groups,
+            )
+        )
+    head = _read_group("lm_head", [lm_head])
+    if head is None:
+        return None
+    for layer in language_model.layers:
+        _drop_linears(layer)
+    gc.collect()
+    return StackWeights(
+        shape=Shape.of(language_model.config),
+        embeddings=language_model.embed_tokens.weight.detach(),
+        layers=found,
+        norm=language_model.norm.weight.detach(),
+        head=head,
+    )
+
+
+def _read_group(name: str, modules: Sequence[nn.Module]) -> Weight | None:
+    try:
+        weight = concatenated([read_module(module) for module in modules])
+    except Unsupported as error:
+        logger.warning("slow path: %s has no fast kernel: %s", name, error)
+        return None
+    if weight is None:
+        logger.warning("slow path: %s mixes formats, so it cannot be merged", name)
+    return weight
+
+
+def _drop_linears(layer: Any) -> None:
+    """Free the modules' own weights: they are held in kernel layouts now."""
+    for owner, names in (
+        (layer.self_attn, ("q_proj", "k_proj", "v_proj", "o_proj")),
+        (layer.mlp, ("gate_proj", "up_proj", "down_proj")),
+    ):
+        for name in names:
+            setattr(owner, name, nn.Identity())
+
+
+class Decoder:
+    """Decode up to MAX_BATCH slots a step; `cache` has one spare slot, the last, for padding."""
+
+    def __init__(
+        self, stack: StackWeights, cache: SlotCache, cos: torch.Tensor, sin: torch.Tensor
+    ) -> None:
+        self.stack, self.cache, self.cos, self.sin = stack, cache, cos, sin
+        self.device = stack.embeddings.device
+        self.spare = cache.keys.shape[1] - 1
+        packed = any(weight.format != "dense" for weight in stack.weights())
+        # Packed weights are multiplied in float16, whatever the model's type.
+        self.activations = torch.float16 if packed else stack.embeddings.dtype
+        self.lengths = torch.zeros(self.spare + 1, dtype=torch.int32, device=self.device)
+        self.batches = [size for below, size in pairwise((0, *BATCHES)) if below < self.spare]
+        """Those that the cache's slots can need."""
+        tokens = max(self.batches[-1], LEAST_TOKENS)
+        blocks = [(weight.rows, gemm_block(weight)) for weight in stack.weights()]
+        # Rows are filled up to a whole block.
+        products = max(tokens * (rows + block.rows) * block.split for rows, block in blocks)
+        attention = MAX_BATCH * stack.shape.heads * (stack.shape.head_dim + 2)
+        floats = max(products, attention)
+        self.scratch = Scratch.empty(floats, 16384, str(self.device))
+        self._graphs: dict[int, _Graph] = {}
+
+    def set_length(self, slot: int, length: int) -> None:
+        """Tell the GPU how many tokens a slot holds."""
+        self.lengths[slot].fill_(length)
+
+    def step(self, slots: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
+        """Append one token to each slot; return float32 logits [len(slots), vocab]."""
+        parts = [
+            self._graph(len(slots[first : first + MAX_BATCH])).replay(
+                slots[first : first + MAX_BATCH], tokens[first : first + MAX_BATCH]
+            )
+            for first in range(0, len(slots), MAX_BATCH)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def kernel_name(self, batch: int) -> str:
+        """Say what multiplies the layers' matrices at a batch size."""
+        formats = sorted({weight.format for weight in self.stack.weights()[:-1]})
+        return f"Triton {'gemv' if batch == 1 else 'gemm'} {'+'.join(formats)}"
+
+    def warm_up(self) -> None:
+        """Compile and capture ahead of the first request."""
+        for batch in self.batches:
+            self._graph(batch)
+
+    def _graph(self, count: int) -> "_Graph":
+        batch = next(size for size in self.batches if size >= count)
+        if batch not in self._graphs:
+            start = time.perf_counter()
+            self._graphs[batch] = _Graph(self, batch)
+            logger.info("decode graph for %d: %.1f s", batch, time.perf_counter() - start)
+        return self._graphs[batch]
+
+
+class _Graph:
+    """All kernels of a step for one batch size."""
+
+    def __init__(self, decoder: Decoder, batch: int) -> None:
+        self.decoder, self.batch = decoder, batch
+        device, shape = decoder.device, decoder.stack.shape
+        dtype, model_dtype = decoder.activations, decoder.stack.embeddings.dtype
+
+        def rows(width: int, type_: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(batch, width, dtype=type_, device=device)
+
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.slots = torch.full((batch,), decoder.spare, dtype=torch.int64, device=device)
+        self.active = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.logits = rows(shape.vocab, torch.float32)
+        self.hidden = rows(shape.hidden, model_dtype)
+        self.scaled = rows(shape.hidden)
+        self.qkv = rows((shape.heads + 2 * shape.kv_heads) * shape.head_dim)
+        self.attended = rows(shape.heads * shape.head_dim)
+        self.gated = rows(shape.intermediate)
+        self.squares = Squares.empty(str(device))
+        # One token's kernels load weights while the one before still runs; those of small batches
+        # read activations first, so it slows them.
+        on_gpu = device.type == "cuda"
+        self._early = batch == 1 and on_gpu and torch.cuda.get_device_capability(device) >= _HOPPER
+        self._held: tuple[int, ...] = ()
+        self._capture()
+
+    def replay(self, slots: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
+        count = len(slots)
+        if self._held != tuple(slots):
+            padding = self.batch - count
+            padded = [*slots, *[self.decoder.spare] * padding]
+            self.slots.copy_(torch.tensor(padded))
+            self.active.copy_(torch.tensor([1] * count + [0] * padding, dtype=torch.int32))
+            self._held = tuple(slots)
+        self.tokens[:count].copy_(tokens, non_blocking=True)
+        if self._graph is None:
+            self._launch()
+        else:
+            self._graph.replay()
+        # A copy, since the next step overwrites it.
+        return self.logits[:count].clone()
+
+    def _capture(self) -> None:
+        """Run once on the spare slot, to compile; then record. Triton's interpreter cannot."""
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if self.decoder.device.type != "cuda":
+            return
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._launch()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._launch()
+        self._graph = graph
+
+    def _launch(self) -> None:
+        decoder, stack = self.decoder, self.decoder.stack
+        layers = stack.layers
+        squares = embed(
+            self.tokens,
+            stack.embeddings,
+            layers[0].input_norm,
+            self.hidden,
+            self.scaled,
+            self.squares,
+            self._order(layers[0].qkv),
+            self._early,
+        )
+        for index, layer in enumerate(layers):
+            last = index + 1 == len(layers)
+            gain = stack.norm if last else layers[index + 1].input_norm
+            reader = stack.head if last else layers[index + 1].qkv
+            squares = self._layer(index, layer, gain, self._order(reader), squares)
+        self._product(stack.head, "plain", self.scaled, self.logits, squares, norm=True)
+        decoder.lengths.index_add_(0, self.slots, self.active)
+
+    def _layer(
+        self, index: int, layer: LayerWeights, gain: torch.Tensor, order: Format, squares: Squares
+    ) -> Squares:
+        decoder = self.decoder
+        self._product(layer.qkv, "plain", self.scaled, self.qkv, squares, norm=True)
+        Attention(
+            decoder.cache.keys[index],
+            decoder.cache.values[index],
+            decoder.cos,
+            decoder.sin,
+            decoder.stack.shape.heads,
+            self._order(layer.o),
+            self._early,
+        ).launch(self.qkv, self.slots, decoder.lengths, self.attended, decoder.scratch)
+        squares = self._product(
+            layer.o,
+            "residual",
+            self.attended,
+            self.hidden,
+            squares,
+            gain=layer.post_norm,
+            order=self._order(layer.gate_up),
+        )
+        self._product(
+            layer.gate_up,
+            "swiglu",
+            self.scaled,
+            self.gated,
+            squares,
+            norm=True,
+            order=self._order(layer.down),
+        )
+        return self._product(
+            layer.down, "residual", self.gated, self.hidden, squares, gain=gain, order=order
+        )
+
+    def _product(
+        self,
+        weight: Weight,
+        epilogue: Literal["plain", "residual", "swiglu"],
+        x: torch.Tensor,
+        out: torch.Tensor,
+        squares: Squares,
+        *,
+        norm: bool = False,
+        gain: torch.Tensor | None = None,
+        order: Format = "dense",
+    ) -> Squares:
+        eps = self.decoder.stack.shape.eps
+        product = Product(weight, epilogue, eps, norm, gain, order, self._early)
+        return product.launch(self.batch, x, out, squares, self.decoder.scratch, self.scaled)
+
+    def _order(self, weight: Weight) -> Format:
+        """Return the order in which a weight's kernel wants its input."""
+        return "dense" if self.batch == 1 else weight.format

@@ -1,0 +1,320 @@
+"""A PyTorch variant as an engine: own forward pass over a static cache, CUDA graphs on a GPU.
+
+The vision tower and the projector run through the model's own modules.
+"""
+
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from llava_ray.errors import DataError, ResourceError
+from llava_ray.inference.engine import Engine, Prompt
+from llava_ray.inference.torch.cache import (
+    MOST_PREFIX_BYTES,
+    PrefixKey,
+    PrefixStore,
+    Segment,
+    SlotCache,
+)
+from llava_ray.inference.torch.kernels.weights import make_dense
+from llava_ray.inference.torch.llama import LlamaForward, Shape, linear_groups, module_layers
+from llava_ray.models.images import normalize
+
+if TYPE_CHECKING:
+    from llava_ray.inference.torch.decode import Decoder
+    from llava_ray.inference.torch.prefill import PrefillGraphs
+
+logger = logging.getLogger(__name__)
+
+WARM_TEXT_TOKENS = (32, 96, 160)
+"""Lengths of text beside one image whose prefill is recorded ahead of the first request."""
+
+
+class TorchEngine(Engine):
+    """Run a Hugging Face LlavaForConditionalGeneration whose linears may be quantized.
+
+    The engine owns the model from then on: it merges weights that are read together, and unpacks
+    them on a CPU.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, *, folder: Path, device: str, slots: int, context: int
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        self.device, self.slots, self.context = device, slots, context
+        whole: Any = model.eval()
+        self._model: Any = whole
+        config = whole.config
+        vision = config.vision_config
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.image_size = vision.image_size
+        self.tokens_per_image = (vision.image_size // vision.patch_size) ** 2
+        self.image_token_id = config.image_token_id
+        self.vocab_size = config.text_config.vocab_size
+        self.eos_token_id = _eos_token_id(self.tokenizer, whole)
+        if device == "cpu":
+            make_dense(whole, whole.model.language_model.embed_tokens.weight.dtype)
+        language_model = whole.model.language_model
+        self._embed: Any = language_model.embed_tokens
+        shape = Shape.of(config.text_config)
+        self._cache = SlotCache(
+            layers=shape.layers,
+            slots=slots,
+            kv_heads=shape.kv_heads,
+            context=context,
+            head_dim=shape.head_dim,
+            dtype=self._embed.weight.dtype,
+            device=device,
+            spare=1 if device.startswith("cuda") else 0,
+        )
+        self._weight_bytes = _read_per_token(language_model, whole.lm_head)
+        self._decoder: Decoder | None = None
+        self._graphs: PrefillGraphs | None = None
+        with torch.no_grad():
+            self._open_forward(language_model, whole.lm_head)
+        self.prefixes = PrefixStore(capacity=0)
+
+    def _open_forward(self, language_model: Any, lm_head: Any) -> None:
+        """Use the GPU kernels where they can be had, else the model's own modules."""
+        stack = None
+        if self.device.startswith("cuda"):
+            if importlib.util.find_spec("triton") is None:
+                logger.warning("slow path: no fast kernels without Triton: pip install triton")
+            else:
+                from llava_ray.inference.torch.decode import Decoder, read_stack
+
+                stack = read_stack(language_model, lm_head)
+        if stack is None:
+            layers = module_layers(language_model)
+            self._forward = LlamaForward(language_model, layers, lm_head, self._cache)
+            return
+        self._weight_bytes = stack.bytes()
+        self._forward = LlamaForward(
+            language_model, stack.layer_projections(), stack.projection(stack.head), self._cache
+        )
+        self._decoder = Decoder(stack, self._cache, self._forward.cos, self._forward.sin)
+        from llava_ray.inference.torch.prefill import PrefillGraphs
+
+        self._graphs = PrefillGraphs(self._forward, self._cache, self._encode)
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Compile and record decoding and prefill ahead of the first request."""
+        if self._decoder is not None:
+            self._decoder.warm_up()
+        if self._graphs is not None:
+            image = self.tokens_per_image
+            lengths = [image + text for text in WARM_TEXT_TOKENS if image + text <= self.context]
+            self._graphs.warm_up(lengths, self._embed.weight.dtype)
+            size = self.image_size
+            self._graphs.encode(
+                torch.zeros(1, 3, size, size, device=self.device, dtype=self._vision_dtype())
+            )
+
+    def kernel_name(self, batch: int) -> str:
+        """Say what multiplies the decoder's matrices at a batch size."""
+        if self._decoder is None:
+            return "the model's own modules"
+        return self._decoder.kernel_name(batch)
+
+    def keep_prefixes(self, count: int) -> None:
+        """Keep the keys and values of the last `count` image prefixes, to skip their prefill.
+
+        Fewer where they would take more than 2 GiB, or half of what a GPU has free. Off at first,
+        so that timings of prefill mean what they say.
+        """
+        room = MOST_PREFIX_BYTES
+        if self.device.startswith("cuda"):
+            room = min(room, torch.cuda.mem_get_info(self.device)[0] // 2)
+        self.prefixes = PrefixStore(capacity=count, max_bytes=room)
+        if count and self._graphs is not None:
+            self._warm_prefixes()
+
+    def _warm_prefixes(self) -> None:
+        """Ask twice about one image, for kernels that only a known image's prompt runs."""
+        pixels = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+        ids = (0, *[self.image_token_id] * self.tokens_per_image, 0, 0)
+        if len(ids) <= self.context:
+            for _ in range(2):
+                slot, _ = self.prefill(Prompt(ids, (pixels,)))
+                self.release(slot)
+        self.prefixes.clear()
+
+    @torch.no_grad()
+    def prefill(self, prompt: Prompt) -> tuple[int, torch.Tensor]:
+        """Run a prompt into a free slot; return the slot and the next token's logits."""
+        self._check(prompt, len(prompt.input_ids))
+        slot = self._take()
+        try:
+            return slot, self._run(prompt, slot, prompt.input_ids, rows=1)[0]
+        except BaseException:
+            self._cache.release(slot)
+            raise
+
+    @torch.no_grad()
+    def decode(self, slots: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
+        """Append one token to each slot; return the next logits, float32 [len(slots), vocab]."""
+        lengths = self._cache.lengths
+        for slot in slots:
+            assert self._cache.held(slot), f"slot {slot} is free"
+            if lengths[slot] >= self.context:
+                raise DataError(
+                    f"slot {slot} is full: {lengths[slot]} tokens; ask for fewer new tokens or "
+                    "open the engine with a larger context"
+                )
+        parts = [Segment(slot, lengths[slot], 1) for slot in slots]
+        for slot in slots:
+            lengths[slot] += 1
+        if self._decoder is not None:
+            return self._decoder.step(slots, tokens)
+        hidden = self._forward(self._embed(tokens.to(self.device)), parts)
+        return self._forward.logits(hidden)
+
+    def release(self, slot: int) -> None:
+        """Free a slot."""
+        self._cache.release(slot)
+
+    @torch.no_grad()
+    def score(self, prompt: Prompt, continuation: Sequence[int]) -> torch.Tensor:
+        """Teacher-force a continuation; row i of the result predicts continuation[i]."""
+        ids = (*prompt.input_ids, *continuation[:-1])
+        self._check(prompt, len(ids))
+        if not continuation:
+            return torch.empty(0, self.vocab_size)
+        slot = self._take()
+        try:
+            return self._run(prompt, slot, ids, rows=len(continuation)).cpu()
+        finally:
+            self._cache.release(slot)
+
+    def weight_bytes(self) -> int:
+        """Return the bytes of weights that one decoded token reads (language model and head)."""
+        return self._weight_bytes
+
+    def close(self) -> None:
+        """Free the model and the cache."""
+        self.prefixes.clear()
+        del self._model, self._forward, self._cache, self._embed, self._decoder, self._graphs
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    def _run(self, prompt: Prompt, slot: int, ids: Sequence[int], *, rows: int) -> torch.Tensor:
+        """Fill a free slot with ids; return the last rows' logits."""
+        start = 0
+        key = self._prefix_key(prompt) if self.prefixes.capacity else None
+        # The last `rows` ids give the logits, so they cannot be skipped.
+        reusable = key is not None and len(key.ids) <= len(ids) - rows
+        if key is not None and reusable and self.prefixes.load(key, self._cache, slot):
+            start = len(key.ids)
+        hidden = self._embeddings(prompt, ids, start)
+        if self._graphs is not None and not start:
+            hidden = self._graphs.prefill(hidden, slot)
+        else:
+            hidden = self._forward(hidden, [Segment(slot, start, len(ids) - start)])
+        self._cache.lengths[slot] = len(ids)
+        if self._decoder is not None:
+            self._decoder.set_length(slot, len(ids))
+        if key is not None and reusable and not start:
+            self.prefixes.save(key, self._cache, slot)
+        return self._forward.logits(hidden[-rows:])
+
+    def _embeddings(self, prompt: Prompt, ids: Sequence[int], start: int) -> torch.Tensor:
+        """Return [len(ids) - start, hidden]; a reused prefix holds all images."""
+        tokens = torch.tensor(ids[start:], device=self.device)
+        is_image = tokens == self.image_token_id
+        hidden: torch.Tensor = self._embed(tokens.masked_fill(is_image, 0))
+        if prompt.images and not start:
+            features = self._image_features(prompt).to(hidden.dtype)
+            hidden = hidden.masked_scatter(is_image[:, None], features)
+        return hidden
+
+    def _image_features(self, prompt: Prompt) -> torch.Tensor:
+        """Return [images * tokens_per_image, hidden] from the vision tower and projector."""
+        pixels = normalize(np.stack(prompt.images), self.device).to(self._vision_dtype())
+        if self._graphs is not None and len(prompt.images) == 1:
+            return self._graphs.encode(pixels)
+        return self._encode(pixels)
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Turn [images, 3, size, size] into the language model's inputs."""
+        output = self._model.model.get_image_features(pixel_values=pixels, return_dict=True)
+        return torch.cat(list(output.pooler_output))
+
+    def _vision_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = next(self._model.model.vision_tower.parameters()).dtype
+        return dtype
+
+    def _prefix_key(self, prompt: Prompt) -> PrefixKey | None:
+        if not prompt.images:
+            return None
+        ids = prompt.input_ids
+        end = len(ids) - ids[::-1].index(self.image_token_id)
+        hashes = tuple(hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in prompt.images)
+        return PrefixKey(ids[:end], hashes)
+
+    def _take(self) -> int:
+        slot = self._cache.take()
+        if slot is None:
+            raise ResourceError(
+                f"all {self.slots} slots are taken: release one or open the engine with more"
+            )
+        return slot
+
+    def _check(self, prompt: Prompt, length: int) -> None:
+        if not prompt.input_ids:
+            raise DataError("empty prompt: at least one token is needed")
+        if length > self.context:
+            raise DataError(
+                f"prompt of {length} tokens: at most {self.context} fit; shorten it or open the "
+                "engine with a larger context"
+            )
+        found = prompt.input_ids.count(self.image_token_id)
+        expected = len(prompt.images) * self.tokens_per_image
+        if found != expected:
+            raise DataError(
+                f"{found} image tokens for {len(prompt.images)} images: each image takes "
+                f"{self.tokens_per_image}"
+            )
+        wanted = (self.image_size, self.image_size, 3)
+        for pixels in prompt.images:
+            if pixels.shape != wanted:
+                raise DataError(f"image of shape {pixels.shape}: {wanted} is needed")
+
+
+def _eos_token_id(tokenizer: Any, model: Any) -> int:
+    for value in (
+        tokenizer.eos_token_id,
+        model.generation_config.eos_token_id,
+        model.config.text_config.eos_token_id,
+    ):
+        if isinstance(value, list):
+            return int(value[0])
+        if value is not None:
+            return int(value)
+    raise DataError("the model names no end-of-sequence token: add eos_token to its tokenizer")
+
+
+def _read_per_token(language_model: Any, lm_head: torch.nn.Module) -> int:
+    """Sum the bytes of all linears, norms and the head, packed as they are."""
+    modules = [lm_head]
+    for layer in language_model.layers:
+        modules += [module for group in linear_groups(layer).values() for module in group]
+        modules += [layer.input_layernorm, layer.post_attention_layernorm]
+    return sum(_tensor_bytes(module) for module in [*modules, language_model.norm])
+
+
+def _tensor_bytes(module: torch.nn.Module) -> int:
+    tensors = [*module.parameters(), *module.buffers()]
+    states = [getattr(parameter, "quant_state", None) for parameter in module.parameters()]
+    tensors += [state.absmax for state in states if state is not None]  # bitsandbytes 4-bit
+    meta = getattr(module, "meta", None)
+    if isinstance(meta, dict):  # HQQ keeps scales and zero points beside its parameters
+        tensors += [value for value in meta.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,305 @@
+"""Choose block shapes and launch the decode step's kernels."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import triton
+
+from llava_ray.inference.torch.kernels.attention import attention_kernel, embed_kernel
+from llava_ray.inference.torch.kernels.gemm import gemm_kernel
+from llava_ray.inference.torch.kernels.gemv import gemv_kernel
+from llava_ray.inference.torch.kernels.shared import EPILOGUES, INTERPRETED, ORDERS
+from llava_ray.inference.torch.kernels.weights import Format, Weight
+
+MAX_BATCH = 64
+LEAST_TOKENS = 8
+"""That the tensor cores take at a time."""
+MAX_PARTS = 2048
+"""Partial sums of squares that one token can have."""
+
+
+@dataclass(frozen=True)
+class GemvBlock:
+    """Shape of a one-token program."""
+
+    rows: int
+    tile: int
+    """Words of a row read at a time, columns for a dense matrix: 128 or 256 per warp, so that
+    weights and activations lie alike over threads."""
+    warps: int
+
+
+@dataclass(frozen=True)
+class GemmBlock:
+    """Shape of a small-batch program."""
+
+    rows: int
+    columns: int
+    """For int4 a program always takes one group at a time."""
+    split: int
+    stages: int
+    warps: int
+
+
+def gemv_block(weight: Weight) -> GemvBlock:
+    """Return the shape measured to be fastest on Hopper."""
+    return {
+        "dense": GemvBlock(rows=8, tile=1024, warps=4),
+        "int8": GemvBlock(rows=8, tile=512, warps=4),
+        "int4": GemvBlock(rows=8, tile=512, warps=4),
+    }[weight.format]
+
+
+def gemm_block(weight: Weight) -> GemmBlock:
+    """Return the shape measured to be fastest on Hopper."""
+    split = 4 if weight.rows <= 4096 else 2 if weight.rows <= 16384 else 1
+    return {
+        "dense": GemmBlock(rows=64, columns=128, split=split, stages=4, warps=4),
+        "int8": GemmBlock(rows=64, columns=128, split=split, stages=4, warps=4),
+        "int4": GemmBlock(rows=64, columns=0, split=2 * split, stages=4, warps=4),
+    }[weight.format]
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Partial sums of squares of the residual stream, float32 [MAX_BATCH, MAX_PARTS]."""
+
+    buffer: torch.Tensor
+    parts: int = 0
+
+    @classmethod
+    def empty(cls, device: str) -> "Squares":
+        """Allocate the buffer."""
+        return cls(torch.zeros(MAX_BATCH, MAX_PARTS, dtype=torch.float32, device=device))
+
+    def of(self, parts: int) -> "Squares":
+        """Return the same buffer, filled with that many parts."""
+        assert parts <= MAX_PARTS, f"{parts} partial sums"
+        return replace(self, parts=parts)
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Where programs of one launch meet: parts of sums, and counters that start and end at 0."""
+
+    parts: torch.Tensor
+    counters: torch.Tensor
+
+    @classmethod
+    def empty(cls, floats: int, counters: int, device: str) -> "Scratch":
+        """Allocate for the largest launch."""
+        return cls(
+            torch.empty(floats, dtype=torch.float32, device=device),
+            torch.zeros(counters, dtype=torch.int32, device=device),
+        )
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix product of the decode step with what follows it."""
+
+    weight: Weight
+    epilogue: Literal["plain", "residual", "swiglu"]
+    eps: float = 0.0
+    norm: bool = False
+    """Its input still lacks the factor 1 / rms."""
+    gain: torch.Tensor | None = None
+    """residual: the next norm's weights."""
+    order: Format = "dense"
+    """The format of whoever reads the output."""
+    pdl: bool = False
+
+    def launch(
+        self,
+        batch: int,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        squares: Squares,
+        scratch: Scratch,
+        scaled: torch.Tensor | None = None,
+        block: Any = None,
+    ) -> Squares:
+        """Run it for `batch` tokens; return the sums of squares of the residual stream."""
+        if batch == 1:
+            rows = self._launch_gemv(x, out, squares, scaled, block or gemv_block(self.weight))
+        else:
+            block = block or gemm_block(self.weight)
+            rows = self._launch_gemm(batch, x, out, squares, scratch, scaled, block)
+        return squares.of(-(-self.weight.rows // rows)) if self.epilogue == "residual" else squares
+
+    def _launch_gemv(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        squares: Squares,
+        scaled: torch.Tensor | None,
+        block: GemvBlock,
+    ) -> int:
+        weight = self.weight
+        packed = weight.format != "dense"
+        scale = weight.scale
+        if weight.format == "int4":
+            assert scale is not None
+            scale = scale.view(torch.int32)
+        gemv_kernel[(-(-weight.rows // block.rows),)](
+            x.view(torch.int32) if packed else x,
+            weight.data,
+            scale,
+            out,
+            self.gain,
+            scaled,
+            squares.buffer,
+            squares.buffer,
+            weight.rows,
+            squares.parts,
+            MAX_PARTS,
+            self.eps,
+            COLUMNS=weight.columns,
+            GROUP=weight.group,
+            FORMAT=ORDERS[weight.format],
+            BN=block.rows,
+            TILE=block.tile,
+            EPILOGUE=EPILOGUES[self.epilogue],
+            NORM=self.norm,
+            PARTS=triton.next_power_of_2(max(1, squares.parts)),
+            ASM=not INTERPRETED,
+            PDL=self.pdl,
+            num_warps=block.warps,
+            **({"launch_pdl": True} if self.pdl else {}),
+        )
+        return block.rows
+
+    def _launch_gemm(
+        self,
+        batch: int,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        squares: Squares,
+        scratch: Scratch,
+        scaled: torch.Tensor | None,
+        block: GemmBlock,
+    ) -> int:
+        weight = self.weight
+        tiles = -(-weight.rows // block.rows)
+        tokens = max(LEAST_TOKENS, triton.next_power_of_2(batch))
+        assert tiles * block.split * block.rows * tokens <= scratch.parts.numel()
+        gemm_kernel[(tiles, block.split)](
+            x,
+            weight.data if weight.format == "dense" else weight.data.view(torch.uint8),
+            weight.scale,
+            out,
+            self.gain,
+            scaled,
+            squares.buffer,
+            squares.buffer,
+            scratch.parts,
+            scratch.counters,
+            batch,
+            weight.rows,
+            squares.parts,
+            MAX_PARTS,
+            self.eps,
+            COLUMNS=weight.columns,
+            GROUP=weight.group,
+            FORMAT=ORDERS[weight.format],
+            BN=block.rows,
+            BB=tokens,
+            BK=block.columns,
+            SPLIT=block.split,
+            STAGES=block.stages,
+            EPILOGUE=EPILOGUES[self.epilogue],
+            NORM=self.norm,
+            OUT_COLUMNS=weight.rows // (2 if self.epilogue == "swiglu" else 1),
+            ORDER=ORDERS[self.order],
+            PARTS=triton.next_power_of_2(max(1, squares.parts)),
+            ASM=not INTERPRETED,
+            PDL=self.pdl,
+            num_warps=block.warps,
+            **({"launch_pdl": True} if self.pdl else {}),
+        )
+        return block.rows
+
+
+def embed(
+    tokens: torch.Tensor,
+    table: torch.Tensor,
+    gain: torch.Tensor,
+    hidden: torch.Tensor,
+    scaled: torch.Tensor,
+    squares: Squares,
+    order: Format,
+    pdl: bool = False,
+) -> Squares:
+    """Write embeddings [tokens, columns], the first norm's input and the sums of squares."""
+    columns = table.shape[1]
+    embed_kernel[(tokens.shape[0],)](
+        tokens,
+        table,
+        gain,
+        hidden,
+        scaled,
+        squares.buffer,
+        MAX_PARTS,
+        COLUMNS=columns,
+        BLOCK=triton.next_power_of_2(columns),
+        ORDER=ORDERS[order],
+        PDL=pdl,
+        num_warps=8,
+        **({"launch_pdl": True} if pdl else {}),
+    )
+    return squares.of(1)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention of one layer over the static cache."""
+
+    keys: torch.Tensor
+    """[slots, kv_heads, context, head_dim]."""
+    values: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    heads: int
+    order: Format = "dense"
+    pdl: bool = False
+    block: int = 64
+    """Rows of the cache that a program reads at a time."""
+
+    def launch(
+        self,
+        qkv: torch.Tensor,
+        slots: torch.Tensor,
+        lengths: torch.Tensor,
+        out: torch.Tensor,
+        scratch: Scratch,
+    ) -> None:
+        """Attend for len(slots) tokens; `lengths` holds each slot's tokens before this one."""
+        batch = slots.shape[0]
+        _, kv_heads, context, head_dim = self.keys.shape
+        # Enough programs to fill the GPU.
+        split = {1: 16, 2: 8, 4: 4, 8: 4, 16: 2}.get(triton.next_power_of_2(batch), 1)
+        assert batch * self.heads * split * (head_dim + 2) <= scratch.parts.numel()
+        attention_kernel[(batch, self.heads, split)](
+            qkv,
+            self.cos,
+            self.sin,
+            self.keys,
+            self.values,
+            slots,
+            lengths,
+            out,
+            scratch.parts,
+            scratch.counters,
+            context,
+            head_dim**-0.5,
+            HEADS=self.heads,
+            KV_HEADS=kv_heads,
+            DIM=head_dim,
+            BLOCK=self.block,
+            SPLIT=split,
+            ORDER=ORDERS[self.order],
+            PDL=self.pdl,
+            num_warps=4,
+            **({"launch_pdl": True} if self.pdl else {}),
+        )

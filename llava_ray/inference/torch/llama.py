@@ -1,0 +1,211 @@
+"""Llama's forward pass over a static cache, with the model's own linear modules.
+
+Rows of several sequences go through the linears together; only attention looks at each apart,
+so that sequences of unequal length need neither padding nor masks.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from llava_ray.inference.torch.cache import Segment, SlotCache
+
+Projection = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer; projections that read the same input are merged."""
+
+    input_norm: torch.Tensor
+    qkv: Projection
+    o: Projection
+    post_norm: torch.Tensor
+    gate_up: Projection
+    down: Projection
+    alternating: bool = False
+    """gate_up gives gate's and up's outputs in turn, not one after the other."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of the Llama config the forward pass needs."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: int
+    vocab: int
+    eps: float
+
+    @classmethod
+    def of(cls, config: Any) -> "Shape":
+        """Read a transformers LlamaConfig."""
+        return cls(
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None)
+            or config.hidden_size // config.num_attention_heads,
+            layers=config.num_hidden_layers,
+            vocab=config.vocab_size,
+            eps=config.rms_norm_eps,
+        )
+
+
+def linear_groups(layer: nn.Module) -> dict[str, list[nn.Module]]:
+    """Return a decoder layer's linear modules by what can be merged."""
+    attention: Any = layer.self_attn
+    mlp: Any = layer.mlp
+    return {
+        "qkv": [attention.q_proj, attention.k_proj, attention.v_proj],
+        "o": [attention.o_proj],
+        "gate_up": [mlp.gate_proj, mlp.up_proj],
+        "down": [mlp.down_proj],
+    }
+
+
+def merged(modules: Sequence[nn.Module]) -> Projection:
+    """Return one callable for modules that read the same input, outputs side by side."""
+    if len(modules) == 1:
+        return modules[0]
+    if all(type(module) is nn.Linear and module.bias is None for module in modules):
+        return _merged_dense([module for module in modules if isinstance(module, nn.Linear)])
+    return lambda x: torch.cat([module(x) for module in modules], dim=-1)
+
+
+def module_layers(language_model: Any) -> list[Layer]:
+    """Return the layers with the model's own modules as projections."""
+    layers = []
+    for layer in language_model.layers:
+        projections = {name: merged(group) for name, group in linear_groups(layer).items()}
+        layers.append(
+            Layer(
+                input_norm=layer.input_layernorm.weight,
+                qkv=projections["qkv"],
+                o=projections["o"],
+                post_norm=layer.post_attention_layernorm.weight,
+                gate_up=projections["gate_up"],
+                down=projections["down"],
+            )
+        )
+    return layers
+
+
+def rotary_tables(
+    language_model: Any, context: int, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and sines [context, head_dim] from the model's own rotary module.
+
+    The sines' first half is negated, so that rotation is x * cos + roll(x, head_dim / 2) * sin.
+    """
+    positions = torch.arange(context, device=like.device)[None]
+    cos, sin = language_model.rotary_emb(like, positions)
+    sin = sin[0].clone()
+    sin[:, : sin.shape[-1] // 2].neg_()
+    return cos[0].contiguous(), sin
+
+
+class LlamaForward:
+    """Run rows through all layers, writing their keys and values to the cache."""
+
+    def __init__(
+        self, language_model: Any, layers: Sequence[Layer], lm_head: Projection, cache: SlotCache
+    ) -> None:
+        self.shape = Shape.of(language_model.config)
+        self.cache = cache
+        self.norm = language_model.norm.weight
+        self.lm_head = lm_head
+        self.layers = layers
+        like = language_model.embed_tokens.weight
+        self.cos, self.sin = rotary_tables(language_model, cache.keys.shape[3], like)
+
+    def __call__(self, hidden: torch.Tensor, parts: Sequence[Segment]) -> torch.Tensor:
+        """Return the last layer's output before the final norm; `hidden` is [rows, hidden]."""
+        cos, sin = self._rotary_rows(parts)
+        for index, layer in enumerate(self.layers):
+            x = self._rms_norm(hidden, layer.input_norm)
+            hidden = hidden + layer.o(self._attend(index, layer.qkv(x), cos, sin, parts))
+            x = self._rms_norm(hidden, layer.post_norm)
+            gate_up = layer.gate_up(x)
+            if layer.alternating:
+                gate, up = gate_up.view(*gate_up.shape[:-1], -1, 2).unbind(-1)
+            else:
+                gate, up = gate_up.chunk(2, dim=-1)
+            hidden = hidden + layer.down(functional.silu(gate) * up)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits of rows."""
+        return self.lm_head(self._rms_norm(hidden, self.norm)).float()
+
+    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, (self.shape.hidden,), weight, self.shape.eps)
+
+    def _rotary_rows(self, parts: Sequence[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(parts) == 1:
+            rows: Any = slice(parts[0].start, parts[0].start + parts[0].count)
+        else:
+            rows = torch.cat(
+                [torch.arange(part.start, part.start + part.count) for part in parts]
+            ).to(self.cos.device)
+        return self.cos[rows][:, None], self.sin[rows][:, None]
+
+    def _attend(
+        self,
+        index: int,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        parts: Sequence[Segment],
+    ) -> torch.Tensor:
+        shape = self.shape
+        split = qkv.view(qkv.shape[0], -1, shape.head_dim)
+        turned = split[:, : shape.heads + shape.kv_heads]
+        turned = turned * cos + turned.roll(shape.head_dim // 2, dims=-1) * sin
+        queries, keys = turned[:, : shape.heads], turned[:, shape.heads :]
+        values = split[:, shape.heads + shape.kv_heads :]
+        outputs, row = [], 0
+        for part in parts:
+            rows = slice(row, row + part.count)
+            row += part.count
+            self.cache.write(index, part, keys[rows], values[rows])
+            outputs.append(self._attend_part(index, part, queries[rows]))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend_part(self, index: int, part: Segment, queries: torch.Tensor) -> torch.Tensor:
+        end = part.start + part.count
+        keys, values = self.cache.read(index, part.slot, end)
+        mask = None
+        if part.start and part.count > 1:
+            mask = torch.ones(part.count, end, dtype=torch.bool, device=queries.device)
+            mask = mask.tril_(part.start)
+        output = functional.scaled_dot_product_attention(
+            queries.transpose(0, 1)[None],
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=part.start == 0 and part.count > 1,
+            enable_gqa=self.shape.heads != self.shape.kv_heads,
+        )
+        return output[0].transpose(0, 1).reshape(part.count, -1)
+
+
+def _merged_dense(modules: Sequence[nn.Linear]) -> nn.Linear:
+    """Stack the weights; the modules keep views, so nothing is held twice."""
+    weight = torch.cat([module.weight.detach() for module in modules])
+    whole = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    whole.weight = nn.Parameter(weight, requires_grad=False)
+    row = 0
+    for module in modules:
+        rows = module.out_features
+        module.weight = nn.Parameter(weight[row : row + rows], requires_grad=False)
+        row += rows
+    return whole

@@ -1,0 +1,1 @@
+"""Base models: their folders, weights, shapes, pixels and prompts."""

@@ -1,0 +1,179 @@
+"""Native crashes in one line: the signal, the function and a file with the stack.
+
+A process that may die says where its stack is to go; whoever waits for it reads that file.
+"""
+
+import faulthandler
+import linecache
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import llava_ray
+from llava_ray.artifacts.storage import cache_folder
+from llava_ray.errors import LlavaRayError, VariantError
+
+_SIGNALS = {
+    "Segmentation fault": signal.SIGSEGV,
+    "Aborted": signal.SIGABRT,
+    "Illegal instruction": signal.SIGILL,
+    "Bus error": signal.SIGBUS,
+    "Floating-point exception": signal.SIGFPE,
+    "Floating point exception": signal.SIGFPE,
+}
+"""By faulthandler's words for them."""
+_FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
+_NATIVE_CALL = re.compile(r"\b((?:llama|mtmd|ggml)_\w+)\(")
+
+
+@dataclass(frozen=True)
+class Crash:
+    """How a process died."""
+
+    signal: str
+    """Such as `SIGSEGV`."""
+    function: str
+    """What was called, empty where nothing tells."""
+    stack: Path
+    """The file with the Python stack of every thread."""
+
+    def describe(self) -> str:
+        """Say all of it and what to do, in one line."""
+        where = f" in {self.function}" if self.function else ""
+        return f"died by {self.signal}{where}: {self._cure()} (stack: {self.stack})"
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether the process's own code is to blame, not one who ended it or a lack of memory."""
+        return self.signal in {number.name for number in _SIGNALS.values()}
+
+    def _cure(self) -> str:
+        if self.signal == "SIGKILL":
+            return "probably the machine ran out of memory; use a larger one"
+        if not self.is_fault:
+            return "it was ended from outside; run it again"
+        # Where the signal's frame does not fit the handler's stack, as with AMX, nothing is told.
+        llama = _NATIVE_CALL.match(f"{self.function}(") or "gguf" in self.stack.name
+        if not llama:
+            return "leave the variant out, and report the stack"
+        if self.signal == "SIGILL":
+            return (
+                "llama-cpp-python was compiled for another CPU; compile it here with "
+                "'pip install --no-cache-dir --force-reinstall --no-deps llama-cpp-python'"
+            )
+        return (
+            "a fault of this llama.cpp; compile it anew with 'pip install --no-cache-dir "
+            "--force-reinstall --no-deps llama-cpp-python', or leave the variant out"
+        )
+
+
+def crash_file(name: str) -> Path:
+    """Return where the stack of a process of that name goes, on the machine that it runs on."""
+    safe = re.sub(r"[^\w.-]", "_", name)
+    return cache_folder() / "crashes" / f"{safe}.txt"
+
+
+@contextmanager
+def crash_recorded(name: str) -> Iterator[None]:
+    """Send this process's stack to `crash_file(name)` should native code end it meanwhile.
+
+    Ray's own handler, which prints some 60 lines of native stack, is taken away for good.
+    """
+    path = crash_file(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    faulthandler.disable()  # Else it would not put its own handlers over those below again.
+    if threading.current_thread() is threading.main_thread():
+        for number in set(_SIGNALS.values()):
+            signal.signal(number, signal.SIG_DFL)
+    with path.open("w", encoding="utf-8") as stack:
+        faulthandler.enable(stack)
+        try:
+            yield
+        finally:
+            faulthandler.disable()
+    path.unlink(missing_ok=True)
+
+
+def read_crash(path: Path, number: int | None = None) -> Crash | None:
+    """Read what a dead process left; None where it left nothing and no signal number is known."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    words = re.search(r"^Fatal Python error: (.+)$", text, re.MULTILINE)
+    if number is None:
+        number = _SIGNALS.get(words[1].strip()) if words else None
+    if number is None:
+        return None
+    threads = re.split(r"^(?=Thread |Current thread )", text, flags=re.MULTILINE)
+    current = next((part for part in threads if part.startswith("Current")), "")
+    # A thread of native code's own has no Python frame; then the main thread, listed last, tells.
+    frame = _FRAME.search(current) or _FRAME.search(threads[-1])
+    known = number in signal.Signals.__members__.values()
+    name = signal.Signals(number).name if known else f"signal {number}"
+    return Crash(name, _called(frame) if frame else "", path)
+
+
+def _called(frame: re.Match[str]) -> str:
+    """Name the native function that the line calls, else the Python function and its line."""
+    path, line, function = frame[1], int(frame[2]), frame[3]
+    call = _NATIVE_CALL.search(linecache.getline(path, line))
+    return call[1] if call else f"{function} ({Path(path).name}:{line})"
+
+
+def run_child(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    name: str,
+    before: Path | None = None,
+    capture: bool = False,
+) -> tuple[str, Crash | None]:
+    """Run `python -m module` to its end; return its stdout if captured, and how it died if it did.
+
+    before: a folder of packages that go before this environment's. Raises VariantError with the
+    last line of stderr for an ordinary failure.
+    """
+    path = crash_file(f"{name}-{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    roots = [str(before or ""), str(Path(llava_ray.__file__).parents[1])]
+    roots.append(os.environ.get("PYTHONPATH", ""))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots))}
+    command = [sys.executable, "-X", "faulthandler", "-m", module, *arguments]
+    with path.open("w", encoding="utf-8") as stderr:
+        stdout = subprocess.PIPE if capture else None
+        done = subprocess.run(command, stdout=stdout, stderr=stderr, env=environment, text=True)
+    printed = done.stdout or ""
+    if done.returncode < 0:
+        return printed, read_crash(path, -done.returncode)
+    said = last_line(path.read_text(encoding="utf-8", errors="replace"))
+    path.unlink()
+    if done.returncode:
+        raise VariantError(f"{name}: {said.removeprefix('error: ')}")
+    return printed, None
+
+
+def failure_reason(error: Exception) -> str:
+    """Say in one line why a Ray task failed."""
+    import ray
+
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return "its process was ended because the node ran out of memory: use a larger node"
+    if isinstance(error, ray.exceptions.WorkerCrashedError):
+        return "its worker process died (killed, or out of memory): see the node's Ray logs"
+    # Ray wraps a task's error in a class that is also the error's own.
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, LlavaRayError):
+        return " ".join(str(cause).split())
+    return f"{type(cause).__name__}: {last_line(str(cause))}"
+
+
+def last_line(text: str) -> str:
+    """Return the last line that names an error, else the last one."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"(?i)error|.*\berror:", line)]
+    return (errors or lines or ["no message"])[-1][:500]

@@ -1,0 +1,269 @@
+"""From an untrusted chat completions request to turns, images and sampling parameters."""
+
+import base64
+import binascii
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llava_ray.errors import DataError
+from llava_ray.inference.request_errors import ApiError, BadRequest, TooLarge
+from llava_ray.inference.sampling import SamplingParams
+from llava_ray.models.conversation import Turn, protect
+from llava_ray.models.images import open_image
+from llava_ray.server.settings import AppArgs
+
+MAX_STOPS = 4
+MAX_TOP_LOGPROBS = 20
+
+Fetch = Callable[[str], Awaitable[bytes]]
+"""Turns an allowed image URL into bytes."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextPart(_Part):
+    """Text of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(_Part):
+    """A data URL, or a URL on one of the allowed hosts."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+    """Accepted and ignored: LLaVA-1.5 sees every image at one size."""
+
+
+class ImagePart(_Part):
+    """An image of a user's message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class Message(_Part):
+    """One message of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    name: str | None = None
+
+    def text(self) -> str:
+        """Return the text parts, one a line."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
+
+    def image_urls(self) -> list[str]:
+        """Return the images in their order."""
+        if isinstance(self.content, str):
+            return []
+        return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
+
+
+class StreamOptions(_Part):
+    """What a stream holds beside the answer."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+    """Accepted and ignored."""
+
+
+class ChatRequest(BaseModel):
+    """OpenAI's chat completions request, as far as this model can follow it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    n: int | None = Field(default=None, ge=1)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = Field(default=None)
+    stream: bool | None = Field(default=None)
+    stream_options: StreamOptions | None = Field(default=None)
+    logprobs: bool | None = Field(default=None)
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    ignore_eos: bool | None = Field(default=None)
+    """Go on to max_tokens whatever the model says; not OpenAI's, for measuring."""
+    # Fields that change nothing here, accepted so that clients need no special case.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    parallel_tool_calls: bool | None = None
+    # Fields that would change the answer: only the values that mean "off" are taken.
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
+    tools: list[Any] | None = Field(default=None, max_length=0)
+    tool_choice: Literal["none", "auto"] | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    def stops(self) -> tuple[str, ...]:
+        """Return the stop strings."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a request's messages say."""
+
+    turns: tuple[Turn, ...]
+    system: str | None
+    image_urls: tuple[str, ...]
+
+
+def parse_request(body: bytes, args: AppArgs) -> ChatRequest:
+    """Validate a body.
+
+    Raises BadRequest that names the first wrong field.
+    """
+    try:
+        request = ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise _explain(error) from error
+    if len(request.messages) > args.max_messages:
+        raise BadRequest(
+            f"{len(request.messages)} messages: at most {args.max_messages} are allowed", "messages"
+        )
+    if len(request.stops()) > MAX_STOPS or not all(request.stops()):
+        raise BadRequest(f"stop takes up to {MAX_STOPS} texts, none of them empty", "stop")
+    if (request.n or 1) > args.max_choices:
+        raise BadRequest(f"n={request.n}: at most {args.max_choices} choices are allowed", "n")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise BadRequest("top_logprobs needs logprobs=true", "top_logprobs")
+    if request.stream_options is not None and not request.stream:
+        raise BadRequest("stream_options needs stream=true", "stream_options")
+    return request
+
+
+def sampling_params(request: ChatRequest, args: AppArgs, choice: int) -> SamplingParams:
+    """Return how one of the choices is drawn; each has a seed of its own.
+
+    Raises BadRequest when more tokens are asked for than the server allows.
+    """
+    named = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+    asked = getattr(request, named)
+    if asked is not None and asked > args.max_new_tokens:
+        raise BadRequest(
+            f"{named}={asked}: at most {args.max_new_tokens} tokens are generated", named
+        )
+    return SamplingParams(
+        max_tokens=args.max_new_tokens if asked is None else asked,
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        seed=None if request.seed is None else request.seed + choice,
+        stop=request.stops(),
+        ignore_eos=bool(request.ignore_eos),
+        top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+    )
+
+
+def read_conversation(messages: Sequence[Message], args: AppArgs) -> Conversation:
+    """Fold messages into turns: neighbours of one role are joined, system messages come first.
+
+    Raises BadRequest for an order that Vicuna's format cannot hold, and for too many images.
+    """
+    system = [protect(m.text()) for m in messages if m.role in ("system", "developer")]
+    turns: list[Turn] = []
+    urls: list[str] = []
+    for index, message in enumerate(messages):
+        where, found = f"messages.{index}", message.image_urls()
+        if found and message.role != "user":
+            raise BadRequest("only a user's message can hold images", where)
+        if message.role == "user":
+            urls += found
+            turn = Turn(message.text(), num_images=len(found))
+            if not turn.text and not found:
+                raise BadRequest("the message is empty", where)
+            turns = [*turns[:-1], _join(turns[-1], turn)] if _open(turns) else [*turns, turn]
+        elif message.role == "assistant":
+            if not turns:
+                raise BadRequest("an assistant's message follows a user's", where)
+            last = turns[-1]
+            answer = message.text() if last.answer is None else f"{last.answer}\n{message.text()}"
+            turns[-1] = Turn(last.text, last.num_images, answer)
+    if not _open(turns):
+        raise BadRequest("the last message must be a user's", "messages")
+    if len(urls) > args.max_images:
+        raise BadRequest(
+            f"{len(urls)} images: at most {args.max_images} are allowed",
+            "messages",
+            "too_many_images",
+        )
+    return Conversation(tuple(turns), "\n".join(system) if system else None, tuple(urls))
+
+
+async def read_image_bytes(url: str, args: AppArgs, fetch: Fetch) -> bytes:
+    """Return the bytes of a data URL, or of a URL that `fetch` allows.
+
+    Raises TooLarge before decoding more than the limit, BadRequest for anything else.
+    """
+    if url[:5].lower() != "data:":
+        return await fetch(url)
+    header, comma, payload = url.partition(",")
+    if not comma or not header.lower().endswith(";base64"):
+        raise _bad_image("an image's data URL reads data:image/jpeg;base64,...")
+    if len(payload) > args.max_image_bytes * 4 // 3 + 4:
+        raise TooLarge(f"an image has more than {args.max_image_bytes} bytes", "messages")
+    try:
+        return base64.b64decode(re.sub(r"%3[Dd]", "=", payload), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _bad_image(f"an image's base64 is broken: {error}") from error
+
+
+def decode_image(data: bytes, args: AppArgs) -> Image.Image:
+    """Decode an image within the limits.
+
+    Raises BadRequest for what is no still image of an allowed format and size.
+    """
+    if len(data) > args.max_image_bytes:
+        raise TooLarge(f"an image has more than {args.max_image_bytes} bytes", "messages")
+    try:
+        return open_image(data, max_pixels=args.max_image_pixels, allow_animation=False)
+    except DataError as error:
+        raise _bad_image(str(error)) from error
+
+
+def _bad_image(message: str) -> BadRequest:
+    return BadRequest(message, "messages", "invalid_image")
+
+
+def _open(turns: Sequence[Turn]) -> bool:
+    return bool(turns) and turns[-1].answer is None
+
+
+def _join(first: Turn, second: Turn) -> Turn:
+    return Turn(f"{first.text}\n{second.text}", first.num_images + second.num_images)
+
+
+def _explain(error: ValidationError) -> ApiError:
+    """Turn pydantic's first complaint into OpenAI's words."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    param = ".".join(str(part) for part in first["loc"]) or None
+    if first["type"] == "json_invalid":
+        return BadRequest(f"the body is not JSON ({first['msg']})")
+    if first["type"] == "extra_forbidden":
+        return BadRequest(f"Unrecognized request argument supplied: {param}", param)
+    if first["type"] == "missing":
+        return BadRequest(f"Missing required parameter: {param}", param)
+    where = f"{param}: " if param else ""
+    return BadRequest(f"{where}{first['msg']}", param)

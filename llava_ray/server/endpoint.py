@@ -1,0 +1,317 @@
+"""The HTTP routes: OpenAI's chat completions and models, health, metrics and a small page."""
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import HTMLResponse, JSONResponse
+
+from llava_ray.errors import ConfigError
+from llava_ray.inference.engine import Prompt
+from llava_ray.inference.metrics import CONTENT_TYPE, merge_expositions
+from llava_ray.inference.prompts import make_prompt
+from llava_ray.inference.request_errors import (
+    ApiError,
+    BadRequest,
+    DeadlineExceeded,
+    MethodNotAllowed,
+    NotFound,
+    Overloaded,
+    UnsupportedMedia,
+)
+from llava_ray.inference.sampling import SamplingParams
+from llava_ray.server.backend import Backend
+from llava_ray.server.canary import Canary
+from llava_ray.server.chat import (
+    ChatRequest,
+    decode_image,
+    parse_request,
+    read_conversation,
+    read_image_bytes,
+    sampling_params,
+)
+from llava_ray.server.fetch import ImageFetcher
+from llava_ray.server.guard import Guard
+from llava_ray.server.page import PAGE, PAGE_POLICY
+from llava_ray.server.replies import Choice, Delta, Reply, model_object
+from llava_ray.server.settings import AppArgs
+from llava_ray.server.streams import EventStream, merge, read_body, until_disconnect
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_DECODERS = 2
+"""Images decoded at a time: each may take some 200 MB while it is."""
+_SMALL = 20_000
+"""Bytes that are parsed, or text that is encoded, sooner than handed to a thread."""
+
+
+class Endpoint:
+    """Answer requests from one or more served models."""
+
+    def __init__(self, backends: Sequence[Backend], args: AppArgs) -> None:
+        self.args = args
+        self._backends: Mapping[str, Backend] = {b.card.name: b for b in backends}
+        self._fetch = ImageFetcher(args.image_hosts, args.max_image_bytes)
+        self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
+        self._canary = _make_canary(backends, args)
+        self._under_way = 0
+
+    def app(self, key_digests: Sequence[str]) -> FastAPI:
+        """Build the ASGI application; no keys means that only this machine may ask."""
+        app = FastAPI(title="llava_ray", docs_url=None, redoc_url=None, openapi_url=None)
+        app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
+        app.add_api_route("/v1/models", self.models, methods=["GET"], response_model=None)
+        app.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
+        app.add_api_route("/health", self.health, methods=["GET"], response_model=None)
+        app.add_api_route("/metrics", self.metrics, methods=["GET"], response_model=None)
+        app.add_api_route("/", self.page, methods=["GET"], response_model=None)
+        app.add_exception_handler(ApiError, _on_api_error)
+        app.add_exception_handler(HTTPException, _on_http_exception)
+        app.add_exception_handler(ClientDisconnect, _on_disconnect)
+        app.add_exception_handler(Exception, _on_bug)
+        app.add_middleware(Guard, key_digests=key_digests)
+        return app
+
+    async def models(self) -> dict[str, Any]:
+        """List the served models."""
+        return {
+            "object": "list",
+            "data": [self._model_object(backend) for backend in self._backends.values()],
+        }
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """Describe one served model."""
+        return self._model_object(self._backend(name))
+
+    async def health(self) -> dict[str, str]:
+        """Say whether every model can answer."""
+        for backend in self._backends.values():
+            await backend.check()
+        return {"status": "ok"}
+
+    async def metrics(self) -> Response:
+        """Return all replicas' series."""
+        found = [text for b in self._backends.values() for text in await b.metrics()]
+        if self._canary is not None:
+            found.append(self._canary.exposition())
+        return Response(merge_expositions(found), media_type=CONTENT_TYPE)
+
+    async def page(self) -> Response:
+        """Return the page that one drops an image on."""
+        return HTMLResponse(PAGE, headers={"content-security-policy": PAGE_POLICY})
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation, whole or as a stream."""
+        leave = self._enter()
+        response = None
+        try:
+            async with asyncio.timeout(self.args.request_timeout_s):
+                response = await self._chat(request, leave)
+                return response
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"no answer within {self.args.request_timeout_s:g} s") from error
+        finally:
+            # A stream goes on after this function; it leaves when it ends.
+            if not isinstance(response, EventStream):
+                leave()
+
+    def _enter(self) -> Callable[[], None]:
+        """Count a request in before its body is read; return what counts it out."""
+        if self._under_way >= self.args.capacity:
+            raise Overloaded(f"{self._under_way} requests are under way: try again later")
+        self._under_way += 1
+
+        def leave() -> None:
+            self._under_way -= 1
+
+        return leave
+
+    async def _chat(self, request: Request, leave: Callable[[], None]) -> Response:
+        parsed = await self._read(request)
+        backend = self._backend(parsed.model)
+        canary = self._canary_for(backend)
+        if canary is not None and parsed.seed is None:
+            # Both models have to draw the same random numbers.
+            parsed = parsed.model_copy(update={"seed": random.getrandbits(32)})
+        samplings = [sampling_params(parsed, self.args, i) for i in range(parsed.n or 1)]
+        return await until_disconnect(
+            request.receive, self._answer(parsed, backend, samplings, canary, leave)
+        )
+
+    async def _read(self, request: Request) -> ChatRequest:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise UnsupportedMedia("send the body with 'content-type: application/json'")
+        body = await read_body(request.receive, limit=self.args.max_body_bytes)
+        if len(body) < _SMALL:
+            return parse_request(body, self.args)
+        return await asyncio.to_thread(parse_request, body, self.args)
+
+    async def _answer(
+        self,
+        parsed: ChatRequest,
+        backend: Backend,
+        samplings: Sequence[SamplingParams],
+        canary: Canary | None,
+        leave: Callable[[], None],
+    ) -> Response:
+        prompt = await self._prompt(parsed, backend)
+        usage = parsed.stream_options is not None and parsed.stream_options.include_usage
+        reply = Reply(backend.card, len(prompt.input_ids), include_usage=usage)
+        choices = [Choice(backend.tokenizer, sampling) for sampling in samplings]
+        timeout_s = self.args.request_timeout_s
+        streams = [
+            _choose(backend, prompt, sampling, choice, timeout_s)
+            for sampling, choice in zip(samplings, choices, strict=True)
+        ]
+
+        def done() -> None:
+            if canary is not None:
+                cut, ids = choices[0].was_cut, choices[0].token_ids
+                canary.compare(prompt, samplings[0], ids, cut=cut, timeout_s=timeout_s)
+
+        if parsed.stream:
+            events = _events(reply, choices, merge(streams), done)
+            # The first event is awaited before the headers go out, so that a refusal has a status.
+            first = await anext(events)
+            return EventStream(_chain(first, events), leave, timeout_s=2 * timeout_s)
+        async with aclosing(merge(streams)) as items:
+            async for _ in items:
+                pass
+        done()
+        return JSONResponse(reply.whole(choices))
+
+    async def _prompt(self, parsed: ChatRequest, backend: Backend) -> Prompt:
+        conversation = read_conversation(parsed.messages, self.args)
+        data = [await read_image_bytes(u, self.args, self._fetch) for u in conversation.image_urls]
+        system = conversation.system
+        if system is None:
+            system = self.args.system_prompt
+
+        def build() -> Prompt:
+            images = [decode_image(each, self.args) for each in data]
+            return make_prompt(backend, conversation.turns, images, system)
+
+        if not data and sum(len(turn.text) for turn in conversation.turns) < _SMALL:
+            prompt = build()
+        else:
+            loop = asyncio.get_running_loop()
+            prompt = await loop.run_in_executor(self._decoders, build)
+        _check_length(prompt, backend)
+        return prompt
+
+    def _backend(self, name: str) -> Backend:
+        if name not in self._backends:
+            raise NotFound(
+                f"The model {name[:100]!r} does not exist; served: {', '.join(self._backends)}",
+                "model",
+                "model_not_found",
+            )
+        return self._backends[name]
+
+    def _canary_for(self, backend: Backend) -> Canary | None:
+        """Return the canary where this request is to be compared."""
+        canary = self._canary
+        if canary is None or backend is not next(iter(self._backends.values())):
+            return None
+        return canary if canary.wants() else None
+
+    def _model_object(self, backend: Backend) -> dict[str, Any]:
+        return model_object(backend.card, deployment_id=self.args.deployment_id)
+
+
+def _make_canary(backends: Sequence[Backend], args: AppArgs) -> Canary | None:
+    """Return what compares the first model with the canary.
+
+    Raises ConfigError when the two do not read the same prompts.
+    """
+    if args.canary is None:
+        return None
+    canary = next(b for b in backends if b.card.name == args.canary.model)
+    ours, theirs = backends[0].card, canary.card
+    for name in ("image_size", "tokens_per_image", "eos_token_id"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ConfigError(
+                f"canary {theirs.name!r} has {name}={getattr(theirs, name)}, and {ours.name!r} has "
+                f"{getattr(ours, name)}: only variants of one base model compare"
+            )
+    return Canary(canary, args.canary.share)
+
+
+def _check_length(prompt: Prompt, backend: Backend) -> None:
+    if len(prompt.input_ids) >= backend.card.context:
+        raise BadRequest(
+            f"This model's maximum context length is {backend.card.context} tokens, and the "
+            f"messages have {len(prompt.input_ids)}",
+            "messages",
+            "context_length_exceeded",
+        )
+
+
+async def _choose(
+    backend: Backend, prompt: Prompt, sampling: SamplingParams, choice: Choice, timeout_s: float
+) -> AsyncGenerator[Delta, None]:
+    """Yield one choice's deltas; a stop string ends the engine's work on it."""
+    async with aclosing(backend.stream(prompt, sampling, timeout_s)) as chunks:
+        async for chunk in chunks:
+            yield choice.add(chunk)
+            if choice.finish_reason is not None:
+                return
+
+
+async def _events(
+    reply: Reply,
+    choices: Sequence[Choice],
+    deltas: AsyncGenerator[tuple[int, Delta], None],
+    done: Callable[[], None],
+) -> AsyncGenerator[list[dict[str, Any]], None]:
+    """Yield groups of chunks; the first comes with the first token."""
+    opened = set()
+    async with aclosing(deltas) as items:
+        async for index, delta in items:
+            opening = [] if index in opened else [reply.opening(index)]
+            opened.add(index)
+            yield opening + reply.chunks(index, delta)
+    done()
+    if reply.include_usage:
+        yield [reply.closing(choices)]
+
+
+async def _chain(first: T, rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    async with aclosing(rest) as items:
+        yield first
+        async for item in items:
+            yield item
+
+
+async def _on_api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.envelope(), error.status, error.headers())
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path[:200]}"
+    known: ApiError = NotFound(f"no route {what}")
+    if error.status_code == 405:
+        known = MethodNotAllowed(f"no route {what}: another method may do")
+    return JSONResponse(known.envelope(), known.status, known.headers() | dict(error.headers or {}))
+
+
+async def _on_disconnect(_: Request, __: Exception) -> Response:
+    # Nobody reads this; 499 is what proxies log for it.
+    return Response(status_code=499)
+
+
+async def _on_bug(_: Request, __: Exception) -> Response:
+    failure = ApiError("the server failed on this request; its log says why")
+    return JSONResponse(failure.envelope(), failure.status, failure.headers())

@@ -1,0 +1,104 @@
+"""What the Serve application is told: which variants, on what, within which limits."""
+
+import os
+from ipaddress import ip_address
+
+from pydantic import Field, field_validator, model_validator
+
+from llava_ray.config.run import Count, Positive, Section, Share
+
+
+class ModelArgs(Section):
+    """One served variant."""
+
+    variant_uri: str
+    """Folder of a finished variant: a path or an fsspec URI; ${NAME} reads the environment."""
+    name: str | None = Field(default=None)
+    """What clients put into `model`; default: the variant's slug."""
+    scorecard_uri: str | None = Field(default=None)
+    """Folder of its scorecard, shown in /v1/models."""
+    min_replicas: Count = Field(default=1)
+    max_replicas: Count = Field(default=1)
+    cpus_per_replica: Positive = Field(default=1)
+    gpus_per_replica: float = Field(default=0, ge=0)
+    surge: bool = Field(default=False)
+    """An upgrade starts new replicas before it stops the old; needs room for both."""
+
+    @field_validator("variant_uri")
+    @classmethod
+    def _expand(cls, uri: str) -> str:
+        expanded = os.path.expandvars(uri)
+        if "$" in expanded:
+            raise ValueError(f"{uri!r}: the environment variable is not set on the cluster")
+        return expanded
+
+
+class CanaryArgs(Section):
+    """A share of the first model's requests is asked of another too; the answers are compared."""
+
+    model: str
+    """Name of the newcomer, one of the other models."""
+    share: Share = Field(default=0.1)
+
+
+class AppArgs(Section):
+    """Arguments of `serve.app:build`."""
+
+    models: tuple[ModelArgs, ...] = Field(min_length=1)
+    """The first one is what the page asks unless told otherwise."""
+    canary: CanaryArgs | None = Field(default=None)
+    deployment_id: str = Field(default="")
+    """Shown in /v1/models, so that a second deployment of the same can tell."""
+    host: str = Field(default="0.0.0.0")
+    """Where the proxy listens; on a loopback address no API key is needed."""
+    api_key_env: str = Field(default="LLAVA_RAY_API_KEY")
+    """Environment variable with the API key."""
+    system_prompt: str = Field(default="")
+    """Text before the first turn where a request has no system message."""
+    context: Count = Field(default=2048)
+    """Tokens of one conversation, its images included; less where the model has less."""
+    max_concurrent_requests: Count = Field(default=16)
+    """Answers that one replica works on at a time."""
+    max_queued_requests: Count = Field(default=64)
+    """Requests that wait for a replica; more are refused with 429."""
+    max_new_tokens: Count = Field(default=1024)
+    request_timeout_s: Positive = Field(default=120)
+    max_choices: Count = Field(default=8)
+    """Largest `n`."""
+    max_messages: Count = Field(default=64)
+    max_images: Count = Field(default=1)
+    """Per request."""
+    max_image_bytes: Count = Field(default=10_000_000)
+    max_image_pixels: Count = Field(default=40_000_000)
+    image_hosts: tuple[str, ...] = Field(default=())
+    """Hosts whose image URLs are fetched, such as images.example.com; default: data URLs only."""
+    kept_prefixes: int = Field(default=32, ge=0)
+    """Images whose prefill is kept, per replica."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "AppArgs":
+        names = [m.name for m in self.models if m.name is not None]
+        if len(set(names)) != len(names):
+            raise ValueError(f"models have the same name: {', '.join(names)}")
+        if self.canary is not None and self.canary.model not in names[1:]:
+            raise ValueError(f"canary.model {self.canary.model!r} is not a later one of models")
+        return self
+
+    @property
+    def capacity(self) -> int:
+        """Requests that are worked on or wait, over all replicas."""
+        replicas = sum(model.max_replicas for model in self.models)
+        return replicas * self.max_concurrent_requests + self.max_queued_requests
+
+    @property
+    def max_body_bytes(self) -> int:
+        """What a request's body may have: its images as base64, and text."""
+        return self.max_images * (self.max_image_bytes * 4 // 3 + 1024) + 1_000_000
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether a host name or address never leaves this machine."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

@@ -1,0 +1,154 @@
+"""Asynchronous plumbing: choices side by side, a client that hangs up, server-sent events."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from llava_ray.inference.request_errors import ApiError, TooLarge
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
+    """Yield the items of all streams with their stream's number, as they come.
+
+    The first failure ends all; leaving the iteration leaves them all.
+    """
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as only:
+            async for item in only:
+                yield 0, item
+        return
+    inbox: asyncio.Queue[tuple[int, T] | BaseException | None] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pump(i, s, inbox)) for i, s in enumerate(streams)]
+    try:
+        left = len(tasks)
+        while left:
+            found = await inbox.get()
+            if isinstance(found, BaseException):
+                raise found
+            if found is None:
+                left -= 1
+            else:
+                yield found
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(
+    index: int,
+    stream: AsyncGenerator[T, None],
+    inbox: "asyncio.Queue[tuple[int, T] | BaseException | None]",
+) -> None:
+    try:
+        async with aclosing(stream) as items:
+            async for item in items:
+                inbox.put_nowait((index, item))
+    except Exception as error:
+        inbox.put_nowait(error)
+    else:
+        inbox.put_nowait(None)
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Run work, or cancel it when the client hangs up.
+
+    To be called once the request's body has been read. Raises ClientDisconnect.
+    """
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for each in (task, watcher):
+            each.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def read_body(receive: Receive, *, limit: int) -> bytes:
+    """Read a request's body.
+
+    Raises TooLarge as soon as it exceeds the limit, ClientDisconnect when the client hangs up.
+    """
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise TooLarge(f"the body has more than {limit} bytes")
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+class EventStream(Response):
+    """Server-sent events; a failure in the middle becomes an event with OpenAI's error envelope."""
+
+    def __init__(
+        self,
+        events: AsyncGenerator[list[dict[str, Any]], None],
+        done: Callable[[], None],
+        *,
+        timeout_s: float,
+    ) -> None:
+        super().__init__(media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+        # The body's length is not known.
+        del self.headers["content-length"]
+        self._events = events
+        self._done = done
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events until they end or the client hangs up."""
+        try:
+            # The engine keeps its own deadline; this one is for a client that does not read.
+            async with asyncio.timeout(self._timeout_s):
+                await until_disconnect(receive, self._send_all(send))
+        except (ClientDisconnect, TimeoutError, OSError):
+            return
+        finally:
+            await self._events.aclose()
+            self._done()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async for group in self._events:
+                if group:
+                    await _send(send, b"".join(_event(item) for item in group))
+            await _send(send, b"data: [DONE]\n\n")
+        except ApiError as error:
+            await _send(send, _event(error.envelope()))
+        except Exception:
+            logger.exception("a stream failed")
+            await _send(send, _event(ApiError("the server failed on this stream").envelope()))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _event(item: dict[str, Any]) -> bytes:
+    text = json.dumps(item, ensure_ascii=False, separators=(",", ":"))
+    return b"data: " + text.encode() + b"\n\n"
+
+
+async def _send(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -1,0 +1,105 @@
+import errno
+from pathlib import Path
+
+import pytest
+
+from llava_ray.artifacts.records import DatasetRecord, MergedModel
+from llava_ray.artifacts.storage import Storage, disk_errors
+from llava_ray.artifacts.store import ArtifactStore, artifact_id, local_folder, read_record, verify
+from llava_ray.errors import ArtifactError, ConfigError, ResourceError
+
+
+def make(store: ArtifactStore, text: str = "hello") -> DatasetRecord:
+    with store.build(DatasetRecord, "dataset-1", settings={"seed": 0}) as build:
+        (build.folder / "images").mkdir()
+        (build.folder / "images" / "a.txt").write_text(text)
+        return build.finish(
+            DatasetRecord, device="cpu", source="test", num_train=1, num_test=1, rejected={}
+        )
+
+
+@pytest.fixture(params=["local", "remote"])
+def store(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> ArtifactStore:
+    monkeypatch.setenv("LLAVA_RAY_CACHE", str(tmp_path / "cache"))
+    uri = str(tmp_path / "runs") if request.param == "local" else f"memory://{tmp_path.name}"
+    return ArtifactStore(uri)
+
+
+def test_a_finished_artifact_is_found_again(store: ArtifactStore) -> None:
+    assert store.find(DatasetRecord, "dataset-1") is None
+    record = make(store)
+    assert store.find(DatasetRecord, "dataset-1") == record
+    assert read_record(DatasetRecord, record.uri) == record
+    assert store.latest(DatasetRecord) == [record]
+    assert record.size_bytes == 5
+    assert (local_folder(record) / "images" / "a.txt").read_text() == "hello"
+
+
+def test_a_failed_build_leaves_nothing(store: ArtifactStore) -> None:
+    with (
+        pytest.raises(ZeroDivisionError),
+        store.build(DatasetRecord, "dataset-1", settings={}) as build,
+    ):
+        (build.folder / "half").write_text("x")
+        raise ZeroDivisionError
+    assert store.find(DatasetRecord, "dataset-1") is None
+    assert not build.folder.exists()
+
+
+def test_a_note_beside_an_artifact_is_no_part_of_it(store: ArtifactStore) -> None:
+    record = make(store)
+    Storage(record.uri).write_text("README.md", "first")
+    Storage(record.uri).write_text("README.md", "second")
+    assert store.storage.read_text("dataset/dataset-1/README.md") == "second"
+    assert store.find(DatasetRecord, "dataset-1") == record
+    verify(record, local_folder(record))
+
+
+def test_a_temporary_root_is_removed_whole(store: ArtifactStore) -> None:
+    make(store)
+    apart = ArtifactStore(store.storage.join("work/score-1"))
+    make(apart)
+    apart.storage.remove()
+    assert apart.find(DatasetRecord, "dataset-1") is None
+    assert store.find(DatasetRecord, "dataset-1") is not None
+    apart.storage.remove()
+
+
+def test_verify_names_the_file_that_changed(tmp_path: Path) -> None:
+    record = make(ArtifactStore(str(tmp_path)))
+    folder = local_folder(record)
+    verify(record, folder)
+    (folder / "images" / "a.txt").write_text("hellO")
+    with pytest.raises(ArtifactError, match=r"images/a.txt differs"):
+        verify(record, folder)
+    (folder / "images" / "a.txt").unlink()
+    with pytest.raises(ArtifactError, match=r"images/a.txt is missing"):
+        verify(record, folder)
+
+
+def test_a_record_of_another_kind_is_refused(tmp_path: Path) -> None:
+    record = make(ArtifactStore(str(tmp_path)))
+    with pytest.raises(ArtifactError, match="not a MergedModel"):
+        read_record(MergedModel, record.uri)
+
+
+def test_ids_depend_on_settings_and_parents() -> None:
+    first = artifact_id("adapter", {"lr": 1e-4}, ["dataset-1"])
+    assert first == artifact_id("adapter", {"lr": 1e-4}, ["dataset-1"])
+    assert first != artifact_id("adapter", {"lr": 2e-4}, ["dataset-1"])
+    assert first != artifact_id("adapter", {"lr": 1e-4}, ["dataset-2"])
+
+
+def test_a_full_disk_is_one_line() -> None:
+    with (
+        pytest.raises(ResourceError, match="no space left at /somewhere"),
+        disk_errors("/somewhere"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_an_unknown_scheme_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="storage.uri 'gopherx://a'"):
+        Storage("gopherx://a")

@@ -1,0 +1,76 @@
+"""The training benchmark in small."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava_ray.artifacts.code_digest import code_digest
+from llava_ray.bench.train import choose_rows, verdicts
+from llava_ray.bench.train_rows import Row, flop_per_sample
+from llava_ray.errors import ConfigError
+from llava_ray.models.shapes import LLAVA_7B
+
+ROOT = Path(__file__).parents[2]
+
+
+def bench(out: Path, *arguments: str) -> list[dict[str, object]]:
+    """Run the job and return its rows."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    subprocess.run(
+        [sys.executable, "jobs/bench_train.py", "--tiny", "--out", str(out), *arguments],
+        cwd=ROOT, env=environment, check=True, timeout=240,
+    )  # fmt: skip
+    tree = json.loads(out.read_text())
+    assert tree["command"].endswith(" ".join(arguments))
+    assert tree["versions"]["torch"] and tree["device"]
+    assert tree["code_digest"] == code_digest("train_h100")
+    rows: list[dict[str, object]] = tree["rows"]
+    return rows
+
+
+def test_rows_of_all_engines_start_from_the_same_losses(tmp_path: Path) -> None:
+    rows = bench(tmp_path / "out.json", "--only", "plain-b1,zero2-b4,zero2-ckpt-b8,replica-b4")
+    assert [row["name"] for row in rows] == ["plain-b1", "zero2-b4", "zero2-ckpt-b8", "replica-b4"]
+    for row in rows:
+        assert not row["failed"]
+        assert 0 < row["samples_per_s_min"] <= row["samples_per_s"] <= row["samples_per_s_max"]
+        assert row["check_losses"] == pytest.approx(rows[0]["check_losses"], rel=1e-4)
+        assert row["check_grad_norm"] == pytest.approx(rows[0]["check_grad_norm"], rel=1e-4)
+    losses = rows[0]["check_losses"]
+    assert isinstance(losses, list)
+    assert losses[2] < losses[0]
+
+
+def test_a_row_that_cannot_run_is_recorded_and_the_rest_go_on(tmp_path: Path) -> None:
+    rows = bench(tmp_path / "out.json", "--only", "plain-liger-b4,replica-b1")
+    assert "liger" in str(rows[0]["failed"])
+    assert not rows[1]["failed"]
+
+
+def test_unknown_rows_are_named() -> None:
+    with pytest.raises(ConfigError, match="'plain-b3': no such row; there are plain-b4"):
+        choose_rows(["plain-b3"], tiny=False)
+
+
+def test_speedup_and_scaling_leave_failed_rows_out() -> None:
+    rows = [
+        Row("plain-b1", "plain", 1, samples_per_s=10),
+        Row("plain-b8", "plain", 8, samples_per_s=99, failed="out of memory"),
+        Row("replica-b1", "replica", 1, samples_per_s=15),
+        Row("replica-b1", "replica", 1, gpus=2, samples_per_s=28.5),
+        Row("replica-b1", "replica", 1, launcher="ray", samples_per_s=14.7),
+    ]
+    found = verdicts(rows)
+    assert found["speedup"] == 1.5
+    assert found["scaling"] == {"replica-b1 on 2 GPUs": 1.9}
+    assert found["ray_share"] == {"replica-b1 on 1 GPUs": 0.98}
+
+
+def test_operations_of_the_7b_model() -> None:
+    """6.476 billion weights in linear layers, twice 2 operations per weight and token, and more."""
+    linear = 4 * 756 * 6_476_005_376
+    assert linear < flop_per_sample(LLAVA_7B, 756, 48) < 1.12 * linear

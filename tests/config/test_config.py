@@ -1,0 +1,110 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from llava_ray.config.run import RunConfig, known_keys, load_config, to_yaml
+from llava_ray.errors import ConfigError
+
+
+def test_override_is_split_at_the_first_equals_sign() -> None:
+    config = load_config(None, ["data.question=What is 1=1?", "train.learning_rate=1e-4"])
+    assert config.data.question == "What is 1=1?"
+    assert config.train.learning_rate == 1e-4
+
+
+def test_all_mistakes_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["train.learnin_rate=1", "train.zero_stage=7", "nonsense"])
+    message = str(caught.value)
+    assert "did you mean 'train.learning_rate'" in message
+    assert "train.zero_stage=7" in message
+    assert "'nonsense' has no '='" in message
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    config = load_config(None, ["train.lora_r=3", "quantize.variants=[none-fp16, bnb-nf4]"])
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("train: [", "not YAML"), ("- a", "not sections"), ("train: 3", "train=3")],
+)
+def test_bad_yaml_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_names_itself(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no config file at .*absent.yaml"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_baseline_must_be_among_the_variants() -> None:
+    with pytest.raises(ConfigError, match="benchmark.baseline 'none-fp16' is not in"):
+        load_config(None, ["quantize.variants=[bnb-nf4]"])
+
+
+def test_every_key_states_a_default() -> None:
+    assert "train.lora_r" in known_keys()
+    assert RunConfig() == load_config(None)
+
+
+def test_the_articles_run() -> None:
+    config = load_config(Path("jobs/configs/llava-1.5-7b-textocr.yaml"))
+    train = config.train
+    assert config.model.path == "llava-hf/llava-1.5-7b-hf"
+    assert (config.data.source, config.data.caption_column, config.data.image_column) == (
+        "jimmycarter/textocr-gpt4v", "caption_condensed", "filename",
+    )  # fmt: skip
+    assert (train.num_workers, train.zero_stage, train.precision) == (4, 3, "fp16")
+    assert (train.method, train.lora_r, train.lora_alpha) == ("lora", 48, 256)
+    assert (train.batch_size, train.eval_batch_size, train.gradient_accumulation) == (1, 4, 4)
+    assert (train.learning_rate, train.projector_learning_rate) == (2e-4, 2e-5)
+    assert (train.lr_scheduler, train.warmup_ratio, train.weight_decay) == ("cosine", 0.03, 0)
+    assert (train.epochs, train.max_length, train.loader_workers) == (1, 2048, 4)
+    assert (train.checkpoints_kept, train.log_every_steps) == (1, 1)
+    assert train.gradient_checkpointing is True
+    assert train.group_by_modality_length is True
+
+
+def test_documented_keys_beside_llavas_flags_exist() -> None:
+    table = Path("jobs/configs/llava_flags.md").read_text()
+    named = set(re.findall(r"`((?:train|model|data)\.\w+)", table))
+    assert named <= set(known_keys())
+    own = {"num_workers", "cpus_per_worker", "max_failures", "fused_layers"}
+    of_hqq_and_galore = {"hqq_group_size", "galore_rank", "galore_update_steps", "galore_scale"}
+    documented = {key.removeprefix("train.") for key in named if key.startswith("train.")}
+    keys = {key.removeprefix("train.") for key in known_keys() if key.startswith("train.")}
+    assert keys - documented == own | of_hqq_and_galore
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.optimizer=adamw8bit", "train.zero_stage=2"], "needs zero_stage=0"),
+        (["train.optimizer=galore", "train.zero_stage=0"], "needs method=full"),
+        (["train.method=hqq", "train.zero_stage=3"], "needs zero_stage=2"),
+        (["train.zero_stage=0", "train.precision=fp16"], "needs zero_stage=2 or 3"),
+        (["train.zero_stage=0", "train.offload=optimizer"], "needs zero_stage=2 or 3"),
+    ],
+)
+def test_ways_of_training_that_exclude_each_other(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(None, overrides)
+
+
+@pytest.mark.parametrize("path", sorted(Path("jobs/configs").rglob("*.yaml")), ids=str)
+def test_every_shipped_config_loads(path: Path) -> None:
+    if path.name == "pretrain.yaml":
+        pytest.skip("pretraining has settings of its own")
+    load_config(path)
+    head = path.read_text().split("\n\n")[0]
+    for word in ("What:", "Needs:", "Run:", "Override:"):
+        assert word in head, f"{path} lacks '# {word}'"

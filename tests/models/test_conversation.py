@@ -1,0 +1,65 @@
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from llava_ray.errors import DataError
+from llava_ray.models.conversation import (
+    IGNORE_INDEX,
+    Sample,
+    Turn,
+    encode_prompt,
+    encode_sample,
+    prompt_text,
+    read_samples,
+)
+from llava_ray.models.folder import EMBEDDED, vision_shape
+
+SHAPE = vision_shape(EMBEDDED)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():  # type: ignore[no-untyped-def]
+    return AutoTokenizer.from_pretrained(EMBEDDED)
+
+
+def test_prompt_follows_vicunas_format() -> None:
+    text = prompt_text([Turn("Hi", 1, "Yo"), Turn("And?")], system="Be kind.")
+    assert text == "Be kind. USER: <image>\nHi ASSISTANT: Yo</s>USER: And? ASSISTANT:"
+
+
+def test_only_the_answer_and_its_end_carry_loss(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    sample = Sample("1", "a.jpg", "What?", "A red sign.")
+    ids, labels = encode_sample(
+        tokenizer, sample, tokens_per_image=SHAPE.tokens_per_image, max_length=2048
+    )
+    supervised = [i for i, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX]
+    assert tokenizer.decode(supervised).strip() == "A red sign.</s>"
+    assert supervised[-1] == tokenizer.eos_token_id
+    assert ids.count(SHAPE.image_token_id) == SHAPE.tokens_per_image
+
+
+def test_a_literal_image_token_in_text_is_text(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    ids = encode_prompt(tokenizer, [Turn("I typed <image> and </s>", 1)], tokens_per_image=5)
+    assert ids.count(SHAPE.image_token_id) == 5
+    assert tokenizer.eos_token_id not in ids
+
+
+def test_long_samples_are_cut(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    sample = Sample("1", "a.jpg", "What?", "word " * 500)
+    ids, labels = encode_sample(tokenizer, sample, tokens_per_image=4, max_length=64)
+    assert len(ids) == len(labels) == 64
+
+
+def test_llava_json_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    turns = [
+        {"from": "human", "value": "<image>\nDescribe."},
+        {"from": "gpt", "value": "A sign."},
+    ]
+    path.write_text(json.dumps([{"id": 7, "image": "a.jpg", "conversations": turns}]))
+    assert read_samples(path) == [Sample("7", "a.jpg", "Describe.", "A sign.")]
+    path.write_text("[{}]")
+    with pytest.raises(DataError, match="not LLaVA JSON"):
+        read_samples(path)

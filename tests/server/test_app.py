@@ -1,0 +1,92 @@
+"""serve/app.py and serve/config.yaml, without a cluster."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from llava_ray.errors import ConfigError
+from llava_ray.server.autoscaling import ANSWERS
+from llava_ray.server.guard import key_digest
+from llava_ray.server.settings import AppArgs, is_loopback
+
+ROOT = Path(__file__).parents[2]
+
+
+def _args(**changes: object) -> AppArgs:
+    return AppArgs.model_validate({"models": [{"variant_uri": "runs/variant/x"}], **changes})
+
+
+def test_the_config_file_is_one_that_serve_and_the_application_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    monkeypatch.setenv("LLAVA_RAY_VARIANT", "/runs/variant/variant-1")
+    tree = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
+    schema = ServeDeploySchema.model_validate(tree)
+    application = schema.applications[0]
+    assert application.import_path == "serve.app:build"
+    args = AppArgs.model_validate(application.args)
+    assert args.models[0].variant_uri == "/runs/variant/variant-1"
+    assert args.host == schema.http_options.host == "127.0.0.1"
+
+
+def test_an_unset_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLAVA_RAY_VARIANT", raising=False)
+    with pytest.raises(ValidationError, match="LLAVA_RAY_VARIANT.*is not set"):
+        AppArgs.model_validate({"models": [{"variant_uri": "${LLAVA_RAY_VARIANT}"}]})
+
+
+def test_serve_validates_the_arguments_of_build() -> None:
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+
+    from serve.app import build
+
+    with pytest.raises(ValidationError, match="no_such_key"):
+        call_user_app_builder_with_args_if_necessary(build, {"no_such_key": 1})
+
+
+def test_build_binds_an_ingress_and_an_engine_per_model() -> None:
+    from serve.app import build
+
+    models = [
+        {"variant_uri": "a", "name": "a", "gpus_per_replica": 0.5},
+        {"variant_uri": "b", "name": "b", "max_replicas": 3},
+    ]
+    application = build(_args(models=models, host="127.0.0.1"))
+    ingress = application._bound_deployment
+    assert ingress.name == "ingress"
+    engines = [engine._bound_deployment for engine in ingress.init_args[2]]
+    assert [engine.name for engine in engines] == ["engine-0", "engine-1"]
+    assert engines[0].ray_actor_options["num_gpus"] == 0.5
+    assert engines[1]._deployment_config.autoscaling_config.max_replicas == 3
+    assert engines[1]._deployment_config.max_queued_requests == 64
+
+
+def test_serve_scales_by_the_answers_that_replicas_report() -> None:
+    from serve.app import build
+
+    (engine,) = build(_args(host="127.0.0.1"))._bound_deployment.init_args[2]
+    config = engine._bound_deployment._deployment_config.autoscaling_config
+    policy = config.policy.get_policy()
+    report = {ANSWERS: {"first": 12.0, "second": 8.0}, "other": {"first": 99.0}}
+    context = SimpleNamespace(aggregated_metrics=report, config=config)
+    assert policy(context) == (20 / 8, {})
+    assert policy(SimpleNamespace(aggregated_metrics={}, config=config)) == (0, {})
+
+
+def test_an_open_host_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from serve.app import key_digests
+
+    monkeypatch.delenv("LLAVA_RAY_API_KEY", raising=False)
+    for host in ("0.0.0.0", "::", "10.1.2.3", "example.com"):
+        with pytest.raises(ConfigError, match="open to others"):
+            key_digests(_args(host=host))
+    for host in ("127.0.0.1", "127.9.9.9", "localhost", "::1"):
+        assert is_loopback(host)
+        assert key_digests(_args(host=host)) == []
+    monkeypatch.setenv("LLAVA_RAY_API_KEY", "sk-1")
+    assert key_digests(_args(host="0.0.0.0")) == [key_digest("sk-1")]

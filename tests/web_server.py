@@ -1,0 +1,91 @@
+"""The endpoint under uvicorn, in a thread of the test's process, on a free port."""
+
+import asyncio
+import base64
+import io
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import uvicorn
+from PIL import Image
+
+from llava_ray.inference.engine import Engine
+from llava_ray.server.backend import LocalBackend, ModelCard
+from llava_ray.server.endpoint import Endpoint
+from llava_ray.server.guard import key_digest
+from llava_ray.server.settings import AppArgs, ModelArgs
+
+
+@dataclass(frozen=True)
+class Running:
+    url: str
+    endpoint: Endpoint
+    backends: tuple[LocalBackend, ...]
+
+
+def card_for(engine: Engine, name: str) -> ModelCard:
+    return ModelCard(
+        name=name,
+        slug=name,
+        digest="sha256:" + "0" * 64,
+        created=0,
+        variant_uri="nowhere",
+        image_size=engine.image_size,
+        tokens_per_image=engine.tokens_per_image,
+        eos_token_id=engine.eos_token_id,
+        context=engine.context,
+        scorecard={"perplexity": 2.5},
+    )
+
+
+def app_args(names: Sequence[str] = ("tiny",), **changes: object) -> AppArgs:
+    models = [ModelArgs(variant_uri="nowhere", name=name) for name in names]
+    return AppArgs.model_validate({"models": models, "max_new_tokens": 64, **changes})
+
+
+@contextmanager
+def serving(
+    engines: dict[str, Engine], *, key: str | None = None, **changes: object
+) -> Iterator[Running]:
+    """Serve engines until the block ends."""
+    args = app_args(tuple(engines), **changes)
+    backends = tuple(
+        LocalBackend(engine, card_for(engine, name), max_waiting=args.max_queued_requests)
+        for name, engine in engines.items()
+    )
+    endpoint = Endpoint(backends, args)
+    app = endpoint.app([key_digest(key)] if key else [])
+    # With the protocol named, asyncio turns Nagle's algorithm off on what is accepted.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    # Who comes before the server has started waits, and is not refused.
+    listener.listen()
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", timeout_keep_alive=30)
+    )
+
+    async def main() -> None:
+        for backend in backends:
+            backend.scheduler.start()
+        await server.serve([listener])
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+    thread.start()
+    try:
+        port = listener.getsockname()[1]
+        yield Running(f"http://127.0.0.1:{port}", endpoint, backends)
+    finally:
+        for backend in backends:
+            backend.scheduler.close()
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
+
+
+def data_url(image: Image.Image | None = None, kind: str = "PNG") -> str:
+    stream = io.BytesIO()
+    (image or Image.new("RGB", (20, 10), "red")).save(stream, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
