@@ -6,8 +6,8 @@ python jobs/estimate.py --config jobs/configs/llava-1.5-7b-textocr.yaml train.ze
 import argparse
 from pathlib import Path
 
-from llava_ray.cli import fail
 from llava_ray.config.run import load_config
+from llava_ray.console import fail
 from llava_ray.errors import LlavaRayError
 from llava_ray.train.estimate import check_table, run
 
@@ -16,7 +16,7 @@ if __name__ == "__main__":
     parser.add_argument("--config", type=Path)
     parser.add_argument("--workers", type=int, help="default: train.num_workers, or 1")
     parser.add_argument("--tokens", type=int, help="of a sample; default: a caption of 160")
-    parser.add_argument("--measured", type=Path, help="JSON of jobs/bench_train.py to compare with")
+    parser.add_argument("--measured", type=Path, help="JSON of jobs/bench/train.py to compare with")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     try:

@@ -1,19 +1,91 @@
-"""What every job script shares: arguments, the connection to Ray, errors in one line."""
+"""The console script `llava-ray`, and what every job script shares: arguments and Ray."""
 
 import argparse
+import ast
+import difflib
 import logging
 import os
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from llava_ray.config.run import RunConfig, load_config, to_yaml
+from llava_ray.console import fail, set_up_logging
 from llava_ray.errors import ConfigError, LlavaRayError, ResourceError
+from llava_ray.shipped import shipped
 
 T = TypeVar("T")
 
-EXIT_USER_ERROR = 2
+_EXAMPLES = """
+examples:
+  llava-ray quickstart
+  llava-ray quickstart data.source=captions.jsonl
+  llava-ray pipeline --config my.yaml --dry-run
+  llava-ray train --config my.yaml train.learning_rate=1e-4
+  llava-ray doctor cluster/aws.yaml --config my.yaml
+  llava-ray bench serving --help
+"""
+_ON_THIS_MACHINE = {
+    "quickstart": "the whole line on this machine: captions in, a served quantized LLaVA out",
+    "up": "start Ray on this machine, or find what runs",
+    "down": "stop it, and all that it started",
+    "status": "say whether it runs",
+    "env": "print the exports that clients of it need",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command of `llava-ray`; an expected failure is one line and exit code 2."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    scripts = _scripts("jobs")
+    if name == "bench":
+        benches = _scripts("jobs/bench")
+        bench, *rest = rest or ["--help"]
+        _run_script(f"bench {bench}", benches.get(bench), rest, benches)
+    elif name == "quickstart":
+        from llava_ray.quickstart import run
+
+        try:
+            sys.exit(run(rest))
+        except LlavaRayError as error:
+            fail(error)
+    elif name in _ON_THIS_MACHINE:
+        from llava_ray.cluster.commands import main as on_this_machine
+
+        on_this_machine([name, *rest])
+    else:
+        _run_script(name, scripts.get(name), rest, scripts)
+
+
+def _scripts(folder: str) -> dict[str, Path]:
+    return {path.stem: path for path in sorted(shipped(folder).glob("*.py"))}
+
+
+def _run_script(
+    name: str, script: Path | None, arguments: Sequence[str], scripts: dict[str, Path]
+) -> None:
+    """Run a script of jobs/ as if by its path; without one, list those that there are."""
+    if script is not None:
+        sys.argv = [f"llava-ray {name}", *arguments]
+        runpy.run_path(str(script), run_name="__main__")
+        return
+    group, _, command = name.rpartition(" ")
+    known = {key: _first_line(path) for key, path in scripts.items()}
+    known = known if group else _ON_THIS_MACHINE | known | {"bench": "measure; 'bench' lists what"}
+    if command not in ("-h", "--help"):
+        near = difflib.get_close_matches(command, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+        fail(ConfigError(f"no command {name!r}: {hint}"))
+    print(f"usage: llava-ray {group + ' ' if group else ''}COMMAND ...\n")
+    print("\n".join(f"  {key:<11}{text}" for key, text in known.items()))
+    print(_EXAMPLES)
+
+
+def _first_line(script: Path) -> str:
+    text = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0]
 
 
 def run_job(
@@ -39,25 +111,6 @@ def run_job(
     except LlavaRayError as error:
         fail(error)
         raise AssertionError from error
-
-
-def fail(error: LlavaRayError) -> None:
-    """Print an expected failure in one line and exit with 2."""
-    # Ray wraps a task's error in a class that is also a LlavaRayError but prints its traceback.
-    cause = getattr(error, "cause", None) or error
-    print(f"error: {' '.join(str(cause).split())}", file=sys.stderr, flush=True)
-    sys.exit(EXIT_USER_ERROR)
-
-
-def set_up_logging() -> None:
-    """Log with time and level to stderr; also the hook that Ray runs in each worker."""
-    logging.basicConfig(
-        level=os.environ.get("LLAVA_RAY_LOG", "INFO").upper(),
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
-    for noisy in ("httpx", "httpcore", "filelock", "urllib3", "fsspec"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def check_storage(config: RunConfig) -> None:
@@ -87,7 +140,7 @@ def connect() -> None:
         ray.init(
             # Not "auto", which would join whatever was started last, alive or not.
             address=os.environ.get("RAY_ADDRESS") or "local",
-            runtime_env={"worker_process_setup_hook": "llava_ray.cli.set_up_logging"},
+            runtime_env={"worker_process_setup_hook": "llava_ray.console.set_up_logging"},
             log_to_driver=True,
             logging_level=logging.WARNING,
         )
@@ -95,8 +148,7 @@ def connect() -> None:
         address = os.environ.get("RAY_ADDRESS", "a new local one")
         reason = str(error).splitlines()[0]
         raise ResourceError(
-            f"no Ray cluster at {address}: {reason}; start one with "
-            "'python -m llava_ray.cluster up cluster/local.yaml'"
+            f"no Ray cluster at {address}: {reason}; start one with 'llava-ray up'"
         ) from error
 
 

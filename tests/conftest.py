@@ -16,6 +16,7 @@ def ray_local() -> Iterator[None]:
     """One small Ray instance for the whole run."""
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20)
+    # The dashboard tells what served replicas hold.
+    ray.init(address="local", num_cpus=2, include_dashboard=True, object_store_memory=100 * 2**20)
     yield
     ray.shutdown()

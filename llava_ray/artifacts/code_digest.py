@@ -30,7 +30,7 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "costs": ("llava_ray.bench.measure", "llava_ray.cluster.local", *_LINE),
     "decode_h100": ("llava_ray.bench.decode",),
     "decode_kernels_h100": ("llava_ray.bench.kernels",),
-    "drill": ("llava_ray.cluster.drill", "llava_ray.sweep", *_LINE),
+    "drill": ("llava_ray.sweep", *_LINE),
     "embedded": ("llava_ray.bench.embedded", *_MEASURED),
     "hqq_recovery": ("llava_ray.bench.recovery", *_MEASURED),
     "llama_amx": ("llava_ray.inference.llama_cpp.trial",),

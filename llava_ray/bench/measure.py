@@ -48,8 +48,8 @@ def measure(out: Path, commands: Sequence[str]) -> Path:
                 out.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
         finally:
             # Before the folder goes: the cluster that a command has left running writes there.
-            down = "[ ! -x .venv/bin/python ] || .venv/bin/python -m llava_ray.cluster down"
-            _shell(f"{down} cluster/local.yaml", clone, home)
+            down = "[ ! -x .venv/bin/llava-ray ] || .venv/bin/llava-ray down"
+            _shell(down, clone, home)
     return out
 
 

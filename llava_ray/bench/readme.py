@@ -261,6 +261,9 @@ def _ms(value: float | None) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+_GIGABYTES = ("disk_bytes", "memory_bytes")
+
+
 def _costs(tree: Any) -> str:
     rows = []
     for row in tree["rows"]:
@@ -270,8 +273,7 @@ def _costs(tree: Any) -> str:
                 f"`{row['command']}`",
                 f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s",
                 ", ".join(f"{name.removesuffix('_s')} {s:.0f}" for name, s in parts.items() if s),
-                f"{row['disk_bytes'] / 1e9:.1f}",
-                f"{row['memory_bytes'] / 1e9:.1f}",
+                *(f"{row[key] / 1e9:.1f}" if key in row else "" for key in _GIGABYTES),
             ]
         )
     return _table(["command", "time", "of which, in seconds", "disk GB", "memory GB"], rows)

@@ -150,11 +150,12 @@ def _serve(scene: Scene, port: int) -> str:
     """Start the real application; return the host that it listens on."""
     from ray import serve
 
-    from llava_ray.deploy.application import build_application, start_serve
+    from llava_ray.deploy.application import start_serve
+    from llava_ray.server.application import build
 
     args = scene.args
     start_serve(args.host, port, args.request_timeout_s)
-    serve.run(build_application(args), name="bench", route_prefix="/")
+    serve.run(build(args), name="bench", route_prefix="/")
     return str(args.host)
 
 

@@ -1,1 +1,1 @@
-"""Ray clusters as YAML: their schema, a head on this machine, their cost, whether a job fits."""
+"""Ray clusters as YAML: their schema, a head on this machine, whether a job fits."""

@@ -1,14 +1,14 @@
 """Find what would go wrong with a cluster YAML and a job on it, without starting anything."""
 
 import importlib.util
-import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pathspec import GitIgnoreSpec
 
 from llava_ray import __version__
 from llava_ray.cluster.demand import Demand, demands_of
@@ -25,6 +25,9 @@ _PLACEHOLDER = re.compile(
     r"\b(PROJECT|BUCKET|REGISTRY|VARIANT)\b|OWNER/NAME|203\.0\.113\.\d+", re.ASCII
 )
 _OPEN = ("0.0.0.0/0", "::/0")
+_IGNORE_FILES = (".gitignore", ".rayignore")
+_NEVER_TRAVEL = (".git", ".venv", "venv", "__pycache__")
+"""What Ray leaves out of a working_dir by default."""
 
 
 @dataclass(frozen=True)
@@ -188,26 +191,33 @@ def working_dir_size(folder: Path, runtime_env: Path) -> tuple[int, list[tuple[i
 
     Raises ConfigError when the runtime_env cannot be read.
     """
-    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
-
     try:
         excludes = (yaml.safe_load(runtime_env.read_text("utf-8")) or {}).get("excludes", [])
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise ConfigError(f"{runtime_env}: no runtime_env YAML ({error})") from error
     sizes: dict[str, int] = {}
-
-    def add(path: Path) -> None:
-        if path.is_file():
-            top = path.relative_to(folder).parts[0]
-            sizes[top] = sizes.get(top, 0) + path.stat().st_size
-
-    # Ray's own walk, so that .gitignore and excludes count as they will.
-    quiet = logging.getLogger(f"{__name__}.walk")
-    quiet.setLevel(logging.WARNING)
-    excluded = [_get_excludes(folder, excludes)]
-    _dir_travel(folder, excluded, add, include_gitignore=True, logger=quiet)
+    always = GitIgnoreSpec.from_lines([*_NEVER_TRAVEL, *excludes])
+    for path in _travelling(folder, [(folder, always)]):
+        top = path.relative_to(folder).parts[0]
+        sizes[top] = sizes.get(top, 0) + path.stat().st_size
     largest = sorted(((size, name) for name, size in sizes.items()), reverse=True)[:3]
     return sum(sizes.values()), largest
+
+
+def _travelling(folder: Path, rules: Sequence[tuple[Path, GitIgnoreSpec]]) -> Iterator[Path]:
+    """Yield the files below a folder that no rule leaves out, each relative to its own folder."""
+    rules = list(rules)
+    for name in _IGNORE_FILES:
+        if (path := folder / name).is_file():
+            rules.append((folder, GitIgnoreSpec.from_lines(path.read_text("utf-8").splitlines())))
+    for path in folder.iterdir():
+        slash = "/" if path.is_dir() else ""
+        if any(rule.match_file(f"{path.relative_to(at).as_posix()}{slash}") for at, rule in rules):
+            continue
+        if path.is_file():
+            yield path
+        elif path.is_dir():
+            yield from _travelling(path, rules)
 
 
 def _placeholders(cluster: Cluster, config: RunConfig) -> Iterator[str]:

@@ -124,17 +124,6 @@ def processes_of(cluster_id: str) -> list["psutil.Process"]:
     return found
 
 
-def exit_code_of_job(job: str) -> int:
-    """Return the exit code of a finished job's driver; 1 where Ray recorded none."""
-    from ray.job_submission import JobSubmissionClient
-
-    try:
-        info = JobSubmissionClient().get_job_info(job)
-    except (RuntimeError, ConnectionError) as error:
-        raise ResourceError(f"job {job!r}: {str(error).splitlines()[0]}") from error
-    return 1 if info.driver_exit_code is None else int(info.driver_exit_code)
-
-
 def _commands(path: Path, tree: dict[str, Any]) -> list[str]:
     provider = tree["provider"]
     if provider["type"] != "local" or provider.get("head_ip") not in ("127.0.0.1", "localhost"):

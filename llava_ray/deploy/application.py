@@ -4,12 +4,10 @@ import json
 import logging
 import os
 import socket
-import sys
 import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_ray.artifacts.records import ChosenVariant, Scorecard
@@ -68,31 +66,13 @@ def ensure_served(target: Target) -> str:
     if _running_deployment(target) == target.deployment_id:
         logger.info("%s is served at %s already", target.chosen.slug, target.url)
         return device
-    application = build_application(_app_args(target, gpus))
+    from llava_ray.server.application import build
+
+    application = build(_app_args(target, gpus))
     _start_serve(target)
     _run_application(application)
     _wait_until_running(target)
     return device
-
-
-def build_application(args: AppArgs) -> "Application":
-    """Build serve/app.py's application; a script in jobs/ has the folder above not on its path.
-
-    Raises ConfigError when there is none.
-    """
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        from serve.app import build
-    except ModuleNotFoundError as error:
-        if error.name not in ("serve", "serve.app"):
-            raise
-        raise ConfigError(
-            "serve/app.py is not on the path: run from the repository's root, or submit the job "
-            "with --working-dir ."
-        ) from error
-    return build(args)
 
 
 def _app_args(target: Target, gpus: float) -> AppArgs:
@@ -222,13 +202,9 @@ def start_serve(host: str, port: int, request_timeout_s: float) -> None:
 
 
 def _serve_is_up() -> bool:
-    import ray
+    from ray import serve
 
-    try:
-        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-    except ValueError:
-        return False
-    return True
+    return bool(serve.status().proxies)
 
 
 def _is_proxy(root_url: str) -> bool:

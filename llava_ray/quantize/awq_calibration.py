@@ -20,7 +20,7 @@ from awq.models.llava import LlavaAWQForCausalLM
 from awq.quantize.quantizer import AwqQuantizer
 from torch import nn
 
-from llava_ray.cli import fail
+from llava_ray.console import fail
 from llava_ray.errors import DataError, LlavaRayError, VariantError
 from llava_ray.models import tensors as llava_folder
 from llava_ray.models.conversation import encode_sample, read_samples

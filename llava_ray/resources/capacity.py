@@ -43,15 +43,23 @@ def _tell_of_waiting(key: str) -> None:
 
 
 def _held_by_replicas() -> list[tuple[str, dict[str, float]]]:
-    """Return the node and the resources of each replica of Ray Serve."""
-    # Ray's list of actors would be public, but needs a dashboard, and asks another Ray's instead.
-    from ray.serve.context import _get_global_client
+    """Return the node and the resources of each replica of Ray Serve.
 
-    client = _get_global_client(raise_if_no_controller_running=False)
-    if client is None:
+    The dashboard tells (`GET /api/serve/applications/`); without one there is nothing to tell.
+    """
+    import ray
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    dashboard = ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url
+    if not dashboard:
+        return []
+    try:
+        details = ServeSubmissionClient(f"http://{dashboard}").get_serve_details()
+    except (ConnectionError, RuntimeError) as error:
+        logger.warning("what served replicas hold is unknown: %s", str(error).splitlines()[0])
         return []
     held = []
-    for application in client.get_serve_details()["applications"].values():
+    for application in details["applications"].values():
         for deployment in application["deployments"].values():
             options = deployment["deployment_config"]["ray_actor_options"]
             resources = {

@@ -104,7 +104,7 @@ def _run(sender: Any, task: bytes) -> None:
 
 def _set_up() -> None:
     """Do what Ray does at a worker's start: logging, and as many threads as the task has CPUs."""
-    from llava_ray.cli import set_up_logging
+    from llava_ray.console import set_up_logging
 
     set_up_logging()
     if threads := os.environ.get("OMP_NUM_THREADS"):

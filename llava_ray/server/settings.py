@@ -42,7 +42,7 @@ class CanaryArgs(Section):
 
 
 class AppArgs(Section):
-    """Arguments of `serve.app:build`."""
+    """Arguments of `build`, the Serve application."""
 
     models: tuple[ModelArgs, ...] = Field(min_length=1)
     """The first one is what the page asks unless told otherwise."""

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_ray.artifacts.records import DatasetRecord, SweepResult, Trial
@@ -38,8 +39,8 @@ def run(config: RunConfig, dataset: DatasetRecord, score: "Scorer | None" = None
     if found is not None:
         logger.info("sweep: %s is there already", id)
         return found
-    from llava_ray.sweep.pictures import write_report
     from llava_ray.sweep.search import search
+    from llava_ray.sweep.table import write_report
 
     work = store.work_uri(id)
     with store.build(SweepResult, id, settings=settings, parents=[dataset.id]) as build:
@@ -47,6 +48,8 @@ def run(config: RunConfig, dataset: DatasetRecord, score: "Scorer | None" = None
         best = best_trial(done.trials)
         assert best.value is not None
         write_report(done, best, build.folder, objective=objective.label)
+        if store.storage.is_local:
+            _keep_events(Path(work) / "tune", build.folder / "tensorboard")
         record = build.finish(
             SweepResult,
             device=done.device,
@@ -60,6 +63,13 @@ def run(config: RunConfig, dataset: DatasetRecord, score: "Scorer | None" = None
     if store.storage.is_local:
         shutil.rmtree(work, ignore_errors=True)
     return record
+
+
+def _keep_events(tune: Path, folder: Path) -> None:
+    """Copy what Ray Tune wrote of each trial for TensorBoard, whose hparams page compares them."""
+    for file in tune.glob("*/events.out.tfevents.*"):
+        (folder / file.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder / file.parent.name)
 
 
 def _score_settings(config: RunConfig) -> dict[str, Any]:

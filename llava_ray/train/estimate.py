@@ -30,7 +30,7 @@ BUCKET = 50_000_000
 
 
 _STAGES: Mapping[str, Literal[0, 2, 3]] = {"replica": 0, "zero2": 2, "zero3": 3}
-"""Engines of jobs/bench_train.py that are the product's."""
+"""Engines of jobs/bench/train.py that are the product's."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class Check:
 
 
 def check(measured: Path) -> list[Check]:
-    """Estimate the runs that `jobs/bench_train.py` measured with the product's engines.
+    """Estimate the runs that `jobs/bench/train.py` measured with the product's engines.
 
     Raises ConfigError when the file is not such a JSON.
     """

@@ -1,4 +1,4 @@
-"""Scores of the embedded model over seeds; `jobs/score_embedded.py` runs the whole of it."""
+"""Scores of the embedded model over seeds; `jobs/bench/embedded.py` runs the whole of it."""
 
 import statistics
 from pathlib import Path

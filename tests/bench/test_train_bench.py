@@ -21,7 +21,7 @@ def bench(out: Path, *arguments: str) -> list[dict[str, object]]:
     """Run the job and return its rows."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
     subprocess.run(
-        [sys.executable, "jobs/bench_train.py", "--tiny", "--out", str(out), *arguments],
+        [sys.executable, "jobs/bench/train.py", "--tiny", "--out", str(out), *arguments],
         cwd=ROOT, env=environment, check=True, timeout=240,
     )  # fmt: skip
     tree = json.loads(out.read_text())

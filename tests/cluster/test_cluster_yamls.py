@@ -33,7 +33,7 @@ def pinned(package: str) -> str:
 
 
 def test_every_yaml_is_known_to_these_tests() -> None:
-    others = {CLUSTER / "rates.yaml", CLUSTER / "kuberay" / "redis.yaml"}
+    others = {CLUSTER / "kuberay" / "redis.yaml"}
     assert set(CLUSTER.rglob("*.yaml")) == {*LAUNCHER, *KUBERAY, *others}
 
 

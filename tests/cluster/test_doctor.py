@@ -163,7 +163,7 @@ def test_this_repository_is_light_enough_to_travel() -> None:
         (["cluster/local.yaml"], 0, "ok  authentication"),
         (["cluster/aws.yaml", "storage.uri=/tmp/x"], 2, "BAD storage"),
         (["cluster/aws.yaml", "train.lerning_rate=1"], 2, "did you mean 'train.learning_rate'"),
-        (["cluster/rates.yaml"], 2, "'cluster_name' is a required property"),
+        (["jobs/runtime_env.yaml"], 2, "'cluster_name' is a required property"),
     ],
 )
 def test_the_job_script_says_what_is_wrong(arguments: list[str], code: int, said: str) -> None:

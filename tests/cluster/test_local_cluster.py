@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llava_ray.cluster.__main__ import main
+from llava_ray.cluster.commands import main
 from llava_ray.cluster.local import MARK, Head, down, processes_of, running, up
 from llava_ray.errors import ConfigError, ResourceError
 
@@ -106,11 +106,13 @@ def test_a_job_runs_and_its_exit_code_is_kept(
     assert done.returncode == 1
     for name, value in head.environment().items():
         monkeypatch.setenv(name, value)
-    ask = subprocess.run(
-        [sys.executable, "-m", "llava_ray.cluster", "exit-code", "j1"],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert (ask.returncode, ask.stdout) == (0, "2\n")
+    ask = (
+        "from ray.job_submission import JobSubmissionClient as Client\n"
+        "from llava_ray.quickstart import exit_code_of\n"
+        "print(exit_code_of(Client(), 'j1'))"
+    )
+    asked = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=60)
+    assert asked.stdout == "2\n", asked.stderr
 
 
 def test_a_port_in_use_is_one_line_and_exit_code_2(

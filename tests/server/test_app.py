@@ -79,7 +79,7 @@ def test_serve_scales_by_the_answers_that_replicas_report() -> None:
 
 
 def test_an_open_host_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from serve.app import key_digests
+    from llava_ray.server.application import key_digests
 
     monkeypatch.delenv("LLAVA_RAY_API_KEY", raising=False)
     for host in ("0.0.0.0", "::", "10.1.2.3", "example.com"):

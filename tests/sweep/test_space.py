@@ -9,9 +9,9 @@ from llava_ray.artifacts.records import SweepResult, Trial
 from llava_ray.config.run import RunConfig, TrainConfig, load_config
 from llava_ray.errors import ConfigError
 from llava_ray.sweep import best_config, best_trial
-from llava_ray.sweep.pictures import write_report
 from llava_ray.sweep.search import Search, concurrent_trials, total_steps
 from llava_ray.sweep.space import check_space, domains, num_samples
+from llava_ray.sweep.table import write_report
 from llava_ray.train.resources import Node, WorkerPlan
 
 
@@ -112,12 +112,11 @@ def test_best_settings_flow_into_the_train_section() -> None:
     assert best.merge == config.merge
 
 
-def test_report_has_a_row_per_trial_and_both_pictures(tmp_path: Path) -> None:
+def test_report_has_a_row_per_trial_and_the_curves(tmp_path: Path) -> None:
     curves = tuple(((1, 3.0), (9, t.value)) if t.value else () for t in TRIALS)
     write_report(Search(TRIALS, curves, 9, "cpu"), TRIALS[1], tmp_path, objective="eval_loss")
     text = (tmp_path / "report.md").read_text()
     assert text.count("\n| ") == len(TRIALS) + 1
     assert "| 4 | failed | 1e-05 | 8 | 9 |  | boom |" in text
-    for name in ("learning_curves.png", "parallel_coordinates.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-        assert name in text
+    assert (tmp_path / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "learning_curves.png" in text

@@ -31,7 +31,7 @@ class JobSettings:
     model: Path = SHIPPED
     scores: Path = Path("jobs/results/pretrain.json")
     embedded: Path = Path("jobs/results/embedded.json")
-    """Scores of held-out words and fonts, by jobs/score_embedded.py."""
+    """Scores of held-out words and fonts, by jobs/bench/embedded.py."""
     picture: Path = Path("jobs/results/reading.png")
     images: int = 256
     """Scenes that `score` reads."""

@@ -1,6 +1,6 @@
 """Run commands in a clean clone with an empty home; record their time, disk and memory as JSON.
 
-python jobs/measure.py jobs/results/costs.json 'bash jobs/quickstart.sh' 'bash tests/run.sh'
+python jobs/bench/measure.py jobs/results/costs.json 'bash jobs/quickstart.sh' 'bash tests/run.sh'
 The commands share the clone and the home, in the order given; all they leave is deleted.
 """
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from llava_ray.bench.measure import measure
-from llava_ray.cli import fail
+from llava_ray.console import fail
 from llava_ray.errors import LlavaRayError
 
 if __name__ == "__main__":

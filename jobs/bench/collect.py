@@ -1,13 +1,13 @@
 """Gather what each stage of finished runs took, with the report's rows, into one JSON.
 
-python jobs/collect.py OUT.json STORAGE [STORAGE ...] [--note TEXT] [--keep ID ...]
+python jobs/bench/collect.py OUT.json STORAGE [STORAGE ...] [--note TEXT] [--keep ID ...]
 STORAGE is a run's storage.uri. Of what OUT.json has already, the rows of these ids stay.
 """
 
 import argparse
 from pathlib import Path
 
-from llava_ray.cli import fail
+from llava_ray.console import fail
 from llava_ray.errors import LlavaRayError
 from llava_ray.report.stages import collect
 

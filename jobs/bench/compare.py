@@ -1,6 +1,6 @@
 """Compare two variants on the same held-out samples, such as text and image calibration.
 
-python jobs/compare.py awq-w4-g128-text awq-w4-g128 jobs/results/awq_calibration.json
+python jobs/bench/compare.py awq-w4-g128-text awq-w4-g128 jobs/results/awq_calibration.json
 Further arguments are --config and overrides as of the other jobs.
 """
 

@@ -2,8 +2,8 @@
 
 On this machine's CPU with the embedded model, or on its GPUs with a variant of a finished run
 (storage.uri/variant/ID); needs no download and no running Ray:
-python jobs/bench_serving.py --out jobs/results/serving.json
-python jobs/bench_serving.py --out jobs/results/serving_7b_h100.json --variant VARIANT_URI
+python jobs/bench/serving.py --out jobs/results/serving.json
+python jobs/bench/serving.py --out jobs/results/serving_7b_h100.json --variant VARIANT_URI
 """
 
 import argparse

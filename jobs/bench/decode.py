@@ -1,7 +1,7 @@
 """Time the served engine's decode step beside plain transformers on one GPU.
 
 LLaVA-1.5-7B's shapes with random weights; needs no download:
-python jobs/bench_decode.py --out decode.json
+python jobs/bench/decode.py --out decode.json
 """
 
 import argparse

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_ray.cluster.drill_network import why_no_network
-from llava_ray.cluster.drill_nodes import HEAD, DrillCluster, wait_for
-from llava_ray.cluster.drill_stages import STAGES, Stage
+from drill_network import why_no_network
+from drill_nodes import HEAD, DrillCluster, wait_for
+from drill_stages import STAGES, Stage
+
 from llava_ray.errors import ResourceError
 
 logger = logging.getLogger(__name__)

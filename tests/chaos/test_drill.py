@@ -11,16 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import drill
 import pytest
-
-from llava_ray.artifacts.records import DatasetRecord
-from llava_ray.artifacts.store import ArtifactStore
-from llava_ray.cluster import drill
-from llava_ray.cluster.drill_clients import ATTEMPTS, Clients
-from llava_ray.cluster.drill_faults import DISK_BYTES, fill, scenarios, small_disk
-from llava_ray.cluster.drill_network import Network, why_no_network
-from llava_ray.cluster.drill_nodes import DrillCluster
-from llava_ray.cluster.drill_results import (
+from drill_clients import ATTEMPTS, Clients
+from drill_faults import DISK_BYTES, fill, scenarios, small_disk
+from drill_network import Network, why_no_network
+from drill_nodes import DrillCluster
+from drill_results import (
     MEMORY_ALLOWANCE_BYTES,
     Outcome,
     corrupt_artifacts,
@@ -29,7 +26,10 @@ from llava_ray.cluster.drill_results import (
     plain,
     write_results,
 )
-from llava_ray.cluster.drill_stages import CHECKPOINT_EVERY_STEPS, STAGES, losses
+from drill_stages import CHECKPOINT_EVERY_STEPS, STAGES, losses
+
+from llava_ray.artifacts.records import DatasetRecord
+from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.errors import ResourceError
 
 GOOD = {

@@ -7,15 +7,15 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 
+from drill_clients import Requests
+from drill_nodes import SETTINGS
+from drill_stages import CHECKPOINT_EVERY_STEPS
 from pydantic import BaseModel, ConfigDict, Field
 
 from llava_ray import __version__
 from llava_ray.artifacts.code_digest import code_digest, with_digests
 from llava_ray.artifacts.records import Record
 from llava_ray.artifacts.store import MANIFEST, read_record, verify
-from llava_ray.cluster.drill_clients import Requests
-from llava_ray.cluster.drill_nodes import SETTINGS
-from llava_ray.cluster.drill_stages import CHECKPOINT_EVERY_STEPS
 from llava_ray.errors import ArtifactError
 
 CLEAN_S = 60.0
@@ -117,7 +117,7 @@ def write_results(path: Path, outcomes: list[Outcome]) -> None:
     fresh = {(row["stage"], row["fault"]) for row in new}
     rows = [row for row in earlier if (row["stage"], row["fault"]) not in fresh] + new
     tree = {
-        "command": "python jobs/drill.py",
+        "command": "python tests/chaos",
         "code_version": __version__,
         "code_digest": code_digest("drill"),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",

@@ -1,6 +1,6 @@
 """Measure what LoRA over a 2-bit base wins back on the embedded model, over three seeds.
 
-python jobs/recover.py jobs/results/hqq_recovery.json --config jobs/configs/embedded.yaml
+python jobs/bench/recover.py jobs/results/hqq_recovery.json --config jobs/configs/embedded.yaml
 Further arguments are overrides as of the other jobs.
 """
 

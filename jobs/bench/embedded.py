@@ -1,6 +1,6 @@
 """Score the embedded model before and after the quickstart's fine-tune, and every variant of it.
 
-python jobs/score_embedded.py jobs/results/embedded.json --config jobs/configs/embedded.yaml
+python jobs/bench/embedded.py jobs/results/embedded.json --config jobs/configs/embedded.yaml
 Further arguments are overrides as of the other jobs.
 """
 

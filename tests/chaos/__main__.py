@@ -1,4 +1,7 @@
-"""Break a small cluster on this machine in the middle of each stage, and tell what was lost."""
+"""Break a small cluster on this machine in the middle of each stage, and tell what was lost.
+
+python tests/chaos [train:node serve ...]
+"""
 
 import argparse
 import signal
@@ -6,10 +9,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import drill
+from drill_faults import scenarios
+from drill_results import outcome_line, write_results
+
 from llava_ray.cli import EXIT_USER_ERROR, fail, set_up_logging
-from llava_ray.cluster import drill
-from llava_ray.cluster.drill_faults import scenarios
-from llava_ray.cluster.drill_results import outcome_line, write_results
 from llava_ray.errors import LlavaRayError
 
 

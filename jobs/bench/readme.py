@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llava_ray.bench.readme import fill
-from llava_ray.cli import fail
+from llava_ray.console import fail
 from llava_ray.errors import LlavaRayError
 
 if __name__ == "__main__":

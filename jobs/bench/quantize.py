@@ -1,7 +1,7 @@
 """Time each method's quantization of LLaVA-1.5-7B's shapes, with peak memory and size.
 
 Random weights, no Ray; 14 GB are written below --work once:
-python jobs/bench_quantize.py --out quantize_7b.json --only hqq-w4-g64,bnb-nf4
+python jobs/bench/quantize.py --out quantize_7b.json --only hqq-w4-g64,bnb-nf4
 """
 
 import argparse

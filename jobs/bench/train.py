@@ -1,8 +1,8 @@
 """Time LoRA training beside plain transformers + peft on one machine; needs no download.
 
 Needs torch, transformers, peft and, for the rows with ZeRO, deepspeed; Ray only with --ray:
-python jobs/bench_train.py --out jobs/results/train_h100.json
-python jobs/bench_train.py --out train.json --gpus 1,2 --only zero2-b8,replica-b8
+python jobs/bench/train.py --out jobs/results/train_h100.json
+python jobs/bench/train.py --out train.json --gpus 1,2 --only zero2-b8,replica-b8
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llava_ray.bench.train import run
-from llava_ray.cli import fail
+from llava_ray.console import fail
 from llava_ray.errors import LlavaRayError
 
 if __name__ == "__main__":

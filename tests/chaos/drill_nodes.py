@@ -19,15 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import llava_ray
+from drill_network import INTERFACE, Network
+
 from llava_ray.cluster import local
-from llava_ray.cluster.drill_network import INTERFACE, Network
 from llava_ray.errors import ResourceError
 
 if TYPE_CHECKING:
     import psutil
 
-REPOSITORY = Path(llava_ray.__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 NODE = "LLAVA_RAY_DRILL_NODE"
 HEAD = "head"
 SETTINGS = {

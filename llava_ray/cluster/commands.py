@@ -1,18 +1,18 @@
-"""Run a cluster YAML's head on this machine: up, down, status, env, exit-code."""
+"""The commands up, down, status and env: a cluster YAML's head on this machine."""
 
 import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_ray.cluster.local import down, exit_code_of_job, processes_of, running, up
+from llava_ray.cluster.local import down, processes_of, running, up
+from llava_ray.console import fail
 from llava_ray.errors import LlavaRayError, ResourceError
+from llava_ray.shipped import shipped
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; an expected failure is one line on stderr and exit code 2."""
-    from llava_ray.cli import fail
-
     args = _parser().parse_args(argv)
     try:
         args.run(args)
@@ -41,21 +41,15 @@ def _status(args: argparse.Namespace) -> None:
 def _env(args: argparse.Namespace) -> None:
     head = running(args.yaml)
     if head is None:
-        raise ResourceError(
-            f"the cluster of {args.yaml} does not run: 'python -m llava_ray.cluster up {args.yaml}'"
-        )
+        raise ResourceError(f"the cluster of {args.yaml} does not run: 'llava-ray up {args.yaml}'")
     # A token in the environment would win over the file.
     print("unset RAY_AUTH_TOKEN")
     for name, value in head.environment().items():
         print(f"export {name}={shlex.quote(value)}")
 
 
-def _exit_code(args: argparse.Namespace) -> None:
-    print(exit_code_of_job(args.job))
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m llava_ray.cluster", description=__doc__)
+    parser = argparse.ArgumentParser(prog="llava-ray", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, run, text in (
         ("up", _up, "start the head, or find the one that runs"),
@@ -64,13 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         ("env", _env, "print the exports that clients need"),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("yaml", type=Path, help="such as cluster/local.yaml")
+        command.add_argument(
+            "yaml", type=Path, nargs="?", default=shipped("cluster/local.yaml"),
+            help="a cluster YAML whose head is this machine; default: %(default)s",
+        )  # fmt: skip
         command.set_defaults(run=run)
-    command = commands.add_parser("exit-code", help="print the exit code of a finished job")
-    command.add_argument("job", help="its submission id")
-    command.set_defaults(run=_exit_code)
     return parser
-
-
-if __name__ == "__main__":
-    main()

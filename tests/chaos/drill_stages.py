@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_ray.cluster.drill_nodes import REPOSITORY, DrillCluster
+from drill_nodes import REPOSITORY, DrillCluster
 
 CHECKPOINT_EVERY_STEPS = 4
 TRAIN_STEPS = 24

@@ -17,19 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_ray.artifacts.records import QuantizationRun, SweepResult
-from llava_ray.artifacts.store import ArtifactStore
-from llava_ray.cluster.drill_clients import Clients
-from llava_ray.cluster.drill_faults import Strike, mend, small_disk, strike, why_not
-from llava_ray.cluster.drill_network import Network
-from llava_ray.cluster.drill_nodes import (
+from drill_clients import Clients
+from drill_faults import Strike, mend, small_disk, strike, why_not
+from drill_network import Network
+from drill_nodes import (
     HEAD,
     DrillCluster,
     drill_cluster,
     is_work,
     wait_for,
 )
-from llava_ray.cluster.drill_results import (
+from drill_results import (
     CLEAN_S,
     MEMORY_ALLOWANCE_BYTES,
     Outcome,
@@ -38,7 +36,10 @@ from llava_ray.cluster.drill_results import (
     now,
     plain,
 )
-from llava_ray.cluster.drill_stages import STAGES, Job, Stage, checkpoint_steps, losses
+from drill_stages import STAGES, Job, Stage, checkpoint_steps, losses
+
+from llava_ray.artifacts.records import QuantizationRun, SweepResult
+from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.errors import LlavaRayError, ResourceError
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,64 @@
+"""The report of a sweep: a table and learning curves; TensorBoard draws the rest."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_ray.artifacts.records import Trial
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from llava_ray.sweep.search import Search
+
+
+def write_report(done: "Search", best: Trial, folder: Path, *, objective: str) -> None:
+    """Write report.md and learning_curves.png into a folder."""
+    from matplotlib.figure import Figure
+
+    (folder / "report.md").write_text(_table(done, best, objective), encoding="utf-8")
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    _curves(figure.add_subplot(), done, best, objective)
+    figure.savefig(folder / "learning_curves.png", dpi=120)
+
+
+def _table(done: "Search", best: Trial, objective: str) -> str:
+    keys = list(best.settings)
+    used = sum(trial.steps for trial in done.trials)
+    whole = done.steps_per_trial * len(done.trials)
+    lines = [
+        f"# Sweep of {len(done.trials)} trials, judged by {objective}",
+        "",
+        f"Best: trial {best.number} with {best.value:.5g}. {used} of {whole} steps were taken "
+        f"({used / max(1, whole):.0%}); the rest was saved by stopping trials early.",
+        "",
+        "| trial | status | " + " | ".join(keys) + f" | steps | {objective} | error |",
+        "|" + "---|" * (len(keys) + 5),
+    ]
+    for trial in sorted(done.trials, key=lambda t: (t.value is None, t.value or 0)):
+        value = "" if trial.value is None else f"{trial.value:.5g}"
+        cells = [_short(trial.settings[key]) for key in keys]
+        error = (trial.error or "").replace("|", "/")[:200]
+        row = [str(trial.number), trial.status, *cells, str(trial.steps), value, error]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join([*lines, "", "![](learning_curves.png)", ""])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(str(part).removesuffix("_proj") for part in value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _curves(axes: "Axes", done: "Search", best: Trial, objective: str) -> None:
+    for trial, curve in zip(done.trials, done.curves, strict=True):
+        if not curve:
+            continue
+        is_best = trial.number == best.number
+        steps, values = zip(*curve, strict=True)
+        axes.plot(
+            steps, values, ".-", color="C1" if is_best else "C0", alpha=1 if is_best else 0.4,
+            label=f"trial {trial.number}, the best" if is_best else None,
+        )  # fmt: skip
+    axes.set_xlabel("step")
+    axes.set_ylabel(objective)
+    axes.legend(loc="upper right")
