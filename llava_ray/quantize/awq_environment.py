@@ -1,8 +1,8 @@
 """AutoAWQ's own versions of packages, in a folder that goes before the base environment's.
 
 AutoAWQ 0.2.9 runs only beside transformers 4.51. What differs is installed once on each machine
-(150 MB); all else, torch above all, is the base environment's, so nothing is copied. The list holds all that differs, so that
-pip need not resolve anything.
+(150 MB); all else, torch above all, is the base environment's, so nothing is copied.
+jobs/requirements/awq.txt holds all that differs, so that pip need not resolve anything.
 """
 
 import fcntl
