@@ -24,14 +24,15 @@ def run(argv: Sequence[str]) -> int:
     The job goes on where this is interrupted. Raises ConfigError for a config that is not valid,
     ResourceError where Ray does not start.
     """
-    from ray.job_submission import JobSubmissionClient
-
     if "--config" not in argv:
         argv = ["--config", str(shipped("jobs/configs/quickstart.yaml")), *argv]
+    os.environ["RAY_AUTH_MODE"] = "token"  # Ray reads it when it is imported.
     head = up(shipped("cluster/local.yaml"))
     print(f"Ray runs at {head.address}, jobs go to {head.dashboard}", flush=True)
     os.environ.pop("RAY_AUTH_TOKEN", None)  # It would win over the cluster's own token.
     os.environ.update(head.environment())
+    from ray.job_submission import JobSubmissionClient
+
     pipeline = [sys.executable, str(shipped("jobs/pipeline.py")), *argv]
     client = JobSubmissionClient(head.dashboard)
     job = client.submit_job(
