@@ -9,21 +9,18 @@ from pathlib import Path
 from llava_ray.config.run import load_config
 from llava_ray.console import fail
 from llava_ray.errors import LlavaRayError
-from llava_ray.train.estimate import check_table, run
+from llava_ray.train.estimate import run
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--workers", type=int, help="default: train.num_workers, or 1")
     parser.add_argument("--tokens", type=int, help="of a sample; default: a caption of 160")
-    parser.add_argument("--measured", type=Path, help="JSON of jobs/bench/train.py to compare with")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
         workers = arguments.workers or config.train.num_workers or 1
         print(run(config, workers=workers, tokens=arguments.tokens))
-        if arguments.measured:
-            print(check_table(arguments.measured))
     except LlavaRayError as error:
         fail(error)

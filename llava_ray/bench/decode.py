@@ -25,6 +25,7 @@ from llava_ray.inference.engine import Prompt
 from llava_ray.inference.sampling import Row, SamplingParams, sample
 from llava_ray.inference.torch.engine import TorchEngine
 from llava_ray.models.images import normalize
+from llava_ray.resources.devices import device_name
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +200,7 @@ class Report:
         row.share_of_bandwidth = row.bytes_per_step * row.tokens_per_s / row.batch / self.bandwidth
         self.rows.append(row)
         tree = {
-            "device": torch.cuda.get_device_name(),
+            "device": device_name("cuda"),
             "torch": torch.__version__,
             "code_digest": code_digest("decode_h100"),
             "model": "LLaVA-1.5-7B shapes, random weights",

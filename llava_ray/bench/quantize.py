@@ -6,7 +6,6 @@ versions of their own (AWQ) are measured by a second call, whose rows join those
 
 import json
 import logging
-import platform
 import shutil
 import tempfile
 import time
@@ -24,6 +23,7 @@ from llava_ray.models.folder import EMBEDDED
 from llava_ray.quantize.registry import known_slugs, spec_for
 from llava_ray.quantize.spec import Calibration
 from llava_ray.report import article
+from llava_ray.resources.devices import device_name
 from llava_ray.resources.memory import host_peak_bytes, peak_bytes, reset_peaks
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def run(out: Path, work: Path, model: Path | None, slugs: Sequence[str]) -> str:
 def measure(slug: str, merged: Path, calibration: Calibration, work: Path, device: str) -> Row:
     """Quantize once to get ready and once for the clock; a failure becomes a row."""
     where: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "device": device_name(device),
         "torch": torch.__version__,
     }
     try:

@@ -11,7 +11,6 @@ import io
 import json
 import logging
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -29,6 +28,7 @@ from llava_ray.inference.engine import Prompt
 from llava_ray.inference.request_errors import ApiError
 from llava_ray.inference.sampling import SamplingParams, Step
 from llava_ray.inference.scheduler import Item, Scheduler
+from llava_ray.resources.devices import device_name
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -173,11 +173,7 @@ class BareEngine:
 
     def about(self) -> dict[str, str]:
         """Say what is measured, and on what."""
-        import torch
-
-        device = f"{platform.machine()}, {os.cpu_count()} CPUs"
-        if self._engine.device == "cuda":
-            device = f"{torch.cuda.get_device_name()}, {device}"
+        device = f"{device_name(self._engine.device)}, {os.cpu_count()} CPUs"
         return {"device": device, "variant": self._card.slug}
 
     def load(self, count: int, clients: int) -> list[Timeline]:

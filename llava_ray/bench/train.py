@@ -7,7 +7,6 @@ projector trained. Rows of one kind share a process; a process that dies costs o
 import json
 import logging
 import os
-import platform
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any, Literal
 from llava_ray.artifacts.code_digest import code_digest
 from llava_ray.bench.train_rows import Row, Task, flop_per_sample
 from llava_ray.errors import ConfigError
+from llava_ray.resources.devices import device_name
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ def write(out: Path, rows: Sequence[Row], task: Task, seconds: float) -> None:
 
     gpu = torch.cuda.is_available()
     tree = {
-        "device": torch.cuda.get_device_name() if gpu else platform.processor() or "cpu",
+        "device": device_name("cuda" if gpu else "cpu"),
         "versions": {name: _version(name) for name in PACKAGES}
         | {"python": sys.version.split()[0]},
         "code_digest": code_digest("train_h100"),

@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import logging
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ from llava_ray.inference.sampling import SamplingParams
 from llava_ray.models.conversation import Sample
 from llava_ray.models.folder import vision_shape
 from llava_ray.models.images import open_image
+from llava_ray.resources.devices import device_name
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def score_baseline(plan: Plan, baseline: Variant, dataset: DatasetRecord) -> Ref
     folder = local_folder(baseline)
     engine = _open(plan, baseline, folder, _context(plan, folder, dataset))
     try:
-        return write_reference(engine, plan, baseline, dataset, device_name(plan.device))
+        return write_reference(engine, plan, baseline, dataset, _device(plan.device))
     finally:
         engine.close()
 
@@ -144,7 +144,7 @@ def _open_and_measure(
     finally:
         engine.close()
     with quiet_turn():
-        fields |= {"device": device_name(device), "copy_bytes_per_s": copy_bytes_per_s(device)}
+        fields |= {"device": _device(device), "copy_bytes_per_s": copy_bytes_per_s(device)}
     return fields, samples
 
 
@@ -202,17 +202,12 @@ def score_fidelity(engine: Engine, reference: ReferenceScores) -> list[SampleFid
     return samples
 
 
-def device_name(device: str) -> str:
-    """Return the GPU's name, or the CPU's with the threads in use."""
+def _device(device: str) -> str:
+    """Return the device's name, a CPU's with the threads in use."""
     import torch
 
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} CPU thread(s)"
+    name = device_name(device)
+    return name if device == "cuda" else f"{name}, {torch.get_num_threads()} CPU thread(s)"
 
 
 def _generate(

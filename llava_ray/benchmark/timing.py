@@ -1,8 +1,6 @@
 """Speed, memory and bandwidth of the process and device at hand."""
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,6 +9,7 @@ from llava_ray.artifacts.records import Spread
 from llava_ray.inference.engine import Engine, Prompt
 from llava_ray.inference.generate import generate
 from llava_ray.inference.sampling import SamplingParams
+from llava_ray.resources.memory import host_peak_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -76,8 +75,7 @@ class PeakMemory:
         What other libraries than torch hold there (llama.cpp) is counted as it is now.
         """
         if not self._cuda:
-            unit = 1 if sys.platform == "darwin" else 1024
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            return host_peak_bytes()
         import torch
 
         taken = self._free - torch.cuda.mem_get_info()[0]

@@ -19,6 +19,7 @@ from llava_ray.models.conversation import encode_sample, read_samples
 from llava_ray.models.folder import model_folder, vision_shape, weights_sha256
 from llava_ray.models.images import normalize, open_image, square_pixels
 from llava_ray.models.low_bits import rounded_base
+from llava_ray.resources.devices import device_name
 from llava_ray.resources.memory import peak_bytes, reset_peaks
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def merge_task(task: MergeTask) -> MergedModel:
         _carry(base, build.folder)
         return build.finish(
             MergedModel,
-            device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            device=device_name(device),
             base_model=task.model.path,
             base_model_sha256=task.adapter.base_model_sha256,
             max_logit_difference=exact[0],

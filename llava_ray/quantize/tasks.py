@@ -1,7 +1,6 @@
 """One variant in a Ray task: what it is told, what it does, and how a failure is told."""
 
 import logging
-import platform
 import secrets
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.spec import Calibration, Resources
 from llava_ray.resources.capacity import free_nodes
 from llava_ray.resources.crash import failure_reason
+from llava_ray.resources.devices import device_name
 from llava_ray.resources.forked import run_forked
 from llava_ray.resources.memory import peak_bytes, reset_peaks
 
@@ -81,7 +81,7 @@ def make_variant(job: Job, device: str) -> Variant:
         elsewhere = phases.peak_memory_bytes if phases else None
         return build.finish(
             Variant,
-            device=_device_name(device),
+            device=device_name(device),
             slug=job.slug,
             method=spec.method,
             bits_per_weight=spec.bits_per_weight(),
@@ -155,11 +155,3 @@ def _resources_text(values: dict[str, float]) -> str:
     memory = values.get("memory", 0) / 2**30
     cpus, gpus = values.get("CPU", 0), values.get("GPU", 0)
     return f"{cpus:g} CPUs, {gpus:g} GPUs and {memory:.1f} GiB of memory"
-
-
-def _device_name(device: str) -> str:
-    if device == "cpu":
-        return platform.machine()
-    import torch
-
-    return torch.cuda.get_device_name()

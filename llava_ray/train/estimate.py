@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from llava_ray.config.run import ModelConfig, RunConfig, TrainConfig
 from llava_ray.errors import ConfigError
@@ -27,10 +27,6 @@ LIVE_WEIGHTS = 1_000_000_000
 
 BUCKET = 50_000_000
 """As in llava_ray/train/zero.py; two of them, since sending overlaps computing."""
-
-
-_STAGES: Mapping[str, Literal[0, 2, 3]] = {"replica": 0, "zero2": 2, "zero3": 3}
-"""Engines of jobs/bench/train.py that are the product's."""
 
 
 @dataclass(frozen=True)
@@ -253,51 +249,3 @@ def run(config: RunConfig, *, workers: int, tokens: int | None = None) -> str:
             f"{row.training / 2**30:.2f} GiB"
         )
     return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Check:
-    """An estimate beside a measured peak, both in bytes."""
-
-    row: str
-    estimated: float
-    measured: float
-
-    @property
-    def ratio(self) -> float:
-        """What the estimate is of the measured peak."""
-        return self.estimated / self.measured
-
-
-def check(measured: Path) -> list[Check]:
-    """Estimate the runs that `jobs/bench/train.py` measured with the product's engines.
-
-    Raises ConfigError when the file is not such a JSON.
-    """
-    try:
-        tree = json.loads(measured.read_text(encoding="utf-8"))
-        rows, tokens = tree["rows"], int(tree["tokens"])
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"--measured {measured}: not bench_train's JSON ({error})") from error
-    sizes = Sizes.of(LLAVA_7B)
-    found: list[Check] = []
-    for row in rows:
-        if row["failed"] or not row["peak_bytes"] or row["engine"] not in _STAGES:
-            continue
-        train = TrainConfig(
-            precision="bf16", batch_size=row["batch"], lora_r=48, lora_dropout=row["lora_dropout"],
-            gradient_checkpointing=row["checkpointing"], fused_layers=row["fused_layers"],
-            zero_stage=_STAGES[row["engine"]],
-        )  # fmt: skip
-        memory = estimate(sizes, train, workers=row["gpus"], load=load_of(sizes, tokens))
-        found.append(Check(f"{row['name']} on {row['gpus']}", memory.gpu, row["peak_bytes"]))
-    return found
-
-
-def check_table(measured: Path) -> str:
-    """Return the estimates beside the measured peaks as text."""
-    return "\n".join(
-        f"{c.row:24}{c.estimated / 1e9:8.2f} GB estimated{c.measured / 1e9:8.2f} GB measured"
-        f"{c.ratio:7.3f}"
-        for c in check(measured)
-    )

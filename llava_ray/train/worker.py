@@ -23,6 +23,7 @@ from llava_ray.config.run import ModelConfig, TrainConfig
 from llava_ray.models import low_bits
 from llava_ray.models.conversation import IGNORE_INDEX, read_samples
 from llava_ray.models.folder import model_folder, vision_shape
+from llava_ray.resources.devices import device_name
 from llava_ray.resources.memory import peak_bytes
 from llava_ray.train import adapt, checkpoint, export, replica, zero
 from llava_ray.train.batches import (
@@ -362,7 +363,7 @@ class Loop:
         """Report from every rank, with this rank's part of a checkpoint if one is to be made."""
         values = {"step": self.state.step, "loss": self.state.loss, **values}
         if final:
-            values["device"] = device_name(self.device)
+            values["device"] = device_name(str(self.device))
             values["train_loss"] = self.state.train_loss
             values["samples_per_s"] = self.state.samples_per_s
             values["peak_memory_bytes"] = peak_bytes(self.device.type)
@@ -385,15 +386,6 @@ class Loop:
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-
-
-def device_name(device: "torch.device") -> str:
-    """Return the GPU's product name, or the processor's architecture."""
-    import platform
-
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 def _supervised(batch: Batch) -> int:
