@@ -57,6 +57,26 @@ install_requirements() {  # $1: requirements; uv takes seconds, pip knows every 
     "$venv/bin/pip" install -q --no-deps --no-compile --require-hashes -r "$1"
 }
 
+provide_bytecode() {  # $1: requirements; compiled once for each, beside what comes next, then kept
+    local site kept seldom="/(tests?|testing|rllib)/|/transformers/models/(?!auto|clip|llama|llava)"
+    site=$("$venv/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+    kept=${LLAVA_RAY_CACHE:-$HOME/.cache/llava_ray}/bytecode
+    kept=$kept/$({ cat "$1"; "$venv/bin/python" --version; } | cksum | tr ' ' -).tar
+    if [ -f "$kept" ]; then
+        tar -xf "$kept" -C "$site"
+        return
+    fi
+    mkdir -p "${kept%/*}"
+    {
+        # First what is imported first.
+        nice -n 19 "$venv/bin/python" -m compileall -q -j 2 -x "$seldom" \
+            "$site/ray" "$site/torch" "$site/transformers" "$site" || true
+        find "${kept%/*}" -name "*.tar*" -mtime +30 -delete
+        (cd "$site" && find . -name "*.pyc" -print0 | tar --null -T - -cf "$kept.$$")
+        mv "$kept.$$" "$kept"
+    } > "$venv/bytecode.log" 2>&1 &
+}
+
 install_environment() {  # $1: the name of a file in jobs/requirements, without .txt
     local requirements=jobs/requirements/$1.txt wanted python free_kb work build start downloads compile
     [ -f "$requirements" ] || die "no $requirements: this runs on Linux on x86_64 and aarch64"
@@ -90,10 +110,6 @@ install_environment() {  # $1: the name of a file in jobs/requirements, without 
     rm -r "$work"
     trap - EXIT
     echo "{\"downloads_s\": $downloads, \"compile_s\": $compile, \"install_s\": $((SECONDS - start))}" > "$venv/install.json"
-    # Beside what comes next, whose first part keeps one CPU busy; first what it imports first.
-    local site seldom="/(tests?|testing|rllib)/|/transformers/models/(?!auto|clip|llama|llava)"
-    site=$("$venv/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
-    nice -n 19 "$venv/bin/python" -m compileall -q -j 2 -x "$seldom" \
-        "$site/ray" "$site/torch" "$site/transformers" "$site" > "$venv/compileall.log" 2>&1 &
+    provide_bytecode "$requirements"
     echo "$wanted" > "$venv/.installed"
 }

@@ -55,6 +55,30 @@ def test_no_flag_that_a_compiler_does_not_know(tmp_path: Path) -> None:
     assert flags(tmp_path, version="10", machine="x86_64", knows=False) == ""
 
 
+def test_bytecode_is_compiled_once_for_a_list_of_packages(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a==1")
+    for name in ("first", "second"):
+        venv = tmp_path / name
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+        (site,) = venv.glob("lib/python*/site-packages")
+        (site / "module.py").write_text("answer = 42")
+        os.utime(site / "module.py", (1e9, 1e9))
+        script = 'source jobs/setup.sh; provide_bytecode "$0"; echo "${!:-none}"; wait'
+        environment = os.environ | {"LLAVA_RAY_VENV": str(venv), "LLAVA_RAY_CACHE": str(tmp_path)}
+        done = subprocess.run(
+            ["bash", "-euc", script, tmp_path / "list.txt"], env=environment, check=True,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        compiled = list(site.glob("__pycache__/module.*.pyc"))
+        assert len(compiled) == 1
+        assert (done.stdout.strip() == "none") == (name == "second")
+    # The copy is taken as it is: Python would write it anew if it did not fit.
+    before = compiled[0].read_bytes()
+    python = tmp_path / "second" / "bin" / "python"
+    subprocess.run([python, "-c", "import module"], check=True)
+    assert compiled[0].read_bytes() == before
+
+
 def test_a_crash_in_a_test_leaves_the_closing_line(tmp_path: Path) -> None:
     (tmp_path / "test_one.py").write_text(
         "import os, signal\n\n"
