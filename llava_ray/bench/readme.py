@@ -1,16 +1,21 @@
-"""README's tables, made from the JSON under jobs/results/, so that no figure is typed by hand."""
+"""Tables of README and jobs/results/README.md, made from JSON: no figure is typed by hand."""
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_ray.artifacts.code_digest import older_digests
+from llava_ray.config.run import load_config
 from llava_ray.errors import ConfigError
+from llava_ray.models.shapes import LLAVA_7B
+from llava_ray.models.sizes import Sizes
 from llava_ray.report import article
+from llava_ray.train.estimate import default_load, estimate
 
-_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- table: (\w+)((?: \| [^|\n]+?)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = (Path("README.md"), Path("jobs/results/README.md"))
 
 _TRAINERS = {
     "plain": "transformers + peft",
@@ -28,9 +33,9 @@ _TRAINER_OPTIONS = (
 
 
 def fill(text: str, results: Path) -> str:
-    """Write each `<!-- table: name -->` block anew.
+    """Write each `<!-- table: name | some row | another -->` block anew, whole or those rows alone.
 
-    Raises ConfigError for an unknown name, or where its JSON is missing.
+    A row is named by what its first cell holds. Raises ConfigError for an unknown name, or where its JSON is missing.
     """
 
     def block(match: re.Match[str]) -> str:
@@ -39,9 +44,19 @@ def fill(text: str, results: Path) -> str:
             raise ConfigError(f"README asks for table {name!r}: there are {', '.join(TABLES)}")
         file, make = TABLES[name]
         tree = _read(results, file)
-        return f"{match[1]}{make(tree)}\n{_age(file, tree)}{match[3]}"
+        chosen = [part for part in match[3].split(" | ") if part]
+        return f"{match[1]}{_only(make(tree), chosen)}\n{_age(file, tree)}{match[4]}"
 
     return _BLOCK.sub(block, text)
+
+
+def _only(table: str, chosen: Sequence[str]) -> str:
+    """Keep the rows whose first cell is named, all where none is."""
+    head, rule, *rows = table.splitlines()
+    first = {row: re.sub("[*`]", "", row.split("|")[1]).strip() for row in rows}
+    if missing := sorted(set(chosen) - set(first.values())):
+        raise ConfigError(f"no row {missing[0]!r} in the table {head!r}")
+    return "\n".join([head, rule, *(row for row in rows if not chosen or first[row] in chosen)])
 
 
 def _read(results: Path, name: str) -> Any:
@@ -279,10 +294,36 @@ def _costs(tree: Any) -> str:
     return _table(["command", "time", "of which, in seconds", "disk GB", "memory GB"], rows)
 
 
+_RUNS: Mapping[str, tuple[int, list[str]]] = {
+    "one GPU of 24 GB": (1, ["train.method=qlora", "train.precision=bf16"]),
+    "one GPU of 80 GB": (1, ["train.zero_stage=0", "train.batch_size=8", "train.precision=bf16"]),
+    "four GPUs of 24 GB, as the article": (4, ["train.zero_stage=3", "train.precision=fp16"]),
+    "eight GPUs of 80 GB": (8, ["train.batch_size=8", "train.precision=bf16"]),
+}
+
+
+def _hardware(tree: Any) -> str:
+    """Estimate what the 7B's training needs; hours only where a GPU's speed was measured."""
+    speeds = {r["name"]: r["samples_per_s"] for r in tree["rows"] if not r["failed"]}
+    rows = []
+    for name, (workers, overrides) in _RUNS.items():
+        train = load_config(None, overrides).train
+        memory = estimate(sizes := Sizes.of(LLAVA_7B), train, workers=workers,
+                          load=default_load(sizes, train))  # fmt: skip
+        engine = {0: "replica", 2: "zero2", 3: "zero3"}[train.zero_stage]
+        speed = speeds.get(f"{engine}-b{train.batch_size}") if workers == 1 else None
+        rows.append([
+            name, f"`{' '.join(overrides)}`", f"{memory.gpu / 1e9:.1f}",
+            "" if speed is None or train.method != "lora" else f"{10_000 / speed / 3600:.2f}",
+        ])  # fmt: skip
+    return _table(["GPUs", "settings", "GB a GPU", "hours for 10,000 captions, H100"], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "costs": ("costs", _costs),
     "decode": ("decode_h100", _decode),
     "embedded": ("embedded", _embedded),
+    "hardware": ("train_h100", _hardware),
     "hqq_recovery": ("hqq_recovery", _hqq_recovery),
     "photographs": ("photographs_report", _report),
     "quickstart": ("quickstart_report", _report),
