@@ -35,7 +35,8 @@ _TRAINER_OPTIONS = (
 def fill(text: str, results: Path) -> str:
     """Write each `<!-- table: name | some row | another -->` block anew, whole or those rows alone.
 
-    A row is named by what its first cell holds. Raises ConfigError for an unknown name, or where its JSON is missing.
+    A row is named by what its first cell holds. Raises ConfigError for an unknown name, or where
+    its JSON is missing.
     """
 
     def block(match: re.Match[str]) -> str:

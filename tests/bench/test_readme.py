@@ -1,4 +1,4 @@
-"""README says what is there: its tables come from the results, its files and commands exist."""
+"""README and the page of results say what is there: tables, files and commands."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 
 from llava_ray.artifacts.code_digest import code_digest, with_digests
-from llava_ray.bench.readme import TABLES, fill
+from llava_ray.bench.readme import PAGES, TABLES, fill
 from llava_ray.bench.train_engines import EngineName
 from llava_ray.errors import ConfigError
 
@@ -24,9 +24,23 @@ COMMANDS = [
 ]
 
 
-def test_tables_are_made_from_the_results() -> None:
-    assert fill(README, Path("jobs/results")) == README
-    assert set(re.findall(r"<!-- table: (\w+) -->", README)) <= set(TABLES)
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_tables_are_made_from_the_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert fill(text, Path("jobs/results")) == text
+
+
+def test_the_page_of_results_has_every_table_whole() -> None:
+    text = PAGES[1].read_text(encoding="utf-8")
+    assert set(re.findall(r"<!-- table: (\w+) -->", text)) == set(TABLES) - {"hardware"}
+
+
+def test_a_row_that_is_not_there_is_named() -> None:
+    block = "<!-- table: quickstart | none-fp16 | gguf-q4 -->\n<!-- end -->"
+    with pytest.raises(ConfigError, match="no row 'gguf-q4'"):
+        fill(block, Path("jobs/results"))
+    kept = fill(block.replace(" | gguf-q4", ""), Path("jobs/results"))
+    assert [line for line in kept.splitlines() if "fp16" in line][1].startswith("| none-fp16 | ")
 
 
 def test_a_table_without_its_results_is_named(tmp_path: Path) -> None:
