@@ -39,8 +39,8 @@ def run(config: RunConfig, dataset: DatasetRecord, score: "Scorer | None" = None
     if found is not None:
         logger.info("sweep: %s is there already", id)
         return found
+    from llava_ray.sweep.pictures import write_report
     from llava_ray.sweep.search import search
-    from llava_ray.sweep.table import write_report
 
     work = store.work_uri(id)
     with store.build(SweepResult, id, settings=settings, parents=[dataset.id]) as build:

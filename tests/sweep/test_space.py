@@ -9,9 +9,9 @@ from llava_ray.artifacts.records import SweepResult, Trial
 from llava_ray.config.run import RunConfig, TrainConfig, load_config
 from llava_ray.errors import ConfigError
 from llava_ray.sweep import best_config, best_trial
+from llava_ray.sweep.pictures import write_report
 from llava_ray.sweep.search import Search, concurrent_trials, total_steps
 from llava_ray.sweep.space import check_space, domains, num_samples
-from llava_ray.sweep.table import write_report
 from llava_ray.train.resources import Node, WorkerPlan
 
 
