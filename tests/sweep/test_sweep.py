@@ -52,7 +52,6 @@ def test_trials_are_scored_as_quantized_models_and_a_bad_one_is_a_row(
     assert result.objective == "1 - rouge_l after hqq-w4-g32"
     report = (Path(result.uri) / "report.md").read_text()
     assert "| failed |" in report and "| diverged |" in report
-    assert len(list(Path(result.uri).glob("tensorboard/*/events.out.tfevents.*"))) >= 1
     # Found, not run again; and what the scores were made from is gone.
     assert sweep.run(config, bench.dataset, scorer_for(config)) == result
     assert {path.name for path in bench.store.iterdir()} - {".staging"} == {
