@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from llava_ray.errors import DataError
-from llava_ray.inference.engine import Prompt
+from llava_ray.inference.engine import Engine, Prompt
 from llava_ray.models.conversation import Turn, encode_prompt
 from llava_ray.models.images import square_pixels
 
@@ -47,3 +47,28 @@ def make_prompt(
     )
     pixels = tuple(square_pixels(image, engine.image_size) for image in images)
     return Prompt(input_ids=tuple(ids), images=pixels)
+
+
+def check_prompt(engine: Engine, prompt: Prompt, length: int) -> None:
+    """Raise DataError where an engine cannot take a prompt.
+
+    length: tokens of the prompt and of what is to be scored behind it.
+    """
+    if not prompt.input_ids:
+        raise DataError("empty prompt: at least one token is needed")
+    if length > engine.context:
+        raise DataError(
+            f"prompt of {length} tokens: at most {engine.context} fit; shorten it or open the "
+            "engine with a larger context"
+        )
+    found = prompt.input_ids.count(engine.image_token_id)
+    expected = len(prompt.images) * engine.tokens_per_image
+    if found != expected:
+        raise DataError(
+            f"{found} image tokens for {len(prompt.images)} images: each image takes "
+            f"{engine.tokens_per_image}"
+        )
+    wanted = (engine.image_size, engine.image_size, 3)
+    for pixels in prompt.images:
+        if pixels.shape != wanted:
+            raise DataError(f"image of shape {pixels.shape}: {wanted} is needed")

@@ -21,6 +21,7 @@ from llava_ray.inference.llama_cpp.native import Batch, last_error, load_llama_c
 from llava_ray.inference.llama_cpp.prefixes import LlamaPrefixes
 from llava_ray.inference.llama_cpp.trial import extra_buffers
 from llava_ray.inference.llama_cpp.vision import ImageEncoder
+from llava_ray.inference.prompts import check_prompt
 from llava_ray.models.folder import vision_shape
 from llava_ray.models.images import Pixels
 
@@ -71,7 +72,7 @@ class LlamaCppEngine(Engine):
 
     def prefill(self, prompt: Prompt) -> tuple[int, torch.Tensor]:
         """Run a prompt into a free slot; return the slot and the next token's logits."""
-        self._check(prompt, len(prompt.input_ids))
+        check_prompt(self, prompt, len(prompt.input_ids))
         slot = self._take()
         try:
             return slot, self._run(slot, prompt.input_ids, prompt.images, rows=1)[0]
@@ -112,7 +113,7 @@ class LlamaCppEngine(Engine):
     def score(self, prompt: Prompt, continuation: Sequence[int]) -> torch.Tensor:
         """Teacher-force a continuation; row i of the result predicts continuation[i]."""
         ids = (*prompt.input_ids, *continuation[:-1])
-        self._check(prompt, len(ids))
+        check_prompt(self, prompt, len(ids))
         if not continuation:
             return torch.empty(0, self.vocab_size)
         slot = self._take()
@@ -293,26 +294,6 @@ class LlamaCppEngine(Engine):
         raise ResourceError(
             f"all {self.slots} slots are taken: release one or open the engine with more"
         )
-
-    def _check(self, prompt: Prompt, length: int) -> None:
-        if not prompt.input_ids:
-            raise DataError("empty prompt: at least one token is needed")
-        if length > self.context:
-            raise DataError(
-                f"prompt of {length} tokens: at most {self.context} fit; shorten it or open the "
-                "engine with a larger context"
-            )
-        found = prompt.input_ids.count(self.image_token_id)
-        expected = len(prompt.images) * self.tokens_per_image
-        if found != expected:
-            raise DataError(
-                f"{found} image tokens for {len(prompt.images)} images: each image takes "
-                f"{self.tokens_per_image}"
-            )
-        wanted = (self.image_size, self.image_size, 3)
-        for pixels in prompt.images:
-            if pixels.shape != wanted:
-                raise DataError(f"image of shape {pixels.shape}: {wanted} is needed")
 
 
 def find_pair(folder: Path) -> tuple[Path, Path]:

@@ -15,6 +15,7 @@ import torch
 
 from llava_ray.errors import DataError, ResourceError
 from llava_ray.inference.engine import Engine, Prompt
+from llava_ray.inference.prompts import check_prompt
 from llava_ray.inference.torch.cache import (
     MOST_PREFIX_BYTES,
     PrefixKey,
@@ -150,7 +151,7 @@ class TorchEngine(Engine):
     @torch.no_grad()
     def prefill(self, prompt: Prompt) -> tuple[int, torch.Tensor]:
         """Run a prompt into a free slot; return the slot and the next token's logits."""
-        self._check(prompt, len(prompt.input_ids))
+        check_prompt(self, prompt, len(prompt.input_ids))
         slot = self._take()
         try:
             return slot, self._run(prompt, slot, prompt.input_ids, rows=1)[0]
@@ -185,7 +186,7 @@ class TorchEngine(Engine):
     def score(self, prompt: Prompt, continuation: Sequence[int]) -> torch.Tensor:
         """Teacher-force a continuation; row i of the result predicts continuation[i]."""
         ids = (*prompt.input_ids, *continuation[:-1])
-        self._check(prompt, len(ids))
+        check_prompt(self, prompt, len(ids))
         if not continuation:
             return torch.empty(0, self.vocab_size)
         slot = self._take()
@@ -266,26 +267,6 @@ class TorchEngine(Engine):
                 f"all {self.slots} slots are taken: release one or open the engine with more"
             )
         return slot
-
-    def _check(self, prompt: Prompt, length: int) -> None:
-        if not prompt.input_ids:
-            raise DataError("empty prompt: at least one token is needed")
-        if length > self.context:
-            raise DataError(
-                f"prompt of {length} tokens: at most {self.context} fit; shorten it or open the "
-                "engine with a larger context"
-            )
-        found = prompt.input_ids.count(self.image_token_id)
-        expected = len(prompt.images) * self.tokens_per_image
-        if found != expected:
-            raise DataError(
-                f"{found} image tokens for {len(prompt.images)} images: each image takes "
-                f"{self.tokens_per_image}"
-            )
-        wanted = (self.image_size, self.image_size, 3)
-        for pixels in prompt.images:
-            if pixels.shape != wanted:
-                raise DataError(f"image of shape {pixels.shape}: {wanted} is needed")
 
 
 def _eos_token_id(tokenizer: Any, model: Any) -> int:
