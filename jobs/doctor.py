@@ -9,6 +9,7 @@ from llava_ray.cluster.doctor import examine
 from llava_ray.config.run import load_config
 from llava_ray.console import EXIT_USER_ERROR, fail
 from llava_ray.errors import LlavaRayError
+from llava_ray.shipped import shipped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("cluster", type=Path, help="YAML such as cluster/aws.yaml")
     parser.add_argument("--config", type=Path, help="the job's config")
     parser.add_argument("--working-dir", type=Path, default=Path.cwd())
-    parser.add_argument("--runtime-env", type=Path, default=Path("jobs/runtime_env.yaml"))
+    parser.add_argument("--runtime-env", type=Path, default=shipped("jobs/runtime_env.yaml"))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(argv)
     try:

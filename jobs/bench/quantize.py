@@ -9,8 +9,8 @@ import logging
 import sys
 from pathlib import Path
 
-# The folder above, so that a machine without the package installed can run this file.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# The repository, so that a machine without the package installed can run this file.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llava_ray.bench.quantize import SLUGS, run
 

@@ -306,10 +306,10 @@ _RUNS: Mapping[str, tuple[int, list[str]]] = {
 def _hardware(tree: Any) -> str:
     """Estimate what the 7B's training needs; hours only where a GPU's speed was measured."""
     speeds = {r["name"]: r["samples_per_s"] for r in tree["rows"] if not r["failed"]}
-    rows = []
+    sizes, rows = Sizes.of(LLAVA_7B), []
     for name, (workers, overrides) in _RUNS.items():
         train = load_config(None, overrides).train
-        memory = estimate(sizes := Sizes.of(LLAVA_7B), train, workers=workers,
+        memory = estimate(sizes, train, workers=workers,
                           load=default_load(sizes, train))  # fmt: skip
         engine = {0: "replica", 2: "zero2", 3: "zero3"}[train.zero_stage]
         speed = speeds.get(f"{engine}-b{train.batch_size}") if workers == 1 else None
