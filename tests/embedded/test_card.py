@@ -27,7 +27,7 @@ def test_the_card_is_made_from_the_results(folder: Path) -> None:
 
 
 def test_card_and_readme_show_the_same_figures() -> None:
-    readme = Path("README.md").read_text(encoding="utf-8")
+    readme = (RESULTS / "README.md").read_text(encoding="utf-8")
     card = (EMBEDDED / "README.md").read_text(encoding="utf-8")
     row = re.search(r"^\| base, before fine-tuning \|(.*)\|$", readme, re.MULTILINE)
     own = re.search(r"^\| held out \|(.*)\|$", card, re.MULTILINE)
