@@ -13,7 +13,7 @@ from llava_ray.models import tensors as llava_folder
 from llava_ray.models.folder import EMBEDDED, vision_shape
 from llava_ray.prepare.tables import SUFFIXES
 from llava_ray.quantize.registry import spec_for
-from llava_ray.quantize.spec import Resources
+from llava_ray.resources.capacity import Resources
 
 _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}
 _INDEX = "model.safetensors.index.json"

@@ -1,10 +1,9 @@
 """Measure every variant in a process of its own: size, memory, speed, fidelity and captions."""
 
 import logging
-import secrets
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llava_ray.artifacts.records import (
     DatasetRecord,
@@ -16,12 +15,15 @@ from llava_ray.artifacts.records import (
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.benchmark.turns import shared_turn
 from llava_ray.config.run import RunConfig
-from llava_ray.errors import VariantError
-from llava_ray.resources.crash import failure_reason
+from llava_ray.errors import LlavaRayError, VariantError
+from llava_ray.resources.capacity import Resources
 from llava_ray.resources.forked import Forked
+from llava_ray.resources.tasks import Task, run_task, run_tasks
 
 if TYPE_CHECKING:
     from llava_ray.benchmark.plan import Plan
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +75,10 @@ def score_captions(config: RunConfig, variant: Variant, dataset: DatasetRecord) 
 
     check_dataset(dataset)
     plan = make_plan(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
-    task = _start(measure_captions, plan, variant.slug, plan, variant, dataset)
     try:
-        scores: dict[str, float] = ray.get(task)
-    except ray.exceptions.RayError as error:
-        reason = failure_reason(error)
-        raise VariantError(f"captions of {variant.slug!r}: {reason}") from error
-    return scores
+        return run_task(_task(plan, measure_captions, variant.slug, plan, variant, dataset))
+    except VariantError as error:
+        raise VariantError(f"captions of {variant.slug!r}: {error}") from error
 
 
 def find_baseline(config: RunConfig, variants: Sequence[Variant | VariantFailure]) -> Variant:
@@ -99,8 +98,6 @@ def find_baseline(config: RunConfig, variants: Sequence[Variant | VariantFailure
 
 def _reference(plan: "Plan", baseline: Variant, dataset: DatasetRecord) -> ReferenceScores:
     """Find or make the baseline's log probabilities."""
-    import ray
-
     from llava_ray.benchmark.measure import score_baseline
     from llava_ray.benchmark.reference import reference_id
 
@@ -108,15 +105,12 @@ def _reference(plan: "Plan", baseline: Variant, dataset: DatasetRecord) -> Refer
     found = store.find(ReferenceScores, reference_id(plan, baseline, dataset))
     if found is not None:
         return found
-    task = _start(score_baseline, plan, baseline.slug, plan, baseline, dataset)
     try:
-        record: ReferenceScores = ray.get(task)
-    except ray.exceptions.RayError as error:
-        reason = failure_reason(error)
+        return run_task(_task(plan, score_baseline, baseline.slug, plan, baseline, dataset))
+    except VariantError as error:
         raise VariantError(
-            f"baseline {baseline.slug!r} cannot be scored, so nothing compares: {reason}"
+            f"baseline {baseline.slug!r} cannot be scored, so nothing compares: {error}"
         ) from error
-    return record
 
 
 def _measure_all(
@@ -127,22 +121,23 @@ def _measure_all(
     reference: ReferenceScores,
 ) -> dict[str, Scorecard | VariantFailure]:
     """Measure variants side by side, timings apart; a failure stays with its variant."""
-    import ray
-
     from llava_ray.benchmark.measure import measure
 
-    start, waiting = time.monotonic(), list(missing)
-    most = plan.config.max_parallel or _side_by_side(plan, missing)
-    running: dict[Any, str] = {}
+    start = time.monotonic()
     results: dict[str, Scorecard | VariantFailure] = {}
-    while waiting or running:
-        while waiting and len(running) < most:
-            variant = waiting.pop(0)
-            task = _start(measure, plan, variant.slug, plan, variant, baseline, dataset, reference)
-            running[task] = variant.slug
-        ready, _ = ray.wait(list(running), num_returns=1)
-        slug = running.pop(ready[0])
-        results[slug] = _result(ready[0], slug)
+    tasks = [
+        _task(plan, measure, variant.slug, plan, variant, baseline, dataset, reference)
+        for variant in missing
+    ]
+    slugs = {task.name: variant.slug for task, variant in zip(tasks, missing, strict=True)}
+    most = plan.config.max_parallel or _side_by_side(plan, missing)
+    for task, outcome in run_tasks(tasks, at_once=most):
+        slug = slugs[task.name]
+        if isinstance(outcome, LlavaRayError):
+            logger.warning("%s: not measured: %s", slug, outcome)
+            results[slug] = VariantFailure(slug=slug, reason=f"benchmark: {outcome}")
+        else:
+            results[slug] = outcome
         took = time.monotonic() - start
         logger.info(
             "benchmark: %d of %d measured, last %s; %.0f s so far, about %.0f s left",
@@ -161,30 +156,13 @@ def _side_by_side(plan: "Plan", variants: Sequence[Variant]) -> int:
     return len(variants) if small or plan.device == "cuda" else 1
 
 
-def _result(task: Any, slug: str) -> Scorecard | VariantFailure:
-    import ray
-
-    try:
-        card: Scorecard = ray.get(task)
-    except ray.exceptions.RayError as error:
-        reason = failure_reason(error)
-        logger.warning("%s: not measured: %s", slug, reason)
-        return VariantFailure(slug=slug, reason=f"benchmark: {reason}")
-    return card
+def _task(plan: "Plan", work: Callable[..., T], slug: str, *arguments: Any) -> Task[T]:
+    """Return a task whose work runs in a process of its own, so peak memory is of it alone."""
+    need = Resources(num_cpus=plan.num_cpus, num_gpus=plan.num_gpus)
+    return Task(f"{work.__name__} {slug}", need, work, arguments, entry=_run_apart)
 
 
-def _start(work: Callable[..., Any], plan: "Plan", slug: str, *arguments: Any) -> Any:
-    """Start a task whose work runs in a process of its own, so peak memory is of it alone."""
-    import ray
-
-    name = f"{work.__name__} {slug}"
-    remote: Any = ray.remote(_run_apart).options(
-        name=name, num_cpus=plan.num_cpus, num_gpus=plan.num_gpus, max_retries=1
-    )
-    return remote.remote(f"{name} {secrets.token_hex(4)}", work, *arguments)
-
-
-def _run_apart(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
+def _run_apart(name: str, work: Callable[..., T], *arguments: Any) -> T:
     """Do the work in a child, whose start and imports disturb no timing."""
     with shared_turn():
         child = Forked(name, work, *arguments)

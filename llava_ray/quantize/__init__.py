@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from llava_ray.artifacts.records import (
     DatasetRecord,
@@ -14,9 +13,10 @@ from llava_ray.artifacts.records import (
 )
 from llava_ray.artifacts.store import ArtifactStore, artifact_id
 from llava_ray.config.run import RunConfig
-from llava_ray.errors import LlavaRayError
+from llava_ray.quantize.job import Job, make_variant
 from llava_ray.quantize.registry import spec_for
-from llava_ray.quantize.tasks import Job, run_remotely
+from llava_ray.resources.capacity import free_nodes
+from llava_ray.resources.tasks import Task, run_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -77,27 +77,21 @@ def _outcomes(config: RunConfig, jobs: list[Job]) -> Iterator[Outcome]:
     import ray
 
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    gpu = total.get("GPU", 0) > 0
-    with ThreadPoolExecutor(config.quantize.max_parallel or len(jobs)) as pool:
-        futures = {
-            pool.submit(
-                run_remotely,
-                job,
-                gpu=gpu,
-                placement_timeout_s=config.quantize.placement_timeout_s,
-            ): job
-            # Calibrating takes longest, so what runs beside it comes after it.
-            for job in sorted(jobs, key=lambda job: not spec_for(job.slug).calibrated)
-        }
-        for future in as_completed(futures):
-            slug = futures[future].slug
-            error = future.exception()
-            if error is None:
-                yield future.result()
-            elif isinstance(error, LlavaRayError):
-                yield VariantFailure(slug=slug, reason=" ".join(str(error).split()))
-            else:
-                raise error
+    nodes, gpu = free_nodes(), total.get("GPU", 0) > 0
+    tasks = []
+    # Calibrating takes longest, so it starts first and the others run beside it.
+    for job in sorted(jobs, key=lambda job: not spec_for(job.slug).calibrated):
+        need = spec_for(job.slug).resources(job.merged.size_bytes, gpu=gpu).fitted(nodes)
+        device = "cuda" if need.num_gpus else "cpu"
+        tasks.append(Task(job.slug, need, make_variant, (job, device)))
+    limits = config.quantize
+    for task, outcome in run_tasks(
+        tasks, at_once=limits.max_parallel, placement_timeout_s=limits.placement_timeout_s
+    ):
+        if isinstance(outcome, Variant):
+            yield outcome
+        else:
+            yield VariantFailure(slug=task.name, reason=" ".join(str(outcome).split()))
 
 
 def _log_progress(outcome: Outcome, done: int, total: int, elapsed_s: float) -> None:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from llava_ray.errors import VariantError
 from llava_ray.models import tensors as llava_folder
 from llava_ray.quantize.awq_environment import autoawq_folder
-from llava_ray.quantize.spec import Calibration, QuantizationSpec, Resources, whole_model
+from llava_ray.quantize.spec import Calibration, QuantizationSpec, whole_model
+from llava_ray.resources.capacity import Resources
 from llava_ray.resources.crash import run_child
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from llava_ray.models import tensors as llava_folder
-from llava_ray.quantize.spec import Calibration, QuantizationSpec, Resources, process_memory
+from llava_ray.quantize.spec import Calibration, QuantizationSpec, process_memory
+from llava_ray.resources.capacity import Resources
 
 if TYPE_CHECKING:
     import torch

@@ -35,7 +35,8 @@ from llava_ray.models import tensors as llava_folder
 from llava_ray.quantize.gguf_parity import check_parity, check_tokenization
 from llava_ray.quantize.gguf_source import shared_pair
 from llava_ray.quantize.gguf_writer import Checkpoint, write_pair
-from llava_ray.quantize.spec import Calibration, QuantizationSpec, Resources, process_memory
+from llava_ray.quantize.spec import Calibration, QuantizationSpec, process_memory
+from llava_ray.resources.capacity import Resources
 
 if TYPE_CHECKING:
     from llava_ray.inference.engine import Engine

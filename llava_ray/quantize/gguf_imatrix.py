@@ -21,7 +21,8 @@ from llava_ray.models.conversation import encode_sample, read_samples
 from llava_ray.models.images import normalize, open_image, square_pixels
 from llava_ray.quantize.gguf import GgufSpec, Importance
 from llava_ray.quantize.gguf_writer import text_targets
-from llava_ray.quantize.spec import Calibration, Resources, whole_model
+from llava_ray.quantize.spec import Calibration, whole_model
+from llava_ray.resources.capacity import Resources
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from llava_ray.errors import VariantError
 from llava_ray.models import tensors as llava_folder
-from llava_ray.quantize.spec import Calibration, QuantizationSpec, Resources, process_memory
+from llava_ray.quantize.spec import Calibration, QuantizationSpec, process_memory
+from llava_ray.resources.capacity import Resources
 
 if TYPE_CHECKING:
     import torch

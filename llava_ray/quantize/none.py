@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from llava_ray.models import tensors as llava_folder
-from llava_ray.quantize.spec import Calibration, QuantizationSpec, Resources, process_memory
+from llava_ray.quantize.spec import Calibration, QuantizationSpec, process_memory
+from llava_ray.resources.capacity import Resources
 
 if TYPE_CHECKING:
     from llava_ray.inference.engine import Engine

@@ -7,18 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from llava_ray.models import tensors as llava_folder
+from llava_ray.resources.capacity import Resources
 
 if TYPE_CHECKING:
     from llava_ray.inference.engine import Engine
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What one task needs, in Ray's terms."""
-
-    num_cpus: float = 1
-    num_gpus: float = 0
-    memory_bytes: int = 0
 
 
 def process_memory(model_bytes: int) -> int:

@@ -1,12 +1,50 @@
-"""What the machines of the connected cluster have for a stage's work."""
+"""What a stage's work asks for, and what the machines of the connected cluster have."""
 
 import functools
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 _COUNTED = ("CPU", "GPU", "memory")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one task needs, in Ray's terms."""
+
+    num_cpus: float = 1
+    num_gpus: float = 0
+    memory_bytes: int = 0
+
+    def options(self) -> dict[str, float]:
+        """Return them as the options of a Ray task."""
+        return {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, "memory": self.memory_bytes}
+
+    def fitted(self, nodes: Sequence[dict[str, float]]) -> "Resources":
+        """Lower the CPUs to what the largest node has: fewer CPUs only take longer."""
+        most = max((node.get("CPU", 0) for node in nodes), default=0)
+        return self if most < 1 else replace(self, num_cpus=min(self.num_cpus, most))
+
+    def shortage(self, nodes: Sequence[dict[str, float]]) -> str | None:
+        """Say what no node has enough of, or None where one could run the task."""
+        wanted = {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": float(self.memory_bytes)}
+        if any(all(node.get(key, 0) >= value for key, value in wanted.items()) for node in nodes):
+            return None
+        most = ("GPU", "memory", "CPU")
+        largest = max(nodes, key=lambda node: [node.get(key, 0) for key in most])
+        return (
+            f"no node has {_text(wanted)}; the largest has {_text(largest)}: "
+            "add a node or leave this out"
+        )
+
+
+def _text(values: dict[str, float]) -> str:
+    memory = values.get("memory", 0) / 2**30
+    cpus, gpus = values.get("CPU", 0), values.get("GPU", 0)
+    return f"{cpus:g} CPUs, {gpus:g} GPUs and {memory:.1f} GiB of memory"
 
 
 def free_nodes() -> list[dict[str, float]]:

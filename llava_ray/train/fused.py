@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from llava_ray.train.pointwise import Kernels, kernels_for
+from llava_ray.train.pointwise import Kernels, dropout_mask, kernels_for
 
 Tensor = torch.Tensor
 
@@ -97,13 +97,8 @@ class Group:
         parts = iter(torch.split(hidden, widths, dim=1))
         return [None if p.a is None else next(parts) for p in self.projections]
 
-    def _mask(self, x: Tensor, seed: int) -> Tensor:
-        generator = torch.Generator(x.device).manual_seed(seed)
-        kept = 1 - self.dropout
-        return torch.empty_like(x).bernoulli_(kept, generator=generator).div_(kept)
-
     def _dropped(self, x: Tensor, seed: int | None) -> Tensor:
-        return x if seed is None else x * self._mask(x, seed)
+        return x if seed is None else x * dropout_mask(x, self.dropout, seed)
 
     def forward(
         self, x: Tensor, seed: int | None, residual: Tensor | None = None
@@ -141,7 +136,7 @@ class Group:
         if seed is None:
             dx.addmm_(dh, a)
         else:
-            dx.addcmul_(dh @ a, self._mask(dx, seed))
+            dx.addcmul_(dh @ a, dropout_mask(dx, self.dropout, seed))
         return dx, dh
 
     def weight_gradients(

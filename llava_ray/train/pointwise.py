@@ -65,6 +65,23 @@ def swiglu_backward(gate: Tensor, up: Tensor, gradient: Tensor) -> tuple[Tensor,
     return (silu * other).to(kind), of_gate.to(kind), (given * silu).to(kind)
 
 
+def dropout_mask(x: Tensor, rate: float, seed: int) -> Tensor:
+    """Return a tensor like x of zeros, at that rate, and 1 / (1 - rate) for the others.
+
+    The same seed gives the same mask on devices of one type. On a CPU a drawn number gives four
+    entries, and the rate is rounded to 16 bits: bernoulli_ draws one for each, which was a quarter
+    of a training step.
+    """
+    generator = torch.Generator(x.device).manual_seed(seed)
+    if x.device.type == "cuda":
+        return torch.empty_like(x).bernoulli_(1 - rate, generator=generator).div_(1 - rate)
+    drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64)
+    drawn.random_(-(2**63), None, generator=generator)
+    numbers = drawn.view(torch.int16)[: x.numel()].view(x.shape)
+    dropped = min(2**16 - 1, round(rate * 2**16))
+    return (numbers >= dropped - 2**15).to(x.dtype).div_(1 - rate)
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The functions of this module, compiled or not."""

@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from llava_ray.resources import capacity
-from llava_ray.resources.capacity import free_nodes
+from llava_ray.resources.capacity import Resources, free_nodes
 
 
 def test_without_an_application_all_is_free(ray_local: None) -> None:
@@ -23,3 +23,11 @@ def test_where_replicas_hold_all_a_stage_waits_and_is_told(
     with caplog.at_level(logging.WARNING):
         assert [node["CPU"] for node in free_nodes()] == [2]
     assert "hold all CPUs" in caplog.text and "serve shutdown" in caplog.text
+
+
+def test_fewer_cpus_than_asked_for_are_enough() -> None:
+    nodes = [{"CPU": 2.0, "memory": 8e9}, {"CPU": 1.0, "memory": 16e9}]
+    assert Resources(num_cpus=8, memory_bytes=5).fitted(nodes).num_cpus == 2
+    assert Resources(num_cpus=2, memory_bytes=int(8e9)).shortage(nodes) is None
+    lack = Resources(num_cpus=2, memory_bytes=int(9e9)).shortage(nodes)
+    assert lack is not None and "the largest has 1 CPUs, 0 GPUs and 14.9 GiB" in lack

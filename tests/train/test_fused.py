@@ -1,5 +1,6 @@
 """The layers with a backward of their own give what peft's modules give, and keep less."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from tiny_run import small_model
 
 from llava_ray.config.run import TrainConfig
 from llava_ray.train import adapt
+from llava_ray.train.pointwise import dropout_mask
 
 TOLERANCE = 1e-5
 """Of gradients, relative to each tensor's largest entry: fp32 sums in another order."""
@@ -121,3 +123,14 @@ def test_dropout_is_drawn_again_in_backward(folder: Path, batch: dict[str, torch
 )
 def test_other_ways_of_training_run_through_peft(folder: Path, changes: dict[str, Any]) -> None:
     assert make(folder, **changes).decoder is None
+
+
+def test_a_dropout_mask_keeps_its_rate_and_its_seed() -> None:
+    x = torch.empty(300, 255, dtype=torch.bfloat16)
+    mask = dropout_mask(x, 0.05, seed=3)
+    assert mask.shape == x.shape and mask.dtype == x.dtype
+    assert torch.equal(mask, dropout_mask(x, 0.05, seed=3))
+    assert not torch.equal(mask, dropout_mask(x, 0.05, seed=4))
+    kept = mask[mask != 0]
+    assert torch.equal(kept, torch.full_like(kept, 1 / 0.95))
+    assert len(kept) / x.numel() == pytest.approx(0.95, abs=4 * math.sqrt(0.05 * 0.95 / x.numel()))
