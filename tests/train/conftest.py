@@ -119,6 +119,8 @@ def runs(bench: Bench) -> Path:
         [
             bench.job("one_zero2", *PLAIN, one, stage2),
             bench.job("one_zero3", *PLAIN, one, stage3, "train.gradient_checkpointing=true"),
+            bench.job("one_dropout", *PLAIN, one, stage2, "train.lora_dropout=0.5"),
+            bench.job("one_dropout_zero3", *PLAIN, one, stage3, "train.lora_dropout=0.5"),
             bench.job("one_from_two", *PLAIN, one, stage3,
                       resume_from=bench.root / "two_zero2" / "step_1"),
             bench.job("one_stage0_from_two", *PLAIN, one, stage0,

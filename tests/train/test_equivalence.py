@@ -113,6 +113,14 @@ def test_steps_equal_plain_transformers_and_peft(runs, plain, run: str) -> None:
     assert expected_losses[2] < expected_losses[0]
 
 
+@pytest.mark.parametrize("run", ["one_dropout", "one_dropout_zero3"])
+def test_dropout_changes_the_steps(runs, plain, run: str) -> None:
+    expected, _, _ = plain
+    found = losses(runs / run)
+    assert found[0] == pytest.approx(expected[0], rel=TOLERANCE)  # LoRA's B is still zero.
+    assert found[1] != pytest.approx(expected[1], rel=10 * TOLERANCE)
+
+
 def test_vision_tower_is_never_trained(plain) -> None:
     _, gradients, _ = plain
     assert not [name for name in gradients if "vision_tower" in name]
