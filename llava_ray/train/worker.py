@@ -219,8 +219,6 @@ class Loop:
             return replica.ReplicaEngine(module, groups, self.train, dtype)
         engine = zero.make_engine(module, groups, config)
         del shards
-        # transformers loads for inference, where nothing is dropped.
-        engine.train()
         return engine
 
     def _first_state(self) -> TrainState:

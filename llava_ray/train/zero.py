@@ -148,6 +148,8 @@ def make_engine(module: "nn.Module", groups: list[dict[str, Any]], config: dict[
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=fused)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     _make_moments(engine)
+    # transformers loads for inference, where nothing is dropped.
+    engine.train()
     return engine
 
 
