@@ -72,3 +72,16 @@ def check_prompt(engine: Engine, prompt: Prompt, length: int) -> None:
     for pixels in prompt.images:
         if pixels.shape != wanted:
             raise DataError(f"image of shape {pixels.shape}: {wanted} is needed")
+
+
+def eos_token_id(tokenizer: Any, *configured: Any) -> int:
+    """Return the tokenizer's end-of-sequence token, else the first that a config names.
+
+    configured: ints, lists of ints or None. Raises DataError where none is named.
+    """
+    for value in (tokenizer.eos_token_id, *configured):
+        if isinstance(value, list):
+            return int(value[0])
+        if value is not None:
+            return int(value)
+    raise DataError("the model names no end-of-sequence token: add eos_token to its tokenizer")

@@ -243,23 +243,24 @@ def test_decoder_equals_plain_forward(format_: Format, count: int, dtype: torch.
     )
     plain = LlamaForward(model.model, module_layers(model.model), model.lm_head, cache)
     generator = torch.Generator().manual_seed(1)
+    lengths = dict.fromkeys(slots, 0)
     for slot in slots:
         ids = torch.randint(0, 32, (3 + 5 * slot % 24,), generator=generator).to(DEVICE)
         plain(model.model.embed_tokens(ids), [Segment(slot, 0, len(ids))])
-        cache.lengths[slot] = len(ids)
+        lengths[slot] = len(ids)
     fast_cache = copy.deepcopy(cache)
     stack = read_stack(copy.deepcopy(model.model), model.lm_head)
     assert stack is not None
     decoder = Decoder(stack, fast_cache, plain.cos, plain.sin)
     for slot in slots:
-        decoder.set_length(slot, cache.lengths[slot])
+        decoder.set_length(slot, lengths[slot])
     for _ in range(2):
         tokens = torch.randint(0, 32, (count,), generator=generator).to(DEVICE)
-        parts = [Segment(slot, cache.lengths[slot], 1) for slot in slots]
+        parts = [Segment(slot, lengths[slot], 1) for slot in slots]
         wanted = plain.logits(plain(model.model.embed_tokens(tokens), parts))
         found = decoder.step(slots, tokens)
         tolerance = 4e-3 if dtype == torch.float16 else 3e-2
         assert relative_error(found, wanted) < tolerance
         for slot in slots:
-            cache.lengths[slot] += 1
-    assert decoder.lengths.tolist() == [*[cache.lengths[slot] for slot in slots], 0]
+            lengths[slot] += 1
+    assert decoder.lengths.tolist() == [*[lengths[slot] for slot in slots], 0]

@@ -290,7 +290,7 @@ def test_full_slots_and_contexts_are_refused(engine: LlamaCppEngine) -> None:
     with pytest.raises(DataError, match="at most 512"):
         engine.prefill(Prompt((5,) * (CONTEXT + 1)))
     slot, _ = engine.prefill(Prompt((5,) * CONTEXT))
-    with pytest.raises(DataError, match="all 512 tokens"):
+    with pytest.raises(DataError, match="slot 0 is full: 512 tokens"):
         engine.decode([slot], torch.tensor([5]))
     engine.release(slot)
     with pytest.raises(DataError, match="empty"):

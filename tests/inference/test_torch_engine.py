@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from llava_ray.errors import DataError, ResourceError
 from llava_ray.inference.engine import Prompt
+from llava_ray.inference.prefix_cache import PrefixKey, prefix_key
 from llava_ray.inference.torch.engine import TorchEngine
 from llava_ray.models.images import normalize
 
@@ -196,14 +197,18 @@ def test_warming_up_reuses_a_prefix_and_leaves_nothing_behind(
 ) -> None:
     engine = open_engine(model, folder, slots=1)
     engine.keep_prefixes(1)
-    loads: list[bool] = []
-    real = engine.prefixes.load
-    monkeypatch.setattr(
-        engine.prefixes, "load", lambda *args: (loads.append(real(*args)), loads[-1])[1]
-    )
+    found: list[bool] = []
+    real = engine.prefixes.get
+
+    def get(key: PrefixKey) -> Any:
+        state = real(key)
+        found.append(state is not None)
+        return state
+
+    monkeypatch.setattr(engine.prefixes, "get", get)
     engine._warm_prefixes()
-    assert loads == [False, True]
-    assert not engine.prefixes._rows
+    assert found == [False, True]
+    assert not list(engine.prefixes)
     prompt = make_prompt(9, images=1, seed=5)
     assert greedy(engine, [prompt], 8) == [plain_greedy(model, prompt, 8)]
 
@@ -212,15 +217,16 @@ def test_prefixes_keep_to_their_bytes(model: Any, folder: Path) -> None:
     engine = open_engine(model, folder)
     engine.keep_prefixes(8)
     prompts = [make_prompt(9, images=1, seed=seed) for seed in range(3)]
-    keys = [engine._prefix_key(prompt) for prompt in prompts]
+    keys = [prefix_key(prompt, prompt.input_ids, engine.image_token_id, 1) for prompt in prompts]
+    assert keys[0] is not None
     rows = len(keys[0].ids) * engine._cache.keys[:, 0, :, 0].numel()
     engine.prefixes.max_bytes = 2 * 2 * rows * engine._cache.keys.element_size()
     for prompt in prompts:
         engine.release(engine.prefill(prompt)[0])
-    assert list(engine.prefixes._rows) == keys[1:], "the oldest of three makes room"
+    assert list(engine.prefixes) == keys[1:], "the oldest of three makes room"
     engine.prefixes.max_bytes = 1
     engine.release(engine.prefill(prompts[0])[0])
-    assert list(engine.prefixes._rows) == keys[1:], "what never fits drives nothing out"
+    assert list(engine.prefixes) == keys[1:], "what never fits drives nothing out"
 
 
 def test_a_released_slot_is_clean(model: Any, folder: Path) -> None:

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llava_ray.errors import ArtifactError, DataError, ResourceError, VariantError
+from llava_ray.errors import ArtifactError, ResourceError, VariantError
 from llava_ray.inference.engine import Engine, Prompt
 from llava_ray.inference.llama_cpp.native import Batch, last_error, load_llama_cpp
-from llava_ray.inference.llama_cpp.prefixes import LlamaPrefixes
 from llava_ray.inference.llama_cpp.trial import extra_buffers
 from llava_ray.inference.llama_cpp.vision import ImageEncoder
-from llava_ray.inference.prompts import check_prompt
+from llava_ray.inference.prefix_cache import PrefixCache, PrefixKey, prefix_key
+from llava_ray.inference.prompts import check_prompt, eos_token_id
+from llava_ray.inference.slots import Slots
 from llava_ray.models.folder import vision_shape
 from llava_ray.models.images import Pixels
 
@@ -51,15 +52,15 @@ class LlamaCppEngine(Engine):
         self._context: Any = None
         self._images: ImageEncoder | None = None
         self.slots, self.context = slots, context
-        self._lengths: list[int | None] = [None] * slots
-        self._prefixes = LlamaPrefixes(self._llama)
+        self._slots = Slots(slots, context)
+        self._prefixes: PrefixCache[Any] = PrefixCache()
         self._text_file, mmproj = find_pair(folder)
         self.offloaded = device.startswith("cuda") and self._gpu_offload()
         shape = vision_shape(folder)
         self.image_size, self.image_token_id = shape.image_size, shape.image_token_id
         self.tokens_per_image = shape.tokens_per_image
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.eos_token_id = _eos_token_id(folder, self.tokenizer)
+        self.eos_token_id = eos_token_id(self.tokenizer, _configured_eos(folder))
         try:
             self._open(mmproj)
         except BaseException:
@@ -68,14 +69,14 @@ class LlamaCppEngine(Engine):
 
     def keep_prefixes(self, count: int) -> None:
         """Keep llama.cpp's cache of the last `count` image prefixes, to skip their prefill."""
-        self._prefixes = LlamaPrefixes(self._llama, count)
+        self._prefixes = PrefixCache(count)
 
     def prefill(self, prompt: Prompt) -> tuple[int, torch.Tensor]:
         """Run a prompt into a free slot; return the slot and the next token's logits."""
         check_prompt(self, prompt, len(prompt.input_ids))
-        slot = self._take()
+        slot = self._slots.take()
         try:
-            return slot, self._run(slot, prompt.input_ids, prompt.images, rows=1)[0]
+            return slot, self._run(prompt, slot, prompt.input_ids, rows=1)[0]
         except BaseException:
             self.release(slot)
             raise
@@ -83,13 +84,9 @@ class LlamaCppEngine(Engine):
     def decode(self, slots: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
         """Append one token to each slot; return the next logits, float32 [len(slots), vocab]."""
         count = len(slots)
-        if len(set(slots)) != count:
-            raise DataError(f"slots {list(slots)}: each can take one token at a time")
         if count == 0:
             return torch.empty(0, self.vocab_size)
-        lengths = [self._length(slot) for slot in slots]
-        if max(lengths) >= self.context:
-            raise DataError(f"a sequence has all {self.context} tokens of the context; release it")
+        lengths = self._slots.append(slots)
         # Ascending slots go through the layers together; others one after the other.
         order = np.argsort(np.asarray(slots))
         batch = self._batch
@@ -98,15 +95,13 @@ class LlamaCppEngine(Engine):
         batch.tokens[:count] = tokens.cpu().numpy()[order]
         batch.wanted[:count] = 1
         self._decode(batch.of_tokens(count))
-        for slot in slots:
-            self._lengths[slot] = self._length(slot) + 1
         logits = np.empty((count, self.vocab_size), dtype=np.float32)
         logits[order] = self._logits(count)
         return torch.from_numpy(logits)
 
     def release(self, slot: int) -> None:
         """Free a slot."""
-        self._lengths[slot] = None
+        self._slots.release(slot)
         memory = self._llama.llama_get_memory(self._context)
         self._llama.llama_memory_seq_rm(memory, slot, -1, -1)
 
@@ -116,9 +111,9 @@ class LlamaCppEngine(Engine):
         check_prompt(self, prompt, len(ids))
         if not continuation:
             return torch.empty(0, self.vocab_size)
-        slot = self._take()
+        slot = self._slots.take()
         try:
-            return self._run(slot, ids, prompt.images, rows=len(continuation))
+            return self._run(prompt, slot, ids, rows=len(continuation))
         finally:
             self.release(slot)
 
@@ -214,17 +209,15 @@ class LlamaCppEngine(Engine):
             params.flash_attn_type = 0
         return params
 
-    def _run(
-        self, slot: int, ids: Sequence[int], images: Sequence[Pixels], *, rows: int
-    ) -> torch.Tensor:
+    def _run(self, prompt: Prompt, slot: int, ids: Sequence[int], *, rows: int) -> torch.Tensor:
         """Fill an empty slot; return the logits of the last `rows` positions."""
         collected: list[NDArray[np.float32]] = []
         first_wanted = len(ids) - rows
-        remaining = iter(images)
-        key = self._prefixes.key(ids, images, self.image_token_id, rows=rows)
-        begin = 0
-        if key is not None and self._prefixes.load(key, self._context, slot):
-            begin = len(key.ids)
+        remaining = iter(prompt.images)
+        key = None
+        if self._prefixes.capacity:
+            key = prefix_key(prompt, ids, self.image_token_id, rows)
+        begin = len(key.ids) if key is not None and self._load_prefix(key, slot) else 0
         for start, end, is_image in self._segments(ids):
             if end <= begin:
                 continue
@@ -241,8 +234,8 @@ class LlamaCppEngine(Engine):
                 if count:
                     collected.append(self._logits(count).copy())
             if key is not None and not begin and end == len(key.ids):
-                self._prefixes.save(key, self._context, slot)
-        self._lengths[slot] = len(ids)
+                self._save_prefix(key, slot)
+        self._slots.set_length(slot, len(ids))
         return torch.from_numpy(np.concatenate(collected))
 
     def _segments(self, ids: Sequence[int]) -> Iterator[tuple[int, int, bool]]:
@@ -280,20 +273,27 @@ class LlamaCppEngine(Engine):
         )
         return np.ctypeslib.as_array(address, shape=(count, self.vocab_size))
 
-    def _length(self, slot: int) -> int:
-        length = self._lengths[slot]
-        if length is None:
-            raise DataError(f"slot {slot} is empty: prefill a prompt first")
-        return length
+    def _load_prefix(self, key: PrefixKey, slot: int) -> bool:
+        """Put a known prefix into an empty slot; return whether it was known."""
+        state = self._prefixes.get(key)
+        if state is None:
+            return False
+        if not self._llama.llama_state_seq_set_data(self._context, state, len(state), slot):
+            raise VariantError("llama.cpp did not take back the prefill of an image")
+        return True
 
-    def _take(self) -> int:
-        for slot, length in enumerate(self._lengths):
-            if length is None:
-                self._lengths[slot] = 0
-                return slot
-        raise ResourceError(
-            f"all {self.slots} slots are taken: release one or open the engine with more"
-        )
+    def _save_prefix(self, key: PrefixKey, slot: int) -> None:
+        """Keep what a slot has at this moment, as the bytes of llama.cpp's cache."""
+        size = self._llama.llama_state_seq_get_size(self._context, slot)
+
+        def copy() -> Any:
+            state = (ctypes.c_uint8 * size)()
+            copied = self._llama.llama_state_seq_get_data(self._context, state, size, slot)
+            if copied != size:
+                raise VariantError(f"llama.cpp gave {copied} of {size} bytes of its cache")
+            return state
+
+        self._prefixes.put(key, size, copy)
 
 
 def find_pair(folder: Path) -> tuple[Path, Path]:
@@ -310,12 +310,7 @@ def find_pair(folder: Path) -> tuple[Path, Path]:
     return texts[0], mmprojs[0]
 
 
-def _eos_token_id(folder: Path, tokenizer: Any) -> int:
-    if tokenizer.eos_token_id is not None:
-        return int(tokenizer.eos_token_id)
+def _configured_eos(folder: Path) -> Any:
     path = folder / "generation_config.json"
     tree = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    value = tree.get("eos_token_id")
-    if value is None:
-        raise DataError("the model names no end-of-sequence token: add eos_token to its tokenizer")
-    return int(value[0] if isinstance(value, list) else value)
+    return tree.get("eos_token_id")

@@ -3,7 +3,6 @@
 The vision tower and the projector run through the model's own modules.
 """
 
-import hashlib
 import importlib.util
 import logging
 from collections.abc import Sequence
@@ -13,16 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llava_ray.errors import DataError, ResourceError
 from llava_ray.inference.engine import Engine, Prompt
-from llava_ray.inference.prompts import check_prompt
-from llava_ray.inference.torch.cache import (
-    MOST_PREFIX_BYTES,
-    PrefixKey,
-    PrefixStore,
-    Segment,
-    SlotCache,
-)
+from llava_ray.inference.prefix_cache import MOST_PREFIX_BYTES, PrefixCache, prefix_key
+from llava_ray.inference.prompts import check_prompt, eos_token_id
+from llava_ray.inference.slots import Slots
+from llava_ray.inference.torch.cache import Segment, SlotCache
 from llava_ray.inference.torch.kernels.weights import make_dense
 from llava_ray.inference.torch.llama import LlamaForward, Shape, linear_groups, module_layers
 from llava_ray.models.images import normalize
@@ -59,12 +53,15 @@ class TorchEngine(Engine):
         self.tokens_per_image = (vision.image_size // vision.patch_size) ** 2
         self.image_token_id = config.image_token_id
         self.vocab_size = config.text_config.vocab_size
-        self.eos_token_id = _eos_token_id(self.tokenizer, whole)
+        self.eos_token_id = eos_token_id(
+            self.tokenizer, whole.generation_config.eos_token_id, config.text_config.eos_token_id
+        )
         if device == "cpu":
             make_dense(whole, whole.model.language_model.embed_tokens.weight.dtype)
         language_model = whole.model.language_model
         self._embed: Any = language_model.embed_tokens
         shape = Shape.of(config.text_config)
+        self._slots = Slots(slots, context)
         self._cache = SlotCache(
             layers=shape.layers,
             slots=slots,
@@ -80,7 +77,7 @@ class TorchEngine(Engine):
         self._graphs: PrefillGraphs | None = None
         with torch.no_grad():
             self._open_forward(language_model, whole.lm_head)
-        self.prefixes = PrefixStore(capacity=0)
+        self.prefixes: PrefixCache[tuple[torch.Tensor, torch.Tensor]] = PrefixCache()
 
     def _open_forward(self, language_model: Any, lm_head: Any) -> None:
         """Use the GPU kernels where they can be had, else the model's own modules."""
@@ -134,7 +131,7 @@ class TorchEngine(Engine):
         room = MOST_PREFIX_BYTES
         if self.device.startswith("cuda"):
             room = min(room, torch.cuda.mem_get_info(self.device)[0] // 2)
-        self.prefixes = PrefixStore(capacity=count, max_bytes=room)
+        self.prefixes = PrefixCache(count, room)
         if count and self._graphs is not None:
             self._warm_prefixes()
 
@@ -152,35 +149,26 @@ class TorchEngine(Engine):
     def prefill(self, prompt: Prompt) -> tuple[int, torch.Tensor]:
         """Run a prompt into a free slot; return the slot and the next token's logits."""
         check_prompt(self, prompt, len(prompt.input_ids))
-        slot = self._take()
+        slot = self._slots.take()
         try:
             return slot, self._run(prompt, slot, prompt.input_ids, rows=1)[0]
         except BaseException:
-            self._cache.release(slot)
+            self._slots.release(slot)
             raise
 
     @torch.no_grad()
     def decode(self, slots: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
         """Append one token to each slot; return the next logits, float32 [len(slots), vocab]."""
-        lengths = self._cache.lengths
-        for slot in slots:
-            assert self._cache.held(slot), f"slot {slot} is free"
-            if lengths[slot] >= self.context:
-                raise DataError(
-                    f"slot {slot} is full: {lengths[slot]} tokens; ask for fewer new tokens or "
-                    "open the engine with a larger context"
-                )
-        parts = [Segment(slot, lengths[slot], 1) for slot in slots]
-        for slot in slots:
-            lengths[slot] += 1
+        lengths = self._slots.append(slots)
         if self._decoder is not None:
             return self._decoder.step(slots, tokens)
+        parts = [Segment(slot, length, 1) for slot, length in zip(slots, lengths, strict=True)]
         hidden = self._forward(self._embed(tokens.to(self.device)), parts)
         return self._forward.logits(hidden)
 
     def release(self, slot: int) -> None:
         """Free a slot."""
-        self._cache.release(slot)
+        self._slots.release(slot)
 
     @torch.no_grad()
     def score(self, prompt: Prompt, continuation: Sequence[int]) -> torch.Tensor:
@@ -189,11 +177,11 @@ class TorchEngine(Engine):
         check_prompt(self, prompt, len(ids))
         if not continuation:
             return torch.empty(0, self.vocab_size)
-        slot = self._take()
+        slot = self._slots.take()
         try:
             return self._run(prompt, slot, ids, rows=len(continuation)).cpu()
         finally:
-            self._cache.release(slot)
+            self._slots.release(slot)
 
     def weight_bytes(self) -> int:
         """Return the bytes of weights that one decoded token reads (language model and head)."""
@@ -208,22 +196,27 @@ class TorchEngine(Engine):
 
     def _run(self, prompt: Prompt, slot: int, ids: Sequence[int], *, rows: int) -> torch.Tensor:
         """Fill a free slot with ids; return the last rows' logits."""
+        key = None
+        if self.prefixes.capacity:
+            key = prefix_key(prompt, ids, self.image_token_id, rows)
+        kept = None if key is None else self.prefixes.get(key)
         start = 0
-        key = self._prefix_key(prompt) if self.prefixes.capacity else None
-        # The last `rows` ids give the logits, so they cannot be skipped.
-        reusable = key is not None and len(key.ids) <= len(ids) - rows
-        if key is not None and reusable and self.prefixes.load(key, self._cache, slot):
+        if key is not None and kept is not None:
             start = len(key.ids)
+            for cached, values in zip((self._cache.keys, self._cache.values), kept, strict=True):
+                cached[:, slot, :, :start] = values
         hidden = self._embeddings(prompt, ids, start)
         if self._graphs is not None and not start:
             hidden = self._graphs.prefill(hidden, slot)
         else:
             hidden = self._forward(hidden, [Segment(slot, start, len(ids) - start)])
-        self._cache.lengths[slot] = len(ids)
+        self._slots.set_length(slot, len(ids))
         if self._decoder is not None:
             self._decoder.set_length(slot, len(ids))
-        if key is not None and reusable and not start:
-            self.prefixes.save(key, self._cache, slot)
+        if key is not None and not start:
+            keys, values = self._cache.first(slot, len(key.ids))
+            size = keys.nbytes + values.nbytes
+            self.prefixes.put(key, size, lambda: (keys.clone(), values.clone()))
         return self._forward.logits(hidden[-rows:])
 
     def _embeddings(self, prompt: Prompt, ids: Sequence[int], start: int) -> torch.Tensor:
@@ -251,35 +244,6 @@ class TorchEngine(Engine):
     def _vision_dtype(self) -> torch.dtype:
         dtype: torch.dtype = next(self._model.model.vision_tower.parameters()).dtype
         return dtype
-
-    def _prefix_key(self, prompt: Prompt) -> PrefixKey | None:
-        if not prompt.images:
-            return None
-        ids = prompt.input_ids
-        end = len(ids) - ids[::-1].index(self.image_token_id)
-        hashes = tuple(hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in prompt.images)
-        return PrefixKey(ids[:end], hashes)
-
-    def _take(self) -> int:
-        slot = self._cache.take()
-        if slot is None:
-            raise ResourceError(
-                f"all {self.slots} slots are taken: release one or open the engine with more"
-            )
-        return slot
-
-
-def _eos_token_id(tokenizer: Any, model: Any) -> int:
-    for value in (
-        tokenizer.eos_token_id,
-        model.generation_config.eos_token_id,
-        model.config.text_config.eos_token_id,
-    ):
-        if isinstance(value, list):
-            return int(value[0])
-        if value is not None:
-            return int(value)
-    raise DataError("the model names no end-of-sequence token: add eos_token to its tokenizer")
 
 
 def _read_per_token(language_model: Any, lm_head: torch.nn.Module) -> int:
