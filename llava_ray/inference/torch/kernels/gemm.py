@@ -98,39 +98,17 @@ def load_tokens(x_ptr, column, batch, COLUMNS: tl.constexpr, BB: tl.constexpr, E
 
 
 @triton.jit
-def dense_tile(
-    x_ptr,
-    w_ptr,
-    row,
-    part,
-    batch,
-    COLUMNS: tl.constexpr,
-    BN: tl.constexpr,
-    BB: tl.constexpr,
-    BK: tl.constexpr,
-    SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Return this part's w[rows] @ x.T, float32 [BN, BB]."""
-    SPAN: tl.constexpr = (COLUMNS + SPLIT * BK - 1) // (SPLIT * BK) * BK
-    WHOLE: tl.constexpr = SPAN * SPLIT == COLUMNS
-    acc = tl.zeros((BN, BB), tl.float32)
-    for step in tl.range(0, SPAN // BK, num_stages=STAGES):
-        column = part * SPAN + step * BK + tl.arange(0, BK)
-        pointer = w_ptr + row[:, None] * COLUMNS + column[None, :]
-        if WHOLE:
-            w = tl.load(pointer, eviction_policy="evict_first")
-        else:
-            w = tl.load(
-                pointer, mask=(column < COLUMNS)[None, :], other=0.0, eviction_policy="evict_first"
-            )
-        x = load_tokens(x_ptr, column, batch, COLUMNS, BB, COLUMNS)
-        acc = tl.dot(w, x.to(w.dtype), acc)
-    return acc
+def load_weights(pointer, inside, WHOLE: tl.constexpr):
+    """Load weights that are read once; 0 where they are not inside, unless all are."""
+    if WHOLE:
+        w = tl.load(pointer, eviction_policy="evict_first")
+    else:
+        w = tl.load(pointer, mask=inside, other=0, eviction_policy="evict_first")
+    return w
 
 
 @triton.jit
-def int8_tile(
+def row_tile(
     x_ptr,
     w_ptr,
     scale_ptr,
@@ -138,6 +116,7 @@ def int8_tile(
     part,
     batch,
     COLUMNS: tl.constexpr,
+    FORMAT: tl.constexpr,
     BN: tl.constexpr,
     BB: tl.constexpr,
     BK: tl.constexpr,
@@ -145,22 +124,21 @@ def int8_tile(
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Return this part's w[rows] @ x.T, float32 [BN, BB]; `w_ptr` points to bytes."""
+    """Return this part's w[rows] @ x.T, float32 [BN, BB], of plain weights or of int8's bytes."""
     SPAN: tl.constexpr = (COLUMNS + SPLIT * BK - 1) // (SPLIT * BK) * BK
-    WHOLE: tl.constexpr = SPAN * SPLIT == COLUMNS
     acc = tl.zeros((BN, BB), tl.float32)
     for step in tl.range(0, SPAN // BK, num_stages=STAGES):
         column = part * SPAN + step * BK + tl.arange(0, BK)
         pointer = w_ptr + row[:, None] * COLUMNS + column[None, :]
-        if WHOLE:
-            w = tl.load(pointer, eviction_policy="evict_first")
-        else:
-            w = tl.load(
-                pointer, mask=(column < COLUMNS)[None, :], other=0, eviction_policy="evict_first"
-            )
+        w = load_weights(pointer, (column < COLUMNS)[None, :], SPAN * SPLIT == COLUMNS)
         x = load_tokens(x_ptr, column, batch, COLUMNS, BB, COLUMNS)
-        acc = tl.dot(int8_values(w, ASM), x, acc)
-    return acc * tl.load(scale_ptr + row).to(tl.float32)[:, None]
+        if FORMAT == INT8:
+            acc = tl.dot(int8_values(w, ASM), x, acc)
+        else:
+            acc = tl.dot(w, x.to(w.dtype), acc)
+    if FORMAT == INT8:
+        acc = acc * tl.load(scale_ptr + row).to(tl.float32)[:, None]
+    return acc
 
 
 @triton.jit
@@ -193,7 +171,6 @@ def int4_tile(
     GROUPS: tl.constexpr = COLUMNS // GROUP
     SPAN: tl.constexpr = (GROUPS + SPLIT - 1) // SPLIT
     acc = tl.zeros((BN, BB), tl.float32)
-    WHOLE: tl.constexpr = SPAN * SPLIT == GROUPS
     entry = scale_ptr + (row * GROUPS + part * SPAN) * 2
     scale, zero = load_entry(entry, part * SPAN, GROUPS)
     for step in tl.range(0, SPAN, num_stages=STAGES):
@@ -202,11 +179,8 @@ def int4_tile(
         next_scale, next_zero = load_entry(entry + 2 * (step + 1), group + 1, GROUPS)
         byte = group * BK + tl.arange(0, BK)
         pointer = w_ptr + row[:, None] * BYTES + byte[None, :]
-        if WHOLE:
-            w = tl.load(pointer, eviction_policy="evict_first")
-        else:
-            inside = (row >= 0) & (group < GROUPS)
-            w = tl.load(pointer, mask=inside[:, None], other=0, eviction_policy="evict_first")
+        inside = (row >= 0) & (group < GROUPS)
+        w = load_weights(pointer, inside[:, None], SPAN * SPLIT == GROUPS)
         low = load_tokens(x_ptr, byte, batch, COLUMNS, BB, BYTES)
         high = load_tokens(x_ptr + BYTES, byte, batch, COLUMNS, BB, BYTES)
         low_values, high_values, ones = int4_values(w, ASM)
@@ -261,12 +235,11 @@ def gemm_kernel(
         acc = int4_tile(
             x_ptr, w_ptr, scale_ptr, row, part, batch, COLUMNS, GROUP, BN, BB, SPLIT, STAGES, ASM
         )
-    elif FORMAT == INT8:
-        acc = int8_tile(
-            x_ptr, w_ptr, scale_ptr, row, part, batch, COLUMNS, BN, BB, BK, SPLIT, STAGES, ASM
-        )
     else:
-        acc = dense_tile(x_ptr, w_ptr, row, part, batch, COLUMNS, BN, BB, BK, SPLIT, STAGES)
+        acc = row_tile(
+            x_ptr, w_ptr, scale_ptr, row, part, batch, COLUMNS, FORMAT, BN, BB, BK, SPLIT, STAGES,
+            ASM,
+        )  # fmt: skip
     last = SPLIT == 1
     if SPLIT > 1:
         cell = tl.arange(0, BN)[:, None] * BB + tl.arange(0, BB)[None, :]

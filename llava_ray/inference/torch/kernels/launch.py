@@ -121,52 +121,27 @@ class Product:
         block: Any = None,
     ) -> Squares:
         """Run it for `batch` tokens; return the sums of squares of the residual stream."""
+        shared = self._shared(out, scaled, squares)
         if batch == 1:
-            rows = self._launch_gemv(x, out, squares, scaled, block or gemv_block(self.weight))
+            rows = self._launch_gemv(x, block or gemv_block(self.weight), shared)
         else:
-            block = block or gemm_block(self.weight)
-            rows = self._launch_gemm(batch, x, out, squares, scratch, scaled, block)
+            rows = self._launch_gemm(batch, x, scratch, block or gemm_block(self.weight), shared)
         return squares.of(-(-self.weight.rows // rows)) if self.epilogue == "residual" else squares
 
-    def _launch_gemv(
-        self,
-        x: torch.Tensor,
-        out: torch.Tensor,
-        squares: Squares,
-        scaled: torch.Tensor | None,
-        block: GemvBlock,
-    ) -> int:
+    def _launch_gemv(self, x: torch.Tensor, block: GemvBlock, shared: dict[str, Any]) -> int:
         weight = self.weight
-        packed = weight.format != "dense"
         scale = weight.scale
         if weight.format == "int4":
             assert scale is not None
             scale = scale.view(torch.int32)
         gemv_kernel[(-(-weight.rows // block.rows),)](
-            x.view(torch.int32) if packed else x,
+            x if weight.format == "dense" else x.view(torch.int32),
             weight.data,
             scale,
-            out,
-            self.gain,
-            scaled,
-            squares.buffer,
-            squares.buffer,
-            weight.rows,
-            squares.parts,
-            MAX_PARTS,
-            self.eps,
-            COLUMNS=weight.columns,
-            GROUP=weight.group,
-            FORMAT=ORDERS[weight.format],
             BN=block.rows,
             TILE=block.tile,
-            EPILOGUE=EPILOGUES[self.epilogue],
-            NORM=self.norm,
-            PARTS=triton.next_power_of_2(max(1, squares.parts)),
-            ASM=not INTERPRETED,
-            PDL=self.pdl,
             num_warps=block.warps,
-            **({"launch_pdl": True} if self.pdl else {}),
+            **shared,
         )
         return block.rows
 
@@ -174,11 +149,9 @@ class Product:
         self,
         batch: int,
         x: torch.Tensor,
-        out: torch.Tensor,
-        squares: Squares,
         scratch: Scratch,
-        scaled: torch.Tensor | None,
         block: GemmBlock,
+        shared: dict[str, Any],
     ) -> int:
         weight = self.weight
         tiles = -(-weight.rows // block.rows)
@@ -188,37 +161,45 @@ class Product:
             x,
             weight.data if weight.format == "dense" else weight.data.view(torch.uint8),
             weight.scale,
-            out,
-            self.gain,
-            scaled,
-            squares.buffer,
-            squares.buffer,
-            scratch.parts,
-            scratch.counters,
-            batch,
-            weight.rows,
-            squares.parts,
-            MAX_PARTS,
-            self.eps,
-            COLUMNS=weight.columns,
-            GROUP=weight.group,
-            FORMAT=ORDERS[weight.format],
+            parts_ptr=scratch.parts,
+            counter_ptr=scratch.counters,
+            batch=batch,
             BN=block.rows,
             BB=tokens,
             BK=block.columns,
             SPLIT=block.split,
             STAGES=block.stages,
-            EPILOGUE=EPILOGUES[self.epilogue],
-            NORM=self.norm,
             OUT_COLUMNS=weight.rows // (2 if self.epilogue == "swiglu" else 1),
             ORDER=ORDERS[self.order],
-            PARTS=triton.next_power_of_2(max(1, squares.parts)),
-            ASM=not INTERPRETED,
-            PDL=self.pdl,
             num_warps=block.warps,
-            **({"launch_pdl": True} if self.pdl else {}),
+            **shared,
         )
         return block.rows
+
+    def _shared(
+        self, out: torch.Tensor, scaled: torch.Tensor | None, squares: Squares
+    ) -> dict[str, Any]:
+        """Return the arguments that both kernels take."""
+        return {
+            "out_ptr": out,
+            "gain_ptr": self.gain,
+            "scaled_ptr": scaled,
+            "squares_in_ptr": squares.buffer,
+            "squares_out_ptr": squares.buffer,
+            "rows": self.weight.rows,
+            "parts": squares.parts,
+            "stride": MAX_PARTS,
+            "eps": self.eps,
+            "COLUMNS": self.weight.columns,
+            "GROUP": self.weight.group,
+            "FORMAT": ORDERS[self.weight.format],
+            "EPILOGUE": EPILOGUES[self.epilogue],
+            "NORM": self.norm,
+            "PARTS": triton.next_power_of_2(max(1, squares.parts)),
+            "ASM": not INTERPRETED,
+            "PDL": self.pdl,
+            **({"launch_pdl": True} if self.pdl else {}),
+        }
 
 
 def embed(
