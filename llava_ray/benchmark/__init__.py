@@ -77,7 +77,7 @@ def score_captions(config: RunConfig, variant: Variant, dataset: DatasetRecord) 
     plan = make_plan(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
     try:
         return run_task(_task(plan, measure_captions, variant.slug, plan, variant, dataset))
-    except VariantError as error:
+    except LlavaRayError as error:
         raise VariantError(f"captions of {variant.slug!r}: {error}") from error
 
 
@@ -107,7 +107,7 @@ def _reference(plan: "Plan", baseline: Variant, dataset: DatasetRecord) -> Refer
         return found
     try:
         return run_task(_task(plan, score_baseline, baseline.slug, plan, baseline, dataset))
-    except VariantError as error:
+    except LlavaRayError as error:
         raise VariantError(
             f"baseline {baseline.slug!r} cannot be scored, so nothing compares: {error}"
         ) from error

@@ -1,17 +1,15 @@
 """Fold an adapter into its base in fp32 and measure what that changes."""
 
 import logging
-from typing import Any
 
 from llava_ray.artifacts.records import AdapterCheckpoint, DatasetRecord, MergedModel
 from llava_ray.artifacts.store import ArtifactStore, artifact_id, read_record
 from llava_ray.config.run import RunConfig
-from llava_ray.errors import LlavaRayError, ResourceError
+from llava_ray.errors import ResourceError, VariantError
 from llava_ray.merge.fold import MergeTask, merge_task
 from llava_ray.models.folder import model_folder
-from llava_ray.resources.capacity import free_nodes
-from llava_ray.resources.crash import failure_reason
-from llava_ray.resources.forked import run_forked
+from llava_ray.resources.capacity import Resources, free_nodes
+from llava_ray.resources.tasks import Task, run_task
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +23,6 @@ def run(config: RunConfig, adapter: AdapterCheckpoint) -> MergedModel:
     Raises ResourceError when no machine of the cluster has that memory, ArtifactError when the
     base is not the one that the adapter was trained on.
     """
-    import ray
-
     store = ArtifactStore(config.storage.uri)
     settings = config.merge.model_dump(mode="json")
     id = artifact_id(MergedModel.kind, settings, [adapter.id])
@@ -43,14 +39,10 @@ def run(config: RunConfig, adapter: AdapterCheckpoint) -> MergedModel:
         dataset=read_record(DatasetRecord, adapter.dataset_uri),
         max_image_pixels=config.data.max_image_pixels,
     )
-    remote: Any = ray.remote(run_forked).options(**_resources(config), max_retries=1)
     try:
-        record: MergedModel = ray.get(remote.remote(f"merge {id}", merge_task, task))
-    except LlavaRayError as error:
-        # Ray's wrapper prints the task's traceback; its cause is the error itself.
-        raise getattr(error, "cause", None) or error from None
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-        raise ResourceError(f"merge: {failure_reason(error)}") from error
+        record = run_task(Task(f"merge {id}", _resources(config), merge_task, (task,)))
+    except VariantError as error:
+        raise ResourceError(f"merge: {error}") from error
     logger.info(
         "merge: largest logit difference %.2e in fp32, %.2e once rounded to %s",
         record.max_logit_difference, record.rounded_max_logit_difference, config.merge.dtype,
@@ -63,22 +55,18 @@ def merge_memory_bytes(weight_bytes: int) -> int:
     return weight_bytes // 2 * _MEMORY_PER_WEIGHT_BYTES
 
 
-def _resources(config: RunConfig) -> dict[str, float]:
+def _resources(config: RunConfig) -> Resources:
     folder = model_folder(config.model)
     weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    memory = merge_memory_bytes(weight_bytes)
     nodes = free_nodes()
-    largest = max((node["memory"] for node in nodes), default=0)
-    if largest < memory:
-        raise ResourceError(
-            f"merging in fp32 needs {memory / 2**30:.1f} GiB of memory on one machine; the "
-            f"cluster's largest has {largest / 2**30:.1f} GiB"
-        )
     cpus = max((node["CPU"] for node in nodes), default=1)
     gpus = any(node["GPU"] >= 1 for node in nodes)
-    # Half of a machine: a waiting replica or trial may hold the rest.
-    return {
-        "num_cpus": max(1, min(8, cpus // 2)),
-        "num_gpus": 1 if gpus else 0,
-        "memory": memory,
-    }
+    need = Resources(
+        # Half of a machine: a waiting replica or trial may have the rest.
+        num_cpus=max(1, min(8, cpus // 2)),
+        num_gpus=1 if gpus else 0,
+        memory_bytes=merge_memory_bytes(weight_bytes),
+    )
+    if lack := need.shortage(nodes):
+        raise ResourceError(f"merging in fp32: {lack}")
+    return need

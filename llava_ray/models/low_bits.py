@@ -8,10 +8,10 @@ from typing import Any
 
 from llava_ray.errors import ConfigError
 
-LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def round_base(llava: Any, *, bits: int, group_size: int) -> None:
+def quantize_base(llava: Any, *, bits: int, group_size: int) -> None:
     """Put an HQQLinear in the place of each linear layer of the language model.
 
     Raises ConfigError when a layer's weights cannot be split into such groups.
@@ -26,7 +26,7 @@ def round_base(llava: Any, *, bits: int, group_size: int) -> None:
         llava.set_submodule(name, layer)
 
 
-def rounded_base(llava: Any, *, bits: int, group_size: int) -> None:
+def fake_quantize_base(llava: Any, *, bits: int, group_size: int) -> None:
     """Replace each such weight by the value that its packed form stands for."""
     from hqq.core.quantize import Quantizer
 
@@ -41,7 +41,7 @@ def rounded_base(llava: Any, *, bits: int, group_size: int) -> None:
 
 def _weights(llava: Any) -> list[tuple[str, Any]]:
     layers = llava.model.language_model.named_modules(prefix="model.language_model")
-    return [(name, m.weight.data) for name, m in layers if name.rpartition(".")[2] in LAYERS]
+    return [(name, m.weight.data) for name, m in layers if name.rpartition(".")[2] in LINEAR_LAYERS]
 
 
 def _config(name: str, weight: Any, bits: int, group_size: int) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Task(Generic[T]):
 def run_task(task: Task[T]) -> T:
     """Run one to its end.
 
-    Raises VariantError that says in one line why it failed.
+    Raises the work's own LlavaRayError, and else VariantError that says in one line why it failed.
     """
     result: T = _result(task.start())
     return result
@@ -88,4 +88,8 @@ def _result(ref: Any) -> Any:
     try:
         return ray.get(ref)
     except ray.exceptions.RayError as error:
+        # Ray's wrapper prints the task's traceback; its cause is the error itself.
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, LlavaRayError):
+            raise cause from None
         raise VariantError(failure_reason(error)) from error

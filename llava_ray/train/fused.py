@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from llava_ray.models.low_bits import LINEAR_LAYERS
 from llava_ray.train.pointwise import Kernels, dropout_mask, kernels_for
 
 Tensor = torch.Tensor
@@ -21,15 +22,13 @@ Tensor = torch.Tensor
 Recompute = Literal["none", "mlp", "layer"]
 """What backward computes again: nothing large, the feed-forward half, or nearly all of a layer."""
 
-_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 def obstacle(llava: Any) -> str | None:
     """Say why a model's layers cannot be run by this module, or return None."""
     for layer in llava.model.language_model.layers:
         if type(layer).__name__ != "LlamaDecoderLayer":
             return f"layers are {type(layer).__name__}"
-        for name in _NAMES:
+        for name in LINEAR_LAYERS:
             module = _linear(layer, name)
             base = getattr(module, "base_layer", module)
             if type(base) is not nn.Linear or base.bias is not None:

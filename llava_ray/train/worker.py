@@ -206,7 +206,7 @@ class Loop:
             nf4=self.train.method == "qlora",
         )
         if self.train.method == "hqq":
-            low_bits.round_base(
+            low_bits.quantize_base(
                 model, bits=self.train.hqq_bits, group_size=self.train.hqq_group_size
             )
         # Seeded again: every rank and every restart must draw the same LoRA weights.

@@ -36,6 +36,7 @@ from llava_ray.inference.torch.kernels.weights import (
     read_module,
 )
 from llava_ray.inference.torch.llama import Layer, Projection, Shape, linear_groups
+from llava_ray.models.low_bits import LINEAR_LAYERS
 
 logger = logging.getLogger(__name__)
 
@@ -150,13 +151,10 @@ def _read_group(name: str, modules: Sequence[nn.Module]) -> Weight | None:
 
 
 def _drop_linears(layer: Any) -> None:
-    """Free the modules' own weights: they are held in kernel layouts now."""
-    for owner, names in (
-        (layer.self_attn, ("q_proj", "k_proj", "v_proj", "o_proj")),
-        (layer.mlp, ("gate_proj", "up_proj", "down_proj")),
-    ):
-        for name in names:
-            setattr(owner, name, nn.Identity())
+    """Free the modules' own weights, which stand in kernel layouts now."""
+    for name, _ in list(layer.named_modules()):
+        if name.rpartition(".")[2] in LINEAR_LAYERS:
+            layer.set_submodule(name, nn.Identity())
 
 
 class Decoder:
