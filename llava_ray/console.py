@@ -1,10 +1,13 @@
-"""How a process speaks to people: its log, and an expected failure in one line."""
+"""How a process speaks to people: its log, its progress, and an expected failure in one line."""
 
 import logging
 import os
 import sys
+import time
 
 from llava_ray.errors import LlavaRayError
+
+logger = logging.getLogger(__name__)
 
 EXIT_USER_ERROR = 2
 
@@ -26,3 +29,25 @@ def set_up_logging() -> None:
     )
     for noisy in ("httpx", "httpcore", "filelock", "urllib3", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+class Progress:
+    """Logs how far work is, and about how long the rest takes at its pace so far."""
+
+    def __init__(self, what: str, total: float, unit: str, *, every_s: float = 0) -> None:
+        """every_s: the least time between two lines."""
+        self.total = total
+        self._what, self._unit, self._every_s = what, unit, every_s
+        self._start = self._logged = time.monotonic()
+
+    def at(self, done: float, note: str = "") -> None:
+        """Log that `done` units are done; `note` stands beside them."""
+        now = time.monotonic()
+        if now - self._logged < self._every_s:
+            return
+        self._logged = now
+        left_s = (now - self._start) / done * (self.total - done)
+        logger.info(
+            "%s: %.0f of %.0f %s%s, about %.0f s left",
+            self._what, done, self.total, self._unit, note and f", {note}", left_s,
+        )  # fmt: skip

@@ -1,7 +1,6 @@
 """Measure every variant in a process of its own: size, memory, speed, fidelity and captions."""
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +14,7 @@ from llava_ray.artifacts.records import (
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.benchmark.turns import shared_turn
 from llava_ray.config.run import RunConfig
+from llava_ray.console import Progress
 from llava_ray.errors import LlavaRayError, VariantError
 from llava_ray.resources.capacity import Resources
 from llava_ray.resources.forked import Forked
@@ -123,7 +123,7 @@ def _measure_all(
     """Measure variants side by side, timings apart; a failure stays with its variant."""
     from llava_ray.benchmark.measure import measure
 
-    start = time.monotonic()
+    progress = Progress("benchmark", len(missing), "variants")
     results: dict[str, Scorecard | VariantFailure] = {}
     tasks = [
         _task(plan, measure, variant.slug, plan, variant, baseline, dataset, reference)
@@ -138,12 +138,7 @@ def _measure_all(
             results[slug] = VariantFailure(slug=slug, reason=f"benchmark: {outcome}")
         else:
             results[slug] = outcome
-        took = time.monotonic() - start
-        logger.info(
-            "benchmark: %d of %d measured, last %s; %.0f s so far, about %.0f s left",
-            len(results), len(missing), slug, took,
-            took / len(results) * (len(missing) - len(results)),
-        )  # fmt: skip
+        progress.at(len(results), f"last {slug}")
     return results
 
 

@@ -1,20 +1,17 @@
 """Check images in parallel and copy the good ones; hash those that lie apart from the table."""
 
 import hashlib
-import logging
 import os
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_ray.console import Progress
 from llava_ray.errors import DataError
 from llava_ray.models.images import open_image
 from llava_ray.prepare.rows import Rejection, Row, RowProblem
-
-logger = logging.getLogger(__name__)
 
 HASHED_BYTES = 64 * 1024
 LOG_EVERY_S = 10.0
@@ -43,23 +40,30 @@ def store_images(
     Decoding releases Python's lock, so threads are enough.
     """
 
-    def check(row: Row) -> StoredRow | Rejection:
+    def check(row: Row | Rejection) -> StoredRow | Rejection:
+        if isinstance(row, Rejection):
+            return row
         try:
             return _store(row, source, target, max_pixels)
         except RowProblem as problem:
             return Rejection(row.number, row.id, problem.reason, problem.detail)
 
-    threads = min(16, os.cpu_count() or 1)
-    progress = _Progress(num_rows)
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[StoredRow | Rejection] | Rejection] = deque()
+    def checked() -> Iterator[StoredRow | Rejection]:
+        waiting: deque[Future[StoredRow | Rejection]] = deque()
         for row in rows:
-            waiting.append(row if isinstance(row, Rejection) else pool.submit(check, row))
+            waiting.append(pool.submit(check, row))
             # Bounded, so that image bytes of a large table do not pile up.
             if len(waiting) >= 8 * threads:
-                yield _done(waiting.popleft(), progress)
+                yield waiting.popleft().result()
         while waiting:
-            yield _done(waiting.popleft(), progress)
+            yield waiting.popleft().result()
+
+    threads = min(16, os.cpu_count() or 1)
+    progress = Progress("prepare", num_rows, "rows", every_s=LOG_EVERY_S)
+    with ThreadPoolExecutor(threads) as pool:
+        for done, result in enumerate(checked(), 1):
+            progress.at(done)
+            yield result
 
 
 def hash_image_files(rows: Iterable[Row | Rejection], source: Path) -> str:
@@ -115,30 +119,3 @@ def _content(image: str | bytes, source: Path | None) -> tuple[bytes, str]:
         return path.read_bytes(), image
     except OSError as error:
         raise RowProblem("unusable_image", f"{image}: {error.strerror}") from error
-
-
-def _done(
-    result: Future[StoredRow | Rejection] | Rejection, progress: "_Progress"
-) -> StoredRow | Rejection:
-    progress.step()
-    return result if isinstance(result, Rejection) else result.result()
-
-
-class _Progress:
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._done = 0
-        self._start = self._logged = time.monotonic()
-
-    def step(self) -> None:
-        self._done += 1
-        now = time.monotonic()
-        if now - self._logged < LOG_EVERY_S:
-            return
-        self._logged = now
-        rate = self._done / (now - self._start)
-        left_s = (self._total - self._done) / rate
-        logger.info(
-            "prepare: %d of %d rows, %.0f per s, about %.0f s left",
-            self._done, self._total, rate, left_s,
-        )  # fmt: skip

@@ -1,7 +1,6 @@
 """Make every variant asked for, each in a Ray task of its own; one that fails stops no other."""
 
 import logging
-import time
 from collections.abc import Iterator
 
 from llava_ray.artifacts.records import (
@@ -13,6 +12,7 @@ from llava_ray.artifacts.records import (
 )
 from llava_ray.artifacts.store import ArtifactStore, artifact_id
 from llava_ray.config.run import RunConfig
+from llava_ray.console import Progress
 from llava_ray.quantize.job import Job, make_variant
 from llava_ray.quantize.registry import spec_for
 from llava_ray.resources.capacity import free_nodes
@@ -52,10 +52,15 @@ def _make_all(config: RunConfig, store: ArtifactStore, jobs: list[Job]) -> dict[
         QuantizationRun, run_id, settings=settings, parents=[jobs[0].merged.id]
     ) as build:
         outcomes: dict[str, Outcome] = {}
-        start = time.monotonic()
+        progress = Progress("quantize", len(jobs), "variants")
         for outcome in _outcomes(config, jobs):
             outcomes[outcome.slug] = outcome
-            _log_progress(outcome, len(outcomes), len(jobs), time.monotonic() - start)
+            if isinstance(outcome, VariantFailure):
+                logger.warning("%s failed: %s", outcome.slug, outcome.reason)
+                progress.at(len(outcomes))
+            else:
+                size, wall_s = outcome.size_bytes / 1e6, outcome.wall_s
+                progress.at(len(outcomes), f"{outcome.slug} has {size:.1f} MB in {wall_s:.1f} s")
         made = [outcome for outcome in outcomes.values() if isinstance(outcome, Variant)]
         record = build.finish(
             QuantizationRun,
@@ -92,14 +97,3 @@ def _outcomes(config: RunConfig, jobs: list[Job]) -> Iterator[Outcome]:
             yield outcome
         else:
             yield VariantFailure(slug=task.name, reason=" ".join(str(outcome).split()))
-
-
-def _log_progress(outcome: Outcome, done: int, total: int, elapsed_s: float) -> None:
-    if isinstance(outcome, VariantFailure):
-        logger.warning("%s failed: %s", outcome.slug, outcome.reason)
-    else:
-        size, wall_s = outcome.size_bytes / 1e6, outcome.wall_s
-        logger.info("%s: %.1f MB in %.1f s", outcome.slug, size, wall_s)
-    if done < total:
-        left_s = elapsed_s / done * (total - done)
-        logger.info("%d of %d variants, about %.0f s left", done, total, left_s)

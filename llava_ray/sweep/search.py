@@ -2,7 +2,6 @@
 
 import logging
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llava_ray.artifacts.records import DatasetRecord, Trial
 from llava_ray.artifacts.storage import Storage
 from llava_ray.config.run import RunConfig, TrainConfig
+from llava_ray.console import Progress
 from llava_ray.errors import ConfigError
 from llava_ray.sweep.space import domains, num_samples
 from llava_ray.sweep.trial import Scorer, TrialRun, TrialTask
@@ -174,21 +174,18 @@ def _search_algorithm(config: RunConfig, concurrent: int) -> Any:
 def _progress() -> Any:
     from ray.tune import Callback
 
-    class Progress(Callback):
+    class TrialProgress(Callback):
         def __init__(self) -> None:
-            self._began, self._done = time.monotonic(), 0
+            self._done, self._progress = 0, Progress("sweep", 0, "trials")
 
         def on_trial_complete(
             self, iteration: int, trials: list[Any], trial: Any, **_: Any
         ) -> None:
             self._done += 1
-            pace_s = (time.monotonic() - self._began) / self._done
-            logger.info(
-                "sweep: %d trial(s) done, %d known, about %.0f s for those left",
-                self._done, len(trials), pace_s * (len(trials) - self._done),
-            )  # fmt: skip
+            self._progress.total = len(trials)  # Those that are drawn so far.
+            self._progress.at(self._done)
 
-    return Progress()
+    return TrialProgress()
 
 
 def _device(results: Sequence[Any]) -> str | None:

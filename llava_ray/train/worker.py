@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from llava_ray.artifacts.records import DatasetRecord
 from llava_ray.artifacts.store import local_folder
 from llava_ray.config.run import ModelConfig, TrainConfig
+from llava_ray.console import Progress
 from llava_ray.models import low_bits
 from llava_ray.models.conversation import IGNORE_INDEX, read_samples
 from llava_ray.models.folder import model_folder, vision_shape
@@ -36,7 +37,6 @@ from llava_ray.train.batches import (
     train_batches,
 )
 from llava_ray.train.checkpoint import TrainState
-from llava_ray.train.progress import Progress
 from llava_ray.train.schedule import rate_factor, warmup_steps
 from llava_ray.train.trackers import METRICS, MetricsFile, Tracker, open_trackers
 
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+_LOG_EVERY_S = 10.0
 
 
 class WorkerTask(BaseModel):
@@ -150,7 +152,10 @@ class Loop:
         batches = self._batches()
         save_every = self.train.checkpoint_every_steps or max(1, self.total_steps // 10)
         eval_every = self.train.eval_every_steps
-        began_at, progress = self.state.samples, Progress()
+        first = self.state.samples
+        progress = Progress(
+            "train", self.state.total_samples - first, "samples", every_s=_LOG_EVERY_S
+        )
         while self.state.samples < self.state.total_samples:
             lap = time.monotonic()
             values = self._step(batches)
@@ -163,8 +168,8 @@ class Loop:
             if values is not None:
                 self._log(step, values)
                 if self.rank == 0:
-                    left = self.state.total_samples - self.state.samples
-                    progress.tell(step, values, self.state.samples - began_at, left)
+                    note = f"loss {values['loss']:.4f}, {values['samples_per_s']:.2f} samples/s"
+                    progress.at(self.state.samples - first, f"step {step}, {note}")
             if save and self.state.samples < self.state.total_samples:
                 self._report(self._evaluate() if evaluate else {}, save=True)
         if not self.state.tail_steps:
