@@ -88,12 +88,19 @@ def _held_by_replicas() -> list[tuple[str, dict[str, float]]]:
     import ray
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
-    dashboard = ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url
+    # The address keeps Ray from looking for another cluster, which it would then connect to.
+    connected = ray.init(
+        address=ray.get_runtime_context().gcs_address,
+        ignore_reinit_error=True,
+        logging_level=logging.WARNING,
+    )
+    dashboard = connected.dashboard_url
     if not dashboard:
         return []
     try:
         details = ServeSubmissionClient(f"http://{dashboard}").get_serve_details()
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        # In a worker of a cluster without a dashboard the address may be another cluster's.
         logger.warning("what served replicas hold is unknown: %s", str(error).splitlines()[0])
         return []
     held = []
