@@ -1,4 +1,4 @@
-"""Every failure that is the user's to mend, each in one line.
+"""Every failure that a user can fix, each in one line.
 
 LlavaRayError
 ├── ConfigError      a key or value in a config, an override or a job's arguments

@@ -82,7 +82,7 @@ def round_linears(model: Any, layout: Layout) -> dict[str, PackedLinear]:
         if isinstance(module, torch.nn.Linear):
             values = rounded(module.weight.data.float(), layout)
             packed[name] = PackedLinear(pack(values))
-            module.weight.data.copy_(unpack(packed[name].held, torch.float32))
+            module.weight.data.copy_(unpack(packed[name].packed, torch.float32))
     return packed
 
 

@@ -32,7 +32,7 @@ def decide(
 ) -> Decision:
     """Pick the best by the preference among those within all limits.
 
-    Equals in what is preferred are told apart by the other two measures, then by slug, so the
+    Equals in what is preferred are ordered by the other two measures, then by slug, so the
     order of the scorecards never matters. Raises ConfigError when nothing fits, with each
     variant's reason.
     """

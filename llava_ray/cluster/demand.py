@@ -1,4 +1,4 @@
-"""What a job's stages ask of a cluster, told from its config alone."""
+"""What a job's stages ask of a cluster, by its config alone."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ class Demand:
     count: int = 1
 
     def per_node(self, group: NodeGroup) -> int:
-        """Return how many fit on one node; a group that names no memory is not held to it."""
+        """Return how many fit on one node; memory counts where the group names it."""
         fits = [10**6]
         if self.cpus:
             fits.append(int(group.cpus / self.cpus + 1e-6))

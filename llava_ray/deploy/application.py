@@ -228,14 +228,14 @@ def _run_application(application: "Application") -> None:
 
 
 def _wait_until_running(target: Target) -> None:
-    start, began = time.monotonic(), time.time()
+    start, started_at = time.monotonic(), time.time()
     logged = start
     while (state := _application_state())[0] != "RUNNING":
         status, message = state
         waited = time.monotonic() - start
         if status in ("DEPLOY_FAILED", "UNHEALTHY") or waited > _START_TIMEOUT_S:
             names = (target.model_name, *target.config.serve.beside)
-            crashes = [f"{n} {c}" for n in names if (c := last_crash(engine_name(n), began))]
+            crashes = [f"{n} {c}" for n in names if (c := last_crash(engine_name(n), started_at))]
             raise ResourceError(
                 f"{target.chosen.slug} is not served after {waited:.0f} s ({status}): "
                 f"{'; '.join(crashes) or message}"

@@ -55,27 +55,27 @@ class StopText:
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(text for text in stop if text)
-        self._held = ""
+        self._kept = ""
         self.stopped = False
 
     def push(self, text: str) -> str:
         """Return the text that is safe to show; once a stop string has come, `stopped` is set."""
         if not self._stop:
             return text
-        self._held += text
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        self._kept += text
+        found = [at for stop in self._stop if (at := self._kept.find(stop)) >= 0]
         if found:
             self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
+            shown, self._kept = self._kept[: min(found)], ""
             return shown
-        keep = max(_overlap(self._held, stop) for stop in self._stop)
-        shown = self._held[: len(self._held) - keep]
-        self._held = self._held[len(self._held) - keep :]
+        keep = max(_overlap(self._kept, stop) for stop in self._stop)
+        shown = self._kept[: len(self._kept) - keep]
+        self._kept = self._kept[len(self._kept) - keep :]
         return shown
 
     def flush(self) -> str:
-        """Return what was held back, at the end of an answer that did not stop."""
-        shown, self._held = self._held, ""
+        """Return what was kept back, at the end of an answer that did not stop."""
+        shown, self._kept = self._kept, ""
         return shown
 
 

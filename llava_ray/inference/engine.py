@@ -37,7 +37,7 @@ class Engine(ABC):
     vocab_size: int
     device: str
     slots: int
-    """Sequences that can be held at a time."""
+    """Sequences that the KV cache has room for."""
     context: int
     """Tokens that one sequence can have, prompt and answer together."""
 

@@ -23,7 +23,7 @@ __all__ = [
     "resident_bytes",
 ]
 
-# A series of creation times beside each counter and histogram tells nobody anything here.
+# A series of creation times beside each counter and histogram is of no use here.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _QUEUE = ("queue_requests", "Requests that wait for a slot")

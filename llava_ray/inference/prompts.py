@@ -11,7 +11,7 @@ from llava_ray.models.conversation import Turn, encode_prompt
 from llava_ray.models.images import square_pixels
 
 
-class Sight(Protocol):
+class ImageTokens(Protocol):
     """What of an engine shapes a prompt; the web layer has it without having the engine."""
 
     @property
@@ -28,20 +28,20 @@ class Sight(Protocol):
 
 
 def make_prompt(
-    engine: Sight,
+    engine: ImageTokens,
     turns: str | Sequence[Turn],
     images: Sequence[Image.Image] = (),
     system: str = "",
 ) -> Prompt:
     """Encode a conversation, or one question about the images, in the order they are shown.
 
-    Raises DataError when the turns speak of more or fewer images than are given.
+    Raises DataError when the turns have more or fewer images than are given.
     """
     if isinstance(turns, str):
         turns = [Turn(turns, num_images=len(images))]
-    spoken_of = sum(turn.num_images for turn in turns)
-    if spoken_of != len(images):
-        raise DataError(f"the turns hold {spoken_of} images, but {len(images)} were given")
+    mentioned = sum(turn.num_images for turn in turns)
+    if mentioned != len(images):
+        raise DataError(f"the turns have {mentioned} images, but {len(images)} were given")
     ids = encode_prompt(
         engine.tokenizer, turns, tokens_per_image=engine.tokens_per_image, system=system
     )

@@ -43,7 +43,7 @@ class ApiError(LlavaRayError):
         return [type(self).__name__, self.message, self.param, self.code]
 
     def headers(self) -> dict[str, str]:
-        """Return the headers that tell a client whether and when to try again."""
+        """Return the headers that say to a client whether and when to try again."""
         headers = {"x-should-retry": "true" if self.retry else "false"}
         if self.retry_after_s is not None:
             headers["retry-after"] = str(self.retry_after_s)

@@ -165,11 +165,13 @@ def _first_exchange(turns: Any) -> tuple[str, str, int]:
     try:
         human, gpt = turns[0], turns[1]
         asked, answer = human["value"], gpt["value"]
-        spoken = (human["from"], gpt["from"])
+        speakers = (human["from"], gpt["from"])
     except (TypeError, KeyError, IndexError) as error:
         raise RowProblem("no_exchange", f"{type(error).__name__}: {error}") from error
-    if spoken != ("human", "gpt") or not isinstance(asked, str) or not isinstance(answer, str):
-        raise RowProblem("no_exchange", f"the first turns are by {spoken[0]!r} and {spoken[1]!r}")
+    if speakers != ("human", "gpt") or not isinstance(asked, str) or not isinstance(answer, str):
+        raise RowProblem(
+            "no_exchange", f"the first turns are by {speakers[0]!r} and {speakers[1]!r}"
+        )
     if asked.count(IMAGE_TOKEN) > 1:
         raise RowProblem("several_images", _shorten(asked))
     return asked.replace(IMAGE_TOKEN, "").strip(), answer, len(turns) // 2 - 1

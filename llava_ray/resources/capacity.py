@@ -52,38 +52,38 @@ def free_nodes() -> list[dict[str, float]]:
 
     Replicas stay: a stage that counted on their CPUs would wait for them forever. What other jobs
     hold comes free, so it is counted in. Where replicas hold all CPUs or GPUs there are, they are
-    counted in too: a stage then waits, and a warning tells why.
+    counted in too: a stage then waits, and a warning says why.
     """
     import ray
 
     alive: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     totals = {node["NodeID"]: node["Resources"] for node in alive if node["Alive"]}
     nodes = {id: {key: has.get(key, 0.0) for key in _COUNTED} for id, has in totals.items()}
-    for node_id, resources in _held_by_replicas():
+    for node_id, resources in _taken_by_replicas():
         if node_id in nodes:
             for key in _COUNTED:
                 nodes[node_id][key] -= resources.get(key, 0.0)
     for key in ("CPU", "GPU"):
         there = max((has.get(key, 0.0) for has in totals.values()), default=0.0)
         if there >= 1 and all(node[key] < 1 for node in nodes.values()):
-            _tell_of_waiting(key)
+            _warn_of_waiting(key)
             for node_id, node in nodes.items():
                 node[key] = totals[node_id].get(key, 0.0)
     return list(nodes.values())
 
 
 @functools.cache
-def _tell_of_waiting(key: str) -> None:
+def _warn_of_waiting(key: str) -> None:
     """Warn once in a process."""
     logger.warning(
         "served replicas hold all %ss: this waits for more; 'serve shutdown -y' ends them", key
     )
 
 
-def _held_by_replicas() -> list[tuple[str, dict[str, float]]]:
+def _taken_by_replicas() -> list[tuple[str, dict[str, float]]]:
     """Return the node and the resources of each replica of Ray Serve.
 
-    The dashboard tells (`GET /api/serve/applications/`); without one there is nothing to tell.
+    By the dashboard (`GET /api/serve/applications/`); without one it is unknown.
     """
     import ray
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
@@ -103,7 +103,7 @@ def _held_by_replicas() -> list[tuple[str, dict[str, float]]]:
         # In a worker of a cluster without a dashboard the address may be another cluster's.
         logger.warning("what served replicas hold is unknown: %s", str(error).splitlines()[0])
         return []
-    held = []
+    found = []
     for application in details["applications"].values():
         for deployment in application["deployments"].values():
             options = deployment["deployment_config"]["ray_actor_options"]
@@ -112,9 +112,9 @@ def _held_by_replicas() -> list[tuple[str, dict[str, float]]]:
                 "GPU": float(options.get("num_gpus") or 0),
                 "memory": float(options.get("memory") or 0),
             }
-            held += [
+            found += [
                 (replica["node_id"], resources)
                 for replica in deployment["replicas"]
                 if replica["node_id"]
             ]
-    return held
+    return found

@@ -1,4 +1,4 @@
-"""How an engine's process died, told by the process that takes its place."""
+"""How an engine's process died, logged by the process that takes its place."""
 
 import faulthandler
 import logging
@@ -25,8 +25,8 @@ def record_crashes(name: str) -> None:
         crash = read_crash(path)
         if crash is not None:
             path = path.replace(path.with_suffix(".stack"))
-            told = Crash(crash.signal, crash.function, path).describe()
-            logger.error("%s: its last process %s", name, told)
+            description = Crash(crash.signal, crash.function, path).describe()
+            logger.error("%s: its last process %s", name, description)
         elif not Path(f"/proc/{path.stem.rpartition('-')[2]}").exists():
             path.unlink(missing_ok=True)
     path = crash_file(f"{name}-{os.getpid()}")

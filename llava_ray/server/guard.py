@@ -59,11 +59,11 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         if scope["type"] != "http":
-            raise Forbidden("only HTTP is spoken here")
+            raise Forbidden("only HTTP is served here")
         headers = Headers(scope=scope)
         if self._key_digests:
             scheme, key = _credentials(headers.get("authorization", ""))
-            # All are compared, each in constant time, so that time tells nothing of the key.
+            # All are compared, each in constant time, so that timing shows nothing of the key.
             known = [hmac.compare_digest(key_digest(key), d) for d in self._key_digests]
             if not scheme or not any(known):
                 raise NotAuthenticated("the API key is missing or wrong: send it as Bearer token")

@@ -1,7 +1,7 @@
 """The two kinds of Serve replicas: engines, and the ingress that speaks HTTP before them.
 
 They are apart so that image decoding never waits for the engine's Python, one ingress serves many
-variants, and an engine that dies takes no answer with it that had not begun. Requests and tokens
+variants, and an engine that dies takes no answer with it that had not started. Requests and tokens
 pass between them beside Serve (channel.py); Serve's own calls are for the rest.
 """
 

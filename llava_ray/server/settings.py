@@ -1,4 +1,4 @@
-"""What the Serve application is told: which variants, on what, within which limits."""
+"""The Serve application's settings: which variants, on what, within which limits."""
 
 import os
 from ipaddress import ip_address
@@ -45,10 +45,10 @@ class AppArgs(Section):
     """Arguments of `build`, the Serve application."""
 
     models: tuple[ModelArgs, ...] = Field(min_length=1)
-    """The first one is what the page asks unless told otherwise."""
+    """The first one is what the page asks by default."""
     canary: CanaryArgs | None = Field(default=None)
     deployment_id: str = Field(default="")
-    """Shown in /v1/models, so that a second deployment of the same can tell."""
+    """Shown in /v1/models, so that two deployments of the same differ."""
     host: str = Field(default="0.0.0.0")
     """Where the proxy listens; on a loopback address no API key is needed."""
     api_key_env: str = Field(default="LLAVA_RAY_API_KEY")

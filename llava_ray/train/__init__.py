@@ -31,7 +31,7 @@ _NOT_SHAPING = {
 def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
     """Train, or go on with a run that was cut off, and return the adapter.
 
-    Raises ConfigError, DataError or ResourceError for what the user can mend, a loss that is no
+    Raises ConfigError, DataError or ResourceError for what the user can fix, a loss that is no
     longer finite among it.
     """
     from llava_ray.train.trainer import fit, make_trainer

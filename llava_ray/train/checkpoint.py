@@ -32,7 +32,7 @@ class TrainState(BaseModel):
     """The data cursor: samples of the stream that were seen."""
     total_samples: int
     group: int
-    """Samples of a step when the run began; the stream's order depends on it."""
+    """Samples of a step when the run started; the stream's order depends on it."""
     train_s: float
     """Seconds in the loop so far, those of lost work left out."""
     loss_scale: float | None

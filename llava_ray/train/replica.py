@@ -41,8 +41,8 @@ class ReplicaEngine:
             self._changed = [_wide(p, dtype) for p in self._trained]
         for parameter in self._trained:
             parameter.data = parameter.data.to(dtype)
-        self._held = dict(zip(map(id, self._trained), self._changed, strict=True))
-        wide = [{**g, "params": [self._held[id(p)] for p in g["params"]]} for g in groups]
+        self._masters = dict(zip(map(id, self._trained), self._changed, strict=True))
+        wide = [{**g, "params": [self._masters[id(p)] for p in g["params"]]} for g in groups]
         self.optimizer = _optimizer(module, wide, train)
         self._accumulation = train.gradient_accumulation
         self._max_norm = train.max_grad_norm
@@ -66,13 +66,13 @@ class ReplicaEngine:
     def backward(self, loss: "torch.Tensor") -> None:
         """Add a micro-batch's share to the gradients."""
         (loss / self._accumulation).backward()  # type: ignore[no-untyped-call]
-        for parameter, held in zip(self._trained, self._changed, strict=True):
-            if held is parameter or parameter.grad is None:
+        for parameter, master in zip(self._trained, self._changed, strict=True):
+            if master is parameter or parameter.grad is None:
                 continue
-            if held.grad is None:
-                held.grad = parameter.grad.float()
+            if master.grad is None:
+                master.grad = parameter.grad.float()
             else:
-                held.grad += parameter.grad
+                master.grad += parameter.grad
             parameter.grad = None
 
     def step(self) -> None:
@@ -96,14 +96,14 @@ class ReplicaEngine:
         return None if self._norm is None else float(self._norm)
 
     def weight(self, parameter: "nn.Parameter") -> "torch.Tensor":
-        """Return a trained weight as precisely as it is held."""
-        return self._held[id(parameter)].detach()
+        """Return a trained weight in the precision that AdamW changes it in."""
+        return self._masters[id(parameter)].detach()
 
     def tensors(self, parameter: "nn.Parameter") -> "dict[str, torch.Tensor]":
         """Return a weight and its optimizer's state by kind, on the CPU."""
         import torch
 
-        state = self.optimizer.state.get(self._held[id(parameter)], {})
+        state = self.optimizer.state.get(self._masters[id(parameter)], {})
         found = {kind: value for kind, value in state.items() if isinstance(value, torch.Tensor)}
         basis = getattr(state.get("projector"), _BASIS, None)
         if basis is not None:
@@ -118,24 +118,24 @@ class ReplicaEngine:
         """Set what `tensors` returned, and how many steps were done."""
         import torch
 
-        held = self._held[id(parameter)]
+        master = self._masters[id(parameter)]
         with torch.no_grad():
-            held.copy_(tensors.pop("weight").view_as(held))
-            parameter.copy_(held)
+            master.copy_(tensors.pop("weight").view_as(master))
+            parameter.copy_(master)
         if not tensors:
             return
-        state: dict[str, Any] = {k: v.to(held.device) for k, v in tensors.items()}
+        state: dict[str, Any] = {k: v.to(master.device) for k, v in tensors.items()}
         basis = state.pop(_BASIS, None)
         if basis is not None:
-            state["projector"] = self._projector(held, basis)
+            state["projector"] = self._projector(master, basis)
         # PyTorch counts in a tensor, bitsandbytes and GaLore in an int.
         plain = isinstance(self.optimizer, torch.optim.AdamW)
-        device = held.device if self.optimizer.defaults.get("fused") else "cpu"
+        device = master.device if self.optimizer.defaults.get("fused") else "cpu"
         state["step"] = torch.tensor(float(step), device=device) if plain else step
         if plain:
             # ZeRO keeps moments flat.
-            state |= {k: v.view_as(held) for k, v in state.items() if k != "step"}
-        self.optimizer.state[held] = state
+            state |= {k: v.view_as(master) for k, v in state.items() if k != "step"}
+        self.optimizer.state[master] = state
 
     def _projector(self, parameter: "nn.Parameter", basis: "torch.Tensor") -> Any:
         from galore_torch.galore_projector import GaLoreProjector

@@ -69,7 +69,7 @@ def make_trainer(
 def fit(trainer: "TorchTrainer", train: TrainConfig) -> "Result":
     """Run a trainer to its end.
 
-    Raises the worker's own error where it is the user's to mend, ResourceError for a full disk,
+    Raises the worker's own error where the user can fix it, ResourceError for a full disk,
     ConfigError for a loss that is no longer finite.
     """
     from ray.train import TrainingFailedError

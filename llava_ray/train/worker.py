@@ -67,8 +67,8 @@ class WorkerTask(BaseModel):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which of how many ranks this is, on what device, and who is told how it goes."""
+class DistributedContext:
+    """Which of how many ranks this is, on what device, and where its reports go."""
 
     rank: int
     world_size: int
@@ -89,13 +89,15 @@ def train_worker(task: WorkerTask) -> None:
 
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
-    place = Place(context.get_world_rank(), context.get_world_size(), device, report)
+    distributed = DistributedContext(
+        context.get_world_rank(), context.get_world_size(), device, report
+    )
     start = ray.train.get_checkpoint()
     if start is None and task.start_from is not None:
         start = ray.train.Checkpoint(task.start_from)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(start.as_directory())) if start else None
-        loop = Loop(task, place, folder)
+        loop = Loop(task, distributed, folder)
         stack.callback(loop.close)
         loop.run()
 
@@ -107,9 +109,12 @@ class _Diverged(Exception):
 class Loop:
     """One rank's training loop."""
 
-    def __init__(self, task: WorkerTask, place: Place, resume_from: Path | None) -> None:
-        self.task, self.train, self.place = task, task.train, place
-        self.rank, self.world_size, self.device = place.rank, place.world_size, place.device
+    def __init__(
+        self, task: WorkerTask, distributed: DistributedContext, resume_from: Path | None
+    ) -> None:
+        self.task, self.train, self.distributed = task, task.train, distributed
+        self.rank, self.world_size = distributed.rank, distributed.world_size
+        self.device = distributed.device
         self.gpu = self.device.type == "cuda"
         self.precision = zero.precision_of(self.train, gpu=self.gpu)
         zero.prepare_environment(gpu=self.gpu)
@@ -278,7 +283,7 @@ class Loop:
             group["lr"] = rate * factor
         # Dropout follows from seed, step and rank, so a resumed run draws the same.
         torch.manual_seed(hash((self.train.seed, step, self.rank)) & 0x7FFFFFFF)
-        began = time.monotonic()
+        start = time.monotonic()
         micro = [next(batches) for _ in range(self.train.gradient_accumulation)]
         counts = torch.tensor(
             [
@@ -314,7 +319,7 @@ class Loop:
             "tokens": tokens,
             "supervised_tokens": supervised,
         }
-        return values | {"samples_per_s": self.per_step / (time.monotonic() - began)}
+        return values | {"samples_per_s": self.per_step / (time.monotonic() - start)}
 
     def _read_loss(self) -> None:
         """Take the last step's loss, the same number on every rank, into the state."""
@@ -375,7 +380,7 @@ class Loop:
         with tempfile.TemporaryDirectory(prefix="llava_ray_") as name:
             folder = Path(name)
             if not save:
-                self.place.report(values, None)
+                self.distributed.report(values, None)
                 return
             checkpoint.save_state(
                 self.engine, folder, self.state, rank=self.rank, world_size=self.world_size
@@ -387,7 +392,7 @@ class Loop:
                 )  # fmt: skip
             if self.rank == 0:
                 self.metrics.write(folder)
-            self.place.report(values, folder)
+            self.distributed.report(values, folder)
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}

@@ -43,7 +43,7 @@ def precision_of(train: TrainConfig, *, gpu: bool) -> Precision:
 
 
 def torch_dtype(precision: Precision) -> "torch.dtype":
-    """Return the dtype that weights are held in."""
+    """Return the weights' dtype."""
     import torch
 
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]

@@ -18,8 +18,8 @@ def test_where_replicas_hold_all_a_stage_waits_and_is_told(
     ray_local: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     here = ray.get_runtime_context().get_node_id()
-    monkeypatch.setattr(capacity, "_held_by_replicas", lambda: [(here, {"CPU": 1.5})])
-    capacity._tell_of_waiting.cache_clear()
+    monkeypatch.setattr(capacity, "_taken_by_replicas", lambda: [(here, {"CPU": 1.5})])
+    capacity._warn_of_waiting.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert [node["CPU"] for node in free_nodes()] == [2]
     assert "hold all CPUs" in caplog.text and "serve shutdown" in caplog.text

@@ -20,7 +20,7 @@ os.environ |= {
 import torch  # noqa: E402
 import torch.distributed  # noqa: E402
 
-from llava_ray.train.worker import Loop, Place, WorkerTask  # noqa: E402
+from llava_ray.train.worker import DistributedContext, Loop, WorkerTask  # noqa: E402
 
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
@@ -36,9 +36,9 @@ for job in json.loads(Path(jobs).read_text()):
             shutil.copytree(folder, out / f"step_{values['step']}", dirs_exist_ok=True)
         torch.distributed.barrier()
 
-    place = Place(rank, world_size, torch.device("cpu"), report)
+    context = DistributedContext(rank, world_size, torch.device("cpu"), report)
     resume = Path(job["resume_from"]) if job["resume_from"] else None
-    loop = Loop(WorkerTask.model_validate(job["task"]), place, resume)
+    loop = Loop(WorkerTask.model_validate(job["task"]), context, resume)
     loop.run()
     loop.close()
 torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""CLIP and projector through llama.cpp's mtmd library, mended where it departs from LLaVA.
+"""CLIP and projector through llama.cpp's mtmd library, patched where it departs from LLaVA.
 
 ggml's scheduler calls back at each node of a graph; there the tensors can be read and changed.
 """

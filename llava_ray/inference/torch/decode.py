@@ -239,17 +239,17 @@ class _Graph:
         # read activations first, so it slows them.
         on_gpu = device.type == "cuda"
         self._early = batch == 1 and on_gpu and torch.cuda.get_device_capability(device) >= _HOPPER
-        self._held: tuple[int, ...] = ()
+        self._loaded: tuple[int, ...] = ()
         self._capture()
 
     def replay(self, slots: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
         count = len(slots)
-        if self._held != tuple(slots):
+        if self._loaded != tuple(slots):
             padding = self.batch - count
             padded = [*slots, *[self.decoder.spare] * padding]
             self.slots.copy_(torch.tensor(padded))
             self.active.copy_(torch.tensor([1] * count + [0] * padding, dtype=torch.int32))
-            self._held = tuple(slots)
+            self._loaded = tuple(slots)
         self.tokens[:count].copy_(tokens, non_blocking=True)
         if self._graph is None:
             self._launch()

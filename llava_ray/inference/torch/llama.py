@@ -199,7 +199,7 @@ class LlamaForward:
 
 
 def _merged_dense(modules: Sequence[nn.Linear]) -> nn.Linear:
-    """Stack the weights; the modules keep views, so nothing is held twice."""
+    """Stack the weights; the modules keep views, so nothing is stored twice."""
     weight = torch.cat([module.weight.detach() for module in modules])
     whole = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     whole.weight = nn.Parameter(weight, requires_grad=False)

@@ -149,11 +149,11 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Weight) -> None:
         super().__init__()
-        self.held = weight
+        self.packed = weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply by the unpacked weight: slow, and right."""
-        return nn.functional.linear(x, unpack(self.held, x.dtype))
+        return nn.functional.linear(x, unpack(self.packed, x.dtype))
 
 
 def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
@@ -195,7 +195,7 @@ _MATRICES: dict[str, Callable[[Any], torch.Tensor]] = {
     "HQQLinear": lambda module: module.dequantize(),
     "Linear4bit": _matrix_bnb_4bit,
     "Linear8bitLt": _matrix_bnb_int8,
-    "PackedLinear": lambda module: unpack(module.held, torch.float32),
+    "PackedLinear": lambda module: unpack(module.packed, torch.float32),
 }
 """What a linear multiplies by, as the library that packed it unpacks it."""
 
@@ -207,7 +207,7 @@ class Unsupported(Exception):
 def read_module(module: nn.Module) -> Weight:
     """Return a linear module's weight in a kernel's layout; raises Unsupported with the reason."""
     if isinstance(module, PackedLinear):
-        return module.held
+        return module.packed
     if getattr(module, "bias", None) is not None:
         raise Unsupported("it has a bias")
     if type(module) is nn.Linear:
@@ -237,7 +237,7 @@ def _read_awq(module: Any) -> Unpacked:
 
 
 def _read_hqq(module: Any) -> Unpacked:
-    """hqq, axis 1: groups lie within a row. Its 1 to 3 bits are held in 4."""
+    """hqq, axis 1: groups lie within a row. Its 1 to 3 bits are stored in 4."""
     meta = module.meta
     bits, group = int(meta["nbits"]), int(meta["group_size"])
     if meta["axis"] != 1 or bits > 4:
