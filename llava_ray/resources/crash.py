@@ -59,7 +59,7 @@ class Crash:
             return "probably the machine ran out of memory; use a larger one"
         if not self.is_fault:
             return "it was ended from outside; run it again"
-        # Where the signal's frame does not fit the handler's stack, as with AMX, nothing is written.
+        # Nothing is written where the signal's frame does not fit the handler's stack, as with AMX.
         llama = _NATIVE_CALL.match(f"{self.function}(") or "gguf" in self.stack.name
         if not llama:
             return "leave the variant out, and report the stack"
@@ -111,7 +111,7 @@ def read_crash(path: Path, number: int | None = None) -> Crash | None:
         return None
     threads = re.split(r"^(?=Thread |Current thread )", text, flags=re.MULTILINE)
     current = next((part for part in threads if part.startswith("Current")), "")
-    # A thread of native code's own has no Python frame; then the main thread, listed last, shows it.
+    # A thread of native code's own has no Python frame; the main thread, listed last, does.
     frame = _FRAME.search(current) or _FRAME.search(threads[-1])
     known = number in signal.Signals.__members__.values()
     name = signal.Signals(number).name if known else f"signal {number}"
