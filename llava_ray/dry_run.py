@@ -29,7 +29,7 @@ class Base:
     source: str
     """Where the figures are from, or why there are none."""
     weight_bytes: int | None = None
-    """Of its weights as they are stored; None where it is unknown."""
+    """The size of its weights as they are stored; None where it is unknown."""
 
     def merged_bytes(self, dtype: str) -> int | None:
         """Bytes of the merged model, all weights in one dtype; of an index alone, as stored."""

@@ -63,7 +63,8 @@ class SweepConfig(Section):
     """A search over the train section, through Ray Tune."""
 
     space: dict[str, Any] = Field(default_factory=dict)
-    """By key of train: {grid: [...]}, {choice: [...]}, {uniform: [a, b]}, {loguniform: [a, b]}."""
+    """What each key of train is drawn from: {grid: [...]}, {choice: [...]}, {uniform: [a, b]},
+    {loguniform: [a, b]}."""
     num_trials: Count = Field(default=8)
     """Samples drawn. A grid alone is walked once; beside other entries, once for each sample."""
     scheduler: Literal["asha", "pbt", "fifo"] = Field(default="asha")
@@ -80,7 +81,7 @@ class MergeConfig(Section):
     """Folding the adapter into the base, in fp32."""
 
     dtype: Literal["bf16", "fp16", "fp32"] = Field(default="fp16")
-    """Of the weights written."""
+    """The dtype of the weights written."""
     probe_samples: Count = Field(default=4)
     """Held-out samples on which logits before and after are compared."""
 
@@ -156,7 +157,7 @@ class ServeConfig(Section):
     context: Count = Field(default=2048)
     """Tokens of one conversation; memory grows with it times max_concurrent_requests."""
     max_concurrent_requests: Count = Field(default=16)
-    """Per replica."""
+    """The requests that one replica answers at a time."""
     max_queued_requests: Count = Field(default=64)
     """More are refused with 429."""
     max_new_tokens: Count = Field(default=1024)

@@ -14,7 +14,7 @@ class TrainConfig(Section):
     """`qlora` keeps the base in 4-bit nf4 [bits=4], `hqq` in HQQ's low bits, whose loss LoRA then
     recovers; `full` trains every weight."""
     hqq_bits: Literal[8, 4, 3, 2, 1] = Field(default=2)
-    """Of the base under method=hqq."""
+    """The bits of the base under method=hqq."""
     hqq_group_size: Literal[16, 32, 64, 128, 256] = Field(default=64)
     """Weights that share a scale and zero point under method=hqq."""
     num_workers: Count | None = Field(default=None)
@@ -56,7 +56,7 @@ class TrainConfig(Section):
     max_steps: Count | None = Field(default=None)
     """Stops earlier than `epochs` where it is smaller."""
     batch_size: Count = Field(default=1)
-    """Per worker and step [per_device_train_batch_size]."""
+    """Samples per worker and step [per_device_train_batch_size]."""
     eval_batch_size: Count = Field(default=4)
     """[per_device_eval_batch_size]"""
     gradient_accumulation: Count = Field(default=1)

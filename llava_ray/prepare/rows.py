@@ -21,7 +21,7 @@ class Row:
     """One image with its question and caption."""
 
     number: int
-    """Of the row in the source, from 1."""
+    """The row's number in the source, from 1."""
     id: str
     image: str | bytes
     """A path relative to the folder of images, or the file's bytes."""

@@ -38,7 +38,7 @@ class Table:
     columns: tuple[str, ...]
     num_rows: int
     sha256: str
-    """Of the rows' content; image files lying apart are not part of it."""
+    """The digest of the rows' content; image files lying apart are not part of it."""
     read: Callable[[Sequence[str]], Iterator[Cells | BrokenRow]]
     """Yield all rows in order, with the given columns only."""
     folder: Path | None

@@ -28,7 +28,7 @@ _SIGNALS = {
     "Floating-point exception": signal.SIGFPE,
     "Floating point exception": signal.SIGFPE,
 }
-"""By faulthandler's words for them."""
+"""Signals by the words that faulthandler has for them."""
 _FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 _NATIVE_CALL = re.compile(r"\b((?:llama|mtmd|ggml)_\w+)\(")
 

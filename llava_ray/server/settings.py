@@ -67,7 +67,7 @@ class AppArgs(Section):
     """Largest `n`."""
     max_messages: Count = Field(default=64)
     max_images: Count = Field(default=1)
-    """Per request."""
+    """The limit of one request."""
     max_image_bytes: Count = Field(default=10_000_000)
     max_image_pixels: Count = Field(default=40_000_000)
     image_hosts: tuple[str, ...] = Field(default=())

@@ -7,7 +7,7 @@ from typing import Self
 from llava_ray.errors import ConfigError
 
 BEST_SCORES = {"rouge_l": 1.0, "cider_d": 10.0, "word_recall": 1.0, "character_error_rate": 0.0}
-"""By caption score: the value of perfect captions."""
+"""The value that perfect captions have in each score."""
 
 _EVAL_LOSS = "eval_loss"
 

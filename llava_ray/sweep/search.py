@@ -30,7 +30,7 @@ _JUDGED: dict[str, frozenset[int]] = {
     "pbt": frozenset({_REPORTS // _FACTOR, 2 * _REPORTS // _FACTOR}),
     "fifo": frozenset(),
 }
-"""By scheduler: the reports that it decides on, the last left out."""
+"""The reports that each scheduler decides on, without the last."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Search:
 
     trials: tuple[Trial, ...]
     curves: tuple[tuple[tuple[int, float], ...], ...]
-    """By trial: (step, objective) of each report."""
+    """The (step, objective) of each report, for every trial."""
     steps_per_trial: int
     device: str
 
@@ -99,7 +99,7 @@ def concurrent_trials(plan: WorkerPlan, nodes: Sequence[Node], *, scored: bool =
 
 
 def _trial_train(train: TrainConfig, nodes: Sequence[Node]) -> TrainConfig:
-    """On CPUs give each trial's worker one, so that several trials run beside each other."""
+    """Without GPUs give each trial's worker one CPU, so that several trials run at a time."""
     if train.cpus_per_worker is None and not any(node.gpus for node in nodes):
         return train.model_copy(update={"cpus_per_worker": 1})
     return train

@@ -36,9 +36,9 @@ class TrainState(BaseModel):
     train_s: float
     """Seconds in the loop so far, those of lost work left out."""
     loss_scale: float | None
-    """Of fp16."""
+    """The factor of fp16's loss; None in other dtypes."""
     loss: float | None = None
-    """Of the last step, nats per supervised token over all workers."""
+    """The loss of the last step, nats per supervised token over all workers."""
     tail_loss: float = 0.0
     """Sum of the losses of the steps that `train_loss` is the mean of."""
     tail_steps: int = 0

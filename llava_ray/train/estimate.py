@@ -16,7 +16,7 @@ from llava_ray.models.shapes import LLAVA_7B
 from llava_ray.models.sizes import Sizes, accelerate_estimate
 
 CAPTION_TOKENS, QUESTION_TOKENS = 160, 20
-"""Of an average sample of the article's data, where --tokens does not say otherwise."""
+"""Tokens of an average sample of the article's data, where --tokens does not say otherwise."""
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "auto": 2}
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
@@ -26,7 +26,7 @@ LIVE_WEIGHTS = 1_000_000_000
 """Weights that ZeRO-3 holds whole at a time (stage3_max_live_parameters)."""
 
 BUCKET = 50_000_000
-"""As in llava_ray/train/zero.py; two of them, since sending overlaps computing."""
+"""The size in train/zero.py; there are two, since sending overlaps computing."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Memory:
     workspace: float
     """What one layer, the head and DeepSpeed's buffers need besides."""
     host: float
-    """In the machine's memory instead, where the config offloads."""
+    """What lies in the machine's memory instead, where the config offloads."""
 
     @property
     def gpu(self) -> float:
@@ -56,9 +56,9 @@ class Load:
     """What a step is made of."""
 
     tokens: int
-    """Of a sample, image tokens counted in."""
+    """The tokens of a sample, image tokens counted in."""
     captioned: int
-    """Of these, the ones that carry a loss."""
+    """The tokens among them that carry a loss."""
 
 
 def shapes_of(model: ModelConfig) -> Mapping[str, Any]:

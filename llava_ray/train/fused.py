@@ -163,7 +163,7 @@ class Attention:
 
     inputs: tuple[Tensor, Tensor, Tensor]
     output: Tensor
-    """With the graph by which PyTorch's own backward of attention runs."""
+    """Attention's result, with the graph by which PyTorch's own backward runs."""
     hidden: Hidden
 
     def rows(self) -> Tensor:

@@ -32,7 +32,7 @@ _KEPT_WHOLE = 1_000_000
 """ZeRO-3 does not share out smaller weights: LoRA's would be gathered one by one at each use."""
 
 _SETTLING_S = 30
-"""Between taking the lock and starting ninja."""
+"""The time that a build may take from its lock to ninja's start."""
 
 
 def precision_of(train: TrainConfig, *, gpu: bool) -> Precision:

@@ -14,7 +14,7 @@ from llava_ray.inference.torch.kernels.weights import Format, Weight
 
 MAX_BATCH = 64
 LEAST_TOKENS = 8
-"""That the tensor cores take at a time."""
+"""The tokens that the tensor cores take at a time."""
 MAX_PARTS = 2048
 """Partial sums of squares that one token can have."""
 

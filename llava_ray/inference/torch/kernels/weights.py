@@ -183,7 +183,7 @@ def _matrix_bnb_4bit(module: Any) -> torch.Tensor:
 
 
 def _matrix_bnb_int8(module: Any) -> torch.Tensor:
-    """As on a GPU, activations keep their bits, which bitsandbytes would round to 8 here."""
+    """Return the matrix; activations keep their bits, which bitsandbytes would round to 8 here."""
     from bitsandbytes.functional import int8_vectorwise_dequant
 
     weight: torch.Tensor = int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
