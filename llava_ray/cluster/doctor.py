@@ -45,7 +45,7 @@ def examine(path: Path, config: RunConfig, working_dir: Path, runtime_env: Path)
     Raises ConfigError for a YAML that Ray's own schema refuses.
     """
     cluster = read_groups(path)
-    demands = demands_of(config, gpu=any(group.gpus for group in cluster.workers))
+    demands = demands_of(config, gpu=any(group.each.num_gpus for group in cluster.workers))
     checks: dict[str, Callable[[], Iterator[str]]] = {
         "authentication": lambda: _authentication(cluster),
         "open ports": lambda: _open_ports(cluster),
@@ -133,8 +133,9 @@ def _versions(cluster: Cluster) -> Iterator[str]:
 def _driver(cluster: Cluster) -> Iterator[str]:
     if cluster.head is not None and cluster.head.spot:
         yield "the head is on spot: the job's driver would vanish with it"
-    if cluster.workers and cluster.head is not None and cluster.head.cpus:
-        yield f"the head offers {cluster.head.cpus:g} CPUs: tasks would crowd the driver, offer 0"
+    offered = cluster.head.each.num_cpus if cluster.head is not None else 0
+    if cluster.workers and offered:
+        yield f"the head offers {offered:g} CPUs: tasks would crowd the driver, offer 0"
 
 
 def _spot_fallback(cluster: Cluster) -> Iterator[str]:
@@ -148,7 +149,7 @@ def _is_fallback(spot: NodeGroup, other: NodeGroup) -> bool:
         not other.spot
         and other.priority < spot.priority
         and other.max_count > 0
-        and (other.cpus, other.gpus) >= (spot.cpus, spot.gpus)
+        and other.room_for(spot.each) > 0
     )
 
 
@@ -156,17 +157,17 @@ def _capacity(cluster: Cluster, demands: list[Demand]) -> Iterator[str]:
     if cluster.head is None:
         return  # Known only once Ray runs there.
     for demand in demands:
-        fitting = [group for group in cluster.workers if demand.per_node(group) > 0]
+        fitting = [group for group in cluster.workers if group.room_for(demand.each) > 0]
         if not fitting:
             yield (
-                f"{demand.what} asks for {demand.describe()}: no node group has that "
+                f"{demand.what} asks for {demand.each}: no node group has that "
                 f"({', '.join(map(_describe, cluster.workers)) or 'no workers'})"
             )
             continue
         # Groups on spot and their fallback stand for the same nodes.
-        room = max(demand.per_node(group) * group.max_count for group in fitting)
+        room = max(group.room_for(demand.each) * group.max_count for group in fitting)
         if room < demand.count:
-            asked = f"{demand.count} times {demand.describe()}"
+            asked = f"{demand.count} times {demand.each}"
             yield f"{demand.what} asks for {asked}: room for {room}"
 
 
@@ -233,7 +234,7 @@ def _start_commands(tree: dict[str, Any]) -> list[str]:
 
 
 def _describe(group: NodeGroup) -> str:
-    return f"{group.name}: {group.cpus:g} CPUs, {group.gpus:g} GPUs"
+    return f"{group.name}: {group.each.num_cpus:g} CPUs, {group.each.num_gpus:g} GPUs"
 
 
 def _shorten(text: str) -> str:

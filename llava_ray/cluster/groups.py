@@ -1,7 +1,7 @@
 """Node groups of a cluster YAML: what a node of each has, how many there can be, on what market."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import yaml
 
 from llava_ray.cluster.schema import read_cluster
 from llava_ray.errors import ConfigError
+from llava_ray.resources.capacity import Resources
 
 Tree = dict[str, Any]
 
@@ -20,13 +21,17 @@ class NodeGroup:
     """Nodes of one kind."""
 
     name: str
-    cpus: float
-    gpus: float
-    memory_bytes: float
+    each: Resources
+    """What a node has; no memory where the YAML names none."""
     min_count: int
     max_count: int
     priority: int
     spot: bool
+
+    def room_for(self, need: Resources) -> int:
+        """Return how many fit on one node; memory counts where the YAML names it."""
+        memory_bytes = need.memory_bytes if self.each.memory_bytes else 0
+        return self.each.room_for(replace(need, memory_bytes=memory_bytes))
 
 
 @dataclass(frozen=True)
@@ -103,9 +108,7 @@ def _node_group(name: str, node: Tree, max_workers: int) -> NodeGroup:
     resources = node.get("resources") or {}
     return NodeGroup(
         name=name,
-        cpus=resources.get("CPU", 0),
-        gpus=resources.get("GPU", 0),
-        memory_bytes=resources.get("memory", 0),
+        each=Resources(*(resources.get(key, 0) for key in ("CPU", "GPU", "memory"))),
         min_count=node.get("min_workers", 0),
         max_count=min(node.get("max_workers", max_workers), max_workers),
         priority=node.get("priority", 0),
@@ -128,9 +131,11 @@ def _pod_group(group: Tree) -> NodeGroup:
     selector = pod.get("nodeSelector") or {}
     return NodeGroup(
         name=group["groupName"],
-        cpus=quantity(limits.get("cpu", 0)) if given is None else float(given),
-        gpus=quantity(limits.get("nvidia.com/gpu", 0)),
-        memory_bytes=quantity(limits.get("memory", 0)),
+        each=Resources(
+            quantity(limits.get("cpu", 0)) if given is None else float(given),
+            quantity(limits.get("nvidia.com/gpu", 0)),
+            quantity(limits.get("memory", 0)),
+        ),
         min_count=group.get("minReplicas", 1),
         max_count=group.get("maxReplicas", 1),
         priority=group.get("priority", 0),

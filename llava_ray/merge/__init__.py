@@ -59,8 +59,8 @@ def _resources(config: RunConfig) -> Resources:
     folder = model_folder(config.model)
     weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     nodes = free_nodes()
-    cpus = max((node["CPU"] for node in nodes), default=1)
-    gpus = any(node["GPU"] >= 1 for node in nodes)
+    cpus = max((node.num_cpus for node in nodes), default=1)
+    gpus = any(node.num_gpus >= 1 for node in nodes)
     need = Resources(
         # Half of a machine: a waiting replica or trial may have the rest.
         num_cpus=max(1, min(8, cpus // 2)),

@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -13,63 +13,62 @@ _COUNTED = ("CPU", "GPU", "memory")
 
 @dataclass(frozen=True)
 class Resources:
-    """What one task needs, in Ray's terms."""
+    """What a task needs, or what a node has."""
 
     num_cpus: float = 1
     num_gpus: float = 0
-    memory_bytes: int = 0
+    memory_bytes: float = 0
+
+    def __str__(self) -> str:
+        parts = [f"{self.num_cpus:g} CPUs"]
+        parts += [f"{self.num_gpus:g} GPUs"] if self.num_gpus else []
+        parts += [f"{self.memory_bytes / 2**30:.1f} GiB of memory"] if self.memory_bytes else []
+        return ", ".join(parts)
 
     def options(self) -> dict[str, float]:
         """Return them as the options of a Ray task."""
         return {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, "memory": self.memory_bytes}
 
-    def fitted(self, nodes: Sequence[dict[str, float]]) -> "Resources":
+    def room_for(self, need: "Resources") -> int:
+        """Return how often a need, which is not nothing, fits on a node of these."""
+        pairs = zip(astuple(self), astuple(need), strict=True)
+        return min(int(has / wanted + 1e-6) for has, wanted in pairs if wanted)
+
+    def fitted(self, nodes: Sequence["Resources"]) -> "Resources":
         """Lower the CPUs to what the largest node has: fewer CPUs only take longer."""
-        most = max((node.get("CPU", 0) for node in nodes), default=0)
+        most = max((node.num_cpus for node in nodes), default=0)
         return self if most < 1 else replace(self, num_cpus=min(self.num_cpus, most))
 
-    def shortage(self, nodes: Sequence[dict[str, float]]) -> str | None:
+    def shortage(self, nodes: Sequence["Resources"]) -> str | None:
         """Say what no node has enough of, or None where one could run the task."""
-        wanted = {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": float(self.memory_bytes)}
-        if any(all(node.get(key, 0) >= value for key, value in wanted.items()) for node in nodes):
+        if any(node.room_for(self) for node in nodes):
             return None
-        most = ("GPU", "memory", "CPU")
-        largest = max(nodes, key=lambda node: [node.get(key, 0) for key in most])
-        return (
-            f"no node has {_text(wanted)}; the largest has {_text(largest)}: "
-            "add a node or leave this out"
-        )
+        largest = max(nodes, key=lambda node: (node.num_gpus, node.memory_bytes, node.num_cpus))
+        return f"no node has {self}; the largest has {largest}: add a node or leave this out"
 
 
-def _text(values: dict[str, float]) -> str:
-    memory = values.get("memory", 0) / 2**30
-    cpus, gpus = values.get("CPU", 0), values.get("GPU", 0)
-    return f"{cpus:g} CPUs, {gpus:g} GPUs and {memory:.1f} GiB of memory"
-
-
-def free_nodes() -> list[dict[str, float]]:
-    """Return what each living machine has without what served replicas hold, as Ray names it.
+def free_nodes() -> list[Resources]:
+    """Return what each living machine has without what served replicas have.
 
     Replicas stay: a stage that counted on their CPUs would wait for them forever. What other jobs
-    hold comes free, so it is counted in. Where replicas hold all CPUs or GPUs there are, they are
-    counted in too: a stage then waits, and a warning says why.
+    have comes free, so it is counted in. Where replicas have all CPUs or GPUs that there are, they
+    are counted in too: a stage then waits, and a warning says why.
     """
     import ray
 
     alive: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     totals = {node["NodeID"]: node["Resources"] for node in alive if node["Alive"]}
-    nodes = {id: {key: has.get(key, 0.0) for key in _COUNTED} for id, has in totals.items()}
-    for node_id, resources in _taken_by_replicas():
-        if node_id in nodes:
-            for key in _COUNTED:
-                nodes[node_id][key] -= resources.get(key, 0.0)
+    free = {id: {key: has.get(key, 0.0) for key in _COUNTED} for id, has in totals.items()}
+    for node_id, taken in _taken_by_replicas():
+        for key in _COUNTED if node_id in free else ():
+            free[node_id][key] -= taken.get(key, 0.0)
     for key in ("CPU", "GPU"):
-        there = max((has.get(key, 0.0) for has in totals.values()), default=0.0)
-        if there >= 1 and all(node[key] < 1 for node in nodes.values()):
+        most = max((has.get(key, 0.0) for has in totals.values()), default=0.0)
+        if most >= 1 and all(node[key] < 1 for node in free.values()):
             _warn_of_waiting(key)
-            for node_id, node in nodes.items():
+            for node_id, node in free.items():
                 node[key] = totals[node_id].get(key, 0.0)
-    return list(nodes.values())
+    return [Resources(*(node[key] for key in _COUNTED)) for node in free.values()]
 
 
 @functools.cache

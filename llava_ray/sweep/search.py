@@ -11,9 +11,10 @@ from llava_ray.artifacts.storage import Storage
 from llava_ray.config.run import RunConfig, TrainConfig
 from llava_ray.console import Progress
 from llava_ray.errors import ConfigError
+from llava_ray.resources.capacity import Resources, free_nodes
 from llava_ray.sweep.space import domains, num_samples
 from llava_ray.sweep.trial import Scorer, TrialRun, TrialTask
-from llava_ray.train.resources import Node, WorkerPlan, cluster_nodes, plan_workers, room
+from llava_ray.train.resources import WorkerPlan, plan_workers, room
 
 if TYPE_CHECKING:
     from ray import tune
@@ -50,15 +51,13 @@ def search(
     """Run the trials of a sweep, leaving out those that an earlier run below `work_uri` ended."""
     from ray import tune
 
-    nodes = cluster_nodes()
+    nodes = free_nodes()
     plan = plan_workers(_trial_train(config.train, nodes), nodes)
     total = total_steps(config.train, plan, dataset.num_train)
     task = TrialTask(
         config=config,
         dataset=dataset,
-        num_workers=plan.num_workers,
-        cpus=plan.cpus,
-        gpus=plan.gpus,
+        plan=plan,
         work_uri=work_uri,
         report_every_steps=max(1, total // _REPORTS),
         judged_reports=_JUDGED[config.sweep.scheduler],
@@ -87,7 +86,7 @@ def total_steps(train: TrainConfig, plan: WorkerPlan, num_train: int) -> int:
     return min(steps, train.max_steps) if train.max_steps else steps
 
 
-def concurrent_trials(plan: WorkerPlan, nodes: Sequence[Node], *, scored: bool = False) -> int:
+def concurrent_trials(plan: WorkerPlan, nodes: Sequence[Resources], *, scored: bool = False) -> int:
     """Return how many trials the cluster holds; more would wait for each other's workers.
 
     Scored trials leave one place free for merging and quantizing. Where there is but one, a trial
@@ -98,9 +97,9 @@ def concurrent_trials(plan: WorkerPlan, nodes: Sequence[Node], *, scored: bool =
     return max(1, places - 1 if scored else places)
 
 
-def _trial_train(train: TrainConfig, nodes: Sequence[Node]) -> TrainConfig:
+def _trial_train(train: TrainConfig, nodes: Sequence[Resources]) -> TrainConfig:
     """Without GPUs give each trial's worker one CPU, so that several trials run at a time."""
-    if train.cpus_per_worker is None and not any(node.gpus for node in nodes):
+    if train.cpus_per_worker is None and not any(node.num_gpus for node in nodes):
         return train.model_copy(update={"cpus_per_worker": 1})
     return train
 

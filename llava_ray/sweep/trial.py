@@ -45,9 +45,7 @@ class TrialTask(BaseModel):
 
     config: RunConfig
     dataset: DatasetRecord
-    num_workers: int
-    cpus: float
-    gpus: int
+    plan: WorkerPlan
     work_uri: str
     report_every_steps: int
     judged_reports: frozenset[int]
@@ -131,7 +129,7 @@ class TrialRun(tune.Trainable):
         trainer = make_trainer(
             self._run_config,
             self._task.dataset,
-            WorkerPlan(self._task.num_workers, self._task.cpus, self._task.gpus),
+            self._task.plan,
             run_id=f"trial-{self.trial_id}",
             work_uri=f"{self._task.work_uri}/trials/{self.trial_id}-{part}",
             callbacks=[_forwarder(self._reports)],

@@ -9,9 +9,10 @@ from llava_ray.artifacts.records import AdapterCheckpoint, DatasetRecord
 from llava_ray.artifacts.store import ArtifactStore, artifact_id
 from llava_ray.config.run import RunConfig
 from llava_ray.models.folder import model_folder, weights_sha256
+from llava_ray.resources.capacity import free_nodes
 from llava_ray.train.curve import draw_curve
 from llava_ray.train.replica import check_optimizer
-from llava_ray.train.resources import cluster_nodes, plan_workers
+from llava_ray.train.resources import plan_workers
 from llava_ray.train.trackers import METRICS, check_trackers, read_metrics
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
     if found is not None:
         logger.info("train: %s is there already", id)
         return found
-    plan = plan_workers(train, cluster_nodes())
+    plan = plan_workers(train, free_nodes())
     logger.info("train: %d worker(s), each with %s", plan.num_workers, plan.resources())
     work = store.work_uri(id)
     with store.build(AdapterCheckpoint, id, settings=settings, parents=[dataset.id]) as build:

@@ -5,15 +5,7 @@ from dataclasses import dataclass
 
 from llava_ray.config.run import TrainConfig
 from llava_ray.errors import ConfigError, ResourceError
-from llava_ray.resources.capacity import free_nodes
-
-
-@dataclass(frozen=True)
-class Node:
-    """What one machine of the cluster has."""
-
-    cpus: float
-    gpus: float
+from llava_ray.resources.capacity import Resources
 
 
 @dataclass(frozen=True)
@@ -21,61 +13,49 @@ class WorkerPlan:
     """What the training asks of the cluster."""
 
     num_workers: int
-    cpus: float
-    gpus: int
+    each: Resources
 
     @property
     def device(self) -> str:
         """The kind of device that a worker computes on."""
-        return "cuda" if self.gpus else "cpu"
+        return "cuda" if self.each.num_gpus else "cpu"
 
     def resources(self) -> dict[str, float]:
-        """Return one worker's resources as Ray names them."""
-        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+        """Return one worker's resources as Ray Train names them."""
+        gpus = {"GPU": self.each.num_gpus} if self.each.num_gpus else {}
+        return {"CPU": self.each.num_cpus, **gpus}
 
 
-def cluster_nodes() -> list[Node]:
-    """Return the living machines of the connected cluster, without what is served from them."""
-    return [Node(node["CPU"], node["GPU"]) for node in free_nodes()]
-
-
-def plan_workers(train: TrainConfig, nodes: Sequence[Node], *, spare_cpus: float = 0) -> WorkerPlan:
-    """Choose workers for a cluster; `spare_cpus` are left to others.
+def plan_workers(train: TrainConfig, nodes: Sequence[Resources]) -> WorkerPlan:
+    """Choose workers for a cluster's nodes.
 
     Raises ResourceError when the cluster could not hold them even if it were idle, and
     ConfigError when a precision needs GPUs that are not there.
     """
-    total_gpus = int(sum(node.gpus for node in nodes))
-    gpus = 1 if total_gpus else 0
+    total_gpus = int(sum(node.num_gpus for node in nodes))
     num_workers = train.num_workers or max(1, total_gpus)
-    if train.precision == "fp16" and not gpus:
+    if train.precision == "fp16" and not total_gpus:
         raise ConfigError("train.precision='fp16' needs GPUs, and the cluster has none: use fp32")
-    cpus = train.cpus_per_worker or _default_cpus(num_workers, nodes, gpus, spare_cpus)
-    plan = WorkerPlan(num_workers, cpus, gpus)
+    cpus = train.cpus_per_worker or _default_cpus(num_workers, nodes, total_gpus)
+    plan = WorkerPlan(num_workers, Resources(cpus, 1 if total_gpus else 0))
     if room(plan, nodes) < num_workers:
-        there = ", ".join(f"{n.cpus:g} CPUs + {n.gpus:g} GPUs" for n in nodes) or "nothing"
+        there = ", ".join(f"{n.num_cpus:g} CPUs + {n.num_gpus:g} GPUs" for n in nodes) or "nothing"
         raise ResourceError(
-            f"train.num_workers={num_workers} with {cpus:g} CPUs and {gpus} GPUs each: the "
-            f"cluster holds {room(plan, nodes)} ({there}); lower train.num_workers or "
+            f"train.num_workers={num_workers} with {cpus:g} CPUs and {plan.each.num_gpus:g} GPUs "
+            f"each: the cluster holds {room(plan, nodes)} ({there}); lower train.num_workers or "
             "train.cpus_per_worker"
         )
     return plan
 
 
-def room(plan: WorkerPlan, nodes: Sequence[Node]) -> int:
-    """Return how many such workers the machines hold."""
-    return sum(_fits(plan, node) for node in nodes)
+def room(plan: WorkerPlan, nodes: Sequence[Resources]) -> int:
+    """Return how many such workers the nodes hold."""
+    return sum(node.room_for(plan.each) for node in nodes)
 
 
-def _default_cpus(num_workers: int, nodes: Sequence[Node], gpus: int, spare: float) -> float:
+def _default_cpus(num_workers: int, nodes: Sequence[Resources], gpus: int) -> float:
     if gpus:
-        per_gpu = min((n.cpus // n.gpus for n in nodes if n.gpus >= 1), default=1)
+        per_gpu = min((n.num_cpus // n.num_gpus for n in nodes if n.num_gpus >= 1), default=1)
         return float(max(1, min(4, per_gpu)))
-    free = sum(node.cpus for node in nodes) - spare
-    largest = max((node.cpus for node in nodes), default=1)
-    return float(max(1, min(largest, free // num_workers)))
-
-
-def _fits(plan: WorkerPlan, node: Node) -> int:
-    by_cpu = int(node.cpus / plan.cpus + 1e-6)
-    return min(by_cpu, int(node.gpus)) if plan.gpus else by_cpu
+    largest = max((node.num_cpus for node in nodes), default=1)
+    return float(max(1, min(largest, sum(node.num_cpus for node in nodes) // num_workers)))

@@ -51,10 +51,10 @@ def make_trainer(
         train_loop_config=task,  # type: ignore[arg-type]
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers,
-            use_gpu=plan.gpus > 0,
+            use_gpu=plan.each.num_gpus > 0,
             resources_per_worker=plan.resources(),
         ),
-        torch_config=TorchConfig(backend="nccl" if plan.gpus else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if plan.each.num_gpus else "gloo"),
         run_config=RayRunConfig(
             # The same name again makes Ray Train find the checkpoints of a run that was cut off.
             name="checkpoints",

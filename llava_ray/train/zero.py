@@ -1,20 +1,15 @@
-"""DeepSpeed's settings, its build cache, and engines made with both.
+"""DeepSpeed's settings, and engines made with them.
 
 DeepSpeed is imported only inside functions, which run in workers: importing it on the driver
 starts CUDA there (https://github.com/ray-project/ray/issues/50406).
 """
 
-import fcntl
 import logging
 import os
-import time
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llava_ray.artifacts.storage import cache_folder
 from llava_ray.config.run import TrainConfig
-from llava_ray.errors import ResourceError
 from llava_ray.train.replica import ReplicaEngine
 
 if TYPE_CHECKING:
@@ -30,9 +25,6 @@ _BUCKET = 50_000_000
 
 _KEPT_WHOLE = 1_000_000
 """ZeRO-3 does not share out smaller weights: LoRA's would be gathered one by one at each use."""
-
-_SETTLING_S = 30
-"""The time that a build may take from its lock to ninja's start."""
 
 
 def precision_of(train: TrainConfig, *, gpu: bool) -> Precision:
@@ -79,55 +71,16 @@ def zero_config(train: TrainConfig, precision: Precision, *, gpu: bool) -> dict[
 
 
 def prepare_environment(*, gpu: bool) -> None:
-    """Set what DeepSpeed reads at import, and clear what an earlier, killed build left behind."""
-    import torch
-
+    """Set what DeepSpeed reads at import."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls collectives under names that torch 2.13 deprecates, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\.")
-    folder = cache_folder() / "torch_extensions" / f"torch-{torch.__version__}"
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    clear_stale_locks(folder)
     if not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed.ops
 
         # On CPUs DeepSpeed would compile shared-memory collectives (up to a minute); gloo's do.
         deepspeed.ops.__compatible_ops__ = {}
-
-
-def clear_stale_locks(folder: Path) -> None:
-    """Delete the `lock` files of builds whose process is gone: PyTorch waits on them forever.
-
-    Raises ResourceError when one cannot be deleted.
-    """
-    with (folder / ".llava_ray_guard").open("w") as guard:
-        # Workers of one machine start together; one looks at a time.
-        fcntl.flock(guard, fcntl.LOCK_EX)
-        for lock in folder.glob("**/lock"):
-            try:
-                age_s = time.time() - lock.stat().st_mtime
-            except FileNotFoundError:
-                continue
-            if age_s < _SETTLING_S or _builder_runs():
-                continue
-            logger.warning("removing %s: left by a build that was killed", lock)
-            try:
-                lock.unlink(missing_ok=True)
-            except OSError as error:
-                raise ResourceError(f"{lock}: stale build lock, delete it ({error})") from error
-
-
-def _builder_runs() -> bool:
-    """Say whether a ninja process runs on this machine."""
-    for name in Path("/proc").glob("[0-9]*/comm"):
-        try:
-            if name.read_text().strip() == "ninja":
-                return True
-        except OSError:
-            continue
-    return False
 
 
 def shard_on_load(config: dict[str, Any]) -> Any:

@@ -62,7 +62,7 @@ def served(ray_local: None, config: RunConfig, chosen: ChosenVariant) -> Iterato
 
 
 def test_stages_do_not_count_on_what_the_replica_holds(served: DeploymentRecord) -> None:
-    assert [node["CPU"] for node in free_nodes()] == [2 - 0.5]
+    assert [node.num_cpus for node in free_nodes()] == [2 - 0.5]
 
 
 def test_the_curl_line_answers_about_an_image(served: DeploymentRecord) -> None:

@@ -8,11 +8,12 @@ import pytest
 from llava_ray.artifacts.records import SweepResult, Trial
 from llava_ray.config.run import RunConfig, TrainConfig, load_config
 from llava_ray.errors import ConfigError
+from llava_ray.resources.capacity import Resources
 from llava_ray.sweep import best_config, best_trial
 from llava_ray.sweep.pictures import write_report
 from llava_ray.sweep.search import Search, concurrent_trials, total_steps
 from llava_ray.sweep.space import check_space, domains, num_samples
-from llava_ray.train.resources import Node, WorkerPlan
+from llava_ray.train.resources import WorkerPlan
 
 
 def config(space: dict[str, Any], *overrides: str) -> RunConfig:
@@ -68,12 +69,15 @@ def test_a_grid_alone_is_walked_once() -> None:
 
 def test_steps_and_trials_at_a_time() -> None:
     train = TrainConfig(batch_size=2, gradient_accumulation=3, epochs=2)
-    assert total_steps(train, WorkerPlan(4, 1, 1), num_train=100) == 9
-    assert total_steps(train.model_copy(update={"max_steps": 5}), WorkerPlan(4, 1, 1), 100) == 5
-    nodes = [Node(8, 4), Node(8, 4)]
-    assert concurrent_trials(WorkerPlan(2, 2, 1), nodes) == 4
-    assert concurrent_trials(WorkerPlan(8, 2, 1), nodes) == 1
-    assert concurrent_trials(WorkerPlan(1, 1, 0), [Node(2, 0)]) == 2
+    assert total_steps(train, WorkerPlan(4, Resources(1, 1)), num_train=100) == 9
+    assert (
+        total_steps(train.model_copy(update={"max_steps": 5}), WorkerPlan(4, Resources(1, 1)), 100)
+        == 5
+    )
+    nodes = [Resources(8, 4), Resources(8, 4)]
+    assert concurrent_trials(WorkerPlan(2, Resources(2, 1)), nodes) == 4
+    assert concurrent_trials(WorkerPlan(8, Resources(2, 1)), nodes) == 1
+    assert concurrent_trials(WorkerPlan(1, Resources(1, 0)), [Resources(2, 0)]) == 2
 
 
 def trial(number: int, status: Any, value: float | None, rate: float) -> Trial:

@@ -1,44 +1,46 @@
 """Which workers are asked for, trackers that are missing, locks that a killed build left."""
 
-import os
-import time
 from pathlib import Path
 
 import pytest
 
 from llava_ray.config.run import TrainConfig
 from llava_ray.errors import ConfigError, ResourceError
+from llava_ray.resources.capacity import Resources
 from llava_ray.train.curve import draw_curve
-from llava_ray.train.resources import Node, WorkerPlan, plan_workers
+from llava_ray.train.resources import WorkerPlan, plan_workers
 from llava_ray.train.trackers import check_trackers
-from llava_ray.train.zero import clear_stale_locks, zero_config
+from llava_ray.train.zero import zero_config
 
 
 def test_defaults_follow_the_cluster() -> None:
-    assert plan_workers(TrainConfig(), [Node(2, 0)]) == WorkerPlan(1, 2, 0)
-    assert plan_workers(TrainConfig(num_workers=2), [Node(2, 0)]) == WorkerPlan(2, 1, 0)
-    assert plan_workers(TrainConfig(), [Node(16, 2), Node(16, 2)]) == WorkerPlan(4, 4, 1)
-    assert plan_workers(TrainConfig(), [Node(4, 2), Node(4, 0)]) == WorkerPlan(2, 2, 1)
+    def plan(nodes: list[Resources], **changes: int) -> WorkerPlan:
+        return plan_workers(TrainConfig(**changes), nodes)
+
+    assert plan([Resources(2)]) == WorkerPlan(1, Resources(2))
+    assert plan([Resources(2)], num_workers=2) == WorkerPlan(2, Resources(1))
+    assert plan([Resources(16, 2), Resources(16, 2)]) == WorkerPlan(4, Resources(4, 1))
+    assert plan([Resources(4, 2), Resources(4)]) == WorkerPlan(2, Resources(2, 1))
 
 
 @pytest.mark.parametrize(
     ("train", "nodes"),
     [
-        (TrainConfig(num_workers=3), [Node(2, 0)]),
-        (TrainConfig(num_workers=2, cpus_per_worker=2), [Node(3, 0)]),
-        (TrainConfig(num_workers=3), [Node(16, 1), Node(16, 1), Node(64, 0)]),
-        (TrainConfig(cpus_per_worker=8), [Node(4, 1)]),
+        (TrainConfig(num_workers=3), [Resources(2, 0)]),
+        (TrainConfig(num_workers=2, cpus_per_worker=2), [Resources(3, 0)]),
+        (TrainConfig(num_workers=3), [Resources(16, 1), Resources(16, 1), Resources(64, 0)]),
+        (TrainConfig(cpus_per_worker=8), [Resources(4, 1)]),
         (TrainConfig(), []),
     ],
 )
-def test_workers_that_never_fit_are_refused(train: TrainConfig, nodes: list[Node]) -> None:
+def test_workers_that_never_fit_are_refused(train: TrainConfig, nodes: list[Resources]) -> None:
     with pytest.raises(ResourceError, match=r"train\.num_workers=\d with .*the cluster holds"):
         plan_workers(train, nodes)
 
 
 def test_fp16_needs_a_gpu() -> None:
     with pytest.raises(ConfigError, match="fp16"):
-        plan_workers(TrainConfig(precision="fp16"), [Node(4, 0)])
+        plan_workers(TrainConfig(precision="fp16"), [Resources(4, 0)])
 
 
 def test_a_missing_tracker_names_its_package() -> None:
@@ -54,18 +56,6 @@ def test_offload_and_precision_reach_deepspeed() -> None:
     assert found["zero_optimization"]["offload_param"]["device"] == "cpu"
     assert found["bf16"]["enabled"] and not found["fp16"]["enabled"]
     assert found["gradient_accumulation_steps"] == 4
-
-
-def test_a_lock_without_a_builder_is_removed(tmp_path: Path) -> None:
-    old, fresh = tmp_path / "old" / "lock", tmp_path / "fresh" / "lock"
-    for lock in (old, fresh):
-        lock.parent.mkdir()
-        lock.touch()
-    long_ago = time.time() - 3600
-    os.utime(old, (long_ago, long_ago))
-    clear_stale_locks(tmp_path)
-    assert not old.exists()
-    assert fresh.exists()
 
 
 def test_curve_is_a_picture(tmp_path: Path) -> None:
