@@ -75,7 +75,7 @@ def digest_of(entries: tuple[str, ...], home: Path = _HOME) -> str:
     of it is imported. Raises ConfigError for an entry that is not there.
     """
     if missing := [entry for entry in entries if _file(entry, home) is None]:
-        raise ConfigError(f"no module {missing[0]!r} in {home}: mend code_digest.ENTRIES")
+        raise ConfigError(f"no module {missing[0]!r} in {home}: correct code_digest.ENTRIES")
     left, seen, statements = list(entries), set[Path](), set[bytes]()
     own = {entry.partition(".")[0] for entry in entries}
     while left:

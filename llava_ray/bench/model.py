@@ -1,7 +1,6 @@
-"""Models to measure: LLaVA-1.5-7B's shapes with random weights, and the embedded one as a variant.
+"""LLaVA-1.5-7B's shapes with random weights, and quick roundings of its language model.
 
-Random weights serve for speed alone and say nothing of a method's quality, so rows of quick
-roundings name the layout.
+For speed alone: random weights say nothing of a method's quality, so rows name the layout.
 """
 
 import json
@@ -11,16 +10,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from llava_ray.artifacts.records import Variant
-from llava_ray.artifacts.store import ArtifactStore, artifact_id
 from llava_ray.inference.engine import Prompt
 from llava_ray.inference.torch.kernels.weights import PackedLinear, Unpacked, pack, unpack
-from llava_ray.models.folder import EMBEDDED, weights_sha256
+from llava_ray.models.folder import EMBEDDED
 from llava_ray.models.shapes import LLAVA_7B, random_model
 from llava_ray.models.sizes import Sizes
 from llava_ray.models.tensors import SHARD_BYTES, copy_sidecars
-from llava_ray.quantize.registry import spec_for
-from llava_ray.quantize.spec import Calibration
 
 Layout = Literal["fp16", "int8", "awq-g128", "hqq-g64"]
 
@@ -35,22 +30,6 @@ def write_model(folder: Path, device: str) -> Path:
     model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
     copy_sidecars(EMBEDDED, folder)
     return folder
-
-
-def embedded_variant(store: ArtifactStore, slug: str) -> Variant:
-    """Return the embedded model, not fine-tuned, as a variant without calibration."""
-    settings = {"slug": slug, "base": weights_sha256(EMBEDDED)}
-    name = artifact_id(Variant.kind, settings)
-    found = store.find(Variant, name)
-    if found is not None:
-        return found
-    spec = spec_for(slug)
-    with store.build(Variant, name, settings=settings) as build:
-        spec.quantize(EMBEDDED, build.folder, Calibration(build.folder, 0), "cpu")
-        return build.finish(
-            Variant, device="cpu", slug=slug, method=spec.method,
-            bits_per_weight=spec.bits_per_weight(), quantize_s=0, peak_memory_bytes=0,
-        )  # fmt: skip
 
 
 def make_prompt(tokens: int) -> Prompt:

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from llava_ray.artifacts.records import Variant
+from llava_ray.artifacts.store import ArtifactStore, artifact_id
 from llava_ray.bench import results
 from llava_ray.bench.model import write_model
-from llava_ray.models.folder import EMBEDDED
+from llava_ray.models.folder import EMBEDDED, weights_sha256
 from llava_ray.models.tensors import Phases
 from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.spec import Calibration
@@ -80,6 +82,22 @@ def measure(
             "size_bytes": sum(path.stat().st_size for path in target.iterdir()),
             "estimated_bytes": spec.estimated_bytes(merged),
         }
+
+
+def embedded_variant(store: ArtifactStore, slug: str) -> Variant:
+    """Return the embedded model, not fine-tuned, as a variant without calibration."""
+    settings = {"slug": slug, "base": weights_sha256(EMBEDDED)}
+    name = artifact_id(Variant.kind, settings)
+    found = store.find(Variant, name)
+    if found is not None:
+        return found
+    spec = spec_for(slug)
+    with store.build(Variant, name, settings=settings) as build:
+        spec.quantize(EMBEDDED, build.folder, Calibration(build.folder, 0), "cpu")
+        return build.finish(
+            Variant, device="cpu", slug=slug, method=spec.method,
+            bits_per_weight=spec.bits_per_weight(), quantize_s=0, peak_memory_bytes=0,
+        )  # fmt: skip
 
 
 def write_calibration(folder: Path) -> Calibration:

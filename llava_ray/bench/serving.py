@@ -28,7 +28,7 @@ import numpy as np
 from llava_ray import __version__
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.bench import results
-from llava_ray.bench.model import embedded_variant
+from llava_ray.bench.quantize import embedded_variant
 from llava_ray.inference.engine import Prompt
 from llava_ray.inference.request_errors import ApiError
 from llava_ray.inference.sampling import SamplingParams, Step
