@@ -9,11 +9,13 @@ import logging
 from pathlib import Path
 
 from llava_ray.bench.decode import run
+from llava_ray.bench.readme import table
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    print(run(arguments.out))
+    run(arguments.out)
+    print(table("decode", arguments.out))
     print(arguments.out)

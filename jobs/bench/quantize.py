@@ -16,12 +16,10 @@ from llava_ray.bench.quantize import SLUGS, run
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write or add to")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--work", type=Path, default=Path("/tmp/bench_quantize"))
     parser.add_argument("--model", type=Path, help="another LLaVA folder; default: 7B shapes")
     parser.add_argument("--only", default=",".join(SLUGS), help="slugs, joined by commas")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    slugs = arguments.only.split(",")
-    print(run(arguments.out, arguments.work, arguments.model, slugs))
-    print(arguments.out)
+    print(run(arguments.out, arguments.work, arguments.model, arguments.only.split(",")))

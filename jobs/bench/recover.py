@@ -7,12 +7,12 @@ Further arguments are overrides as of the other jobs.
 import sys
 from pathlib import Path
 
-from llava_ray.bench.recovery import run
+from llava_ray.bench.embedded import recover
 from llava_ray.cli import run_job
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    path = run_job(__doc__, lambda config: run(config, Path(sys.argv[1])), sys.argv[2:])
+    path = run_job(__doc__, lambda config: recover(config, Path(sys.argv[1])), sys.argv[2:])
     if path is not None:
         print(path)

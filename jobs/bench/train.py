@@ -1,6 +1,6 @@
 """Time LoRA training beside plain transformers + peft on one machine; needs no download.
 
-Needs torch, transformers, peft and, for the rows with ZeRO, deepspeed; Ray only with --ray:
+Needs torch, transformers, peft and, for the rows with ZeRO, deepspeed:
 python jobs/bench/train.py --out jobs/results/train_h100.json
 python jobs/bench/train.py --out train.json --gpus 1,2 --only zero2-b8,replica-b8
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 # The repository, so that a machine without the package installed can run this file.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from llava_ray.bench.readme import table
 from llava_ray.bench.train import run
 from llava_ray.console import fail
 from llava_ray.errors import LlavaRayError
@@ -21,23 +22,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--only", default="", help="names of rows, separated by commas")
-    parser.add_argument("--minutes", type=float, default=5, help="after these no row is begun")
+    parser.add_argument("--minutes", type=float, default=5, help="after these no row is started")
     parser.add_argument("--gpus", default="1", help="numbers of GPUs to measure on, such as 1,2")
-    parser.add_argument("--ray", action="store_true", help="measure under Ray Train besides")
     parser.add_argument("--tiny", action="store_true", help="a model that a CPU trains")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    only = [name for name in arguments.only.split(",") if name]
+    gpus = [int(number) for number in arguments.gpus.split(",")]
     try:
-        print(
-            run(
-                arguments.out,
-                only=[name for name in arguments.only.split(",") if name],
-                minutes=arguments.minutes,
-                gpus=[int(number) for number in arguments.gpus.split(",")],
-                tiny=arguments.tiny,
-                ray=arguments.ray,
-            )
-        )
+        run(arguments.out, only=only, minutes=arguments.minutes, gpus=gpus, tiny=arguments.tiny)
+        print(table("train", arguments.out))
     except LlavaRayError as error:
         fail(error)
     print(arguments.out)

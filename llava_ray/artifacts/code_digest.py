@@ -32,11 +32,12 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "decode_kernels_h100": ("llava_ray.bench.kernels",),
     "drill": ("llava_ray.sweep", *_LINE),
     "embedded": ("llava_ray.bench.embedded", *_MEASURED),
-    "hqq_recovery": ("llava_ray.bench.recovery", *_MEASURED),
+    "hqq_recovery": ("llava_ray.bench.embedded", *_MEASURED),
     "llama_amx": ("llava_ray.inference.llama_cpp.trial",),
     "llava_7b_h100": _REPORT,
     "photographs_report": _REPORT,
     "pretrain": ("llava_ray.embedded.pretrain.scores",),
+    "quantize_7b": ("llava_ray.bench.quantize", "llava_ray.quantize.awq_calibration"),
     "quickstart_report": _REPORT,
     "report": _REPORT,
     "serving": ("llava_ray.bench.serving", *_SERVED),
@@ -74,7 +75,7 @@ def digest_of(entries: tuple[str, ...], home: Path = _HOME) -> str:
     of it is imported. Raises ConfigError for an entry that is not there.
     """
     if missing := [entry for entry in entries if _file(entry, home) is None]:
-        raise ConfigError(f"no module {missing[0]!r} in {home}: mend code_digest.ENTRIES")
+        raise ConfigError(f"no module {missing[0]!r} in {home}: correct code_digest.ENTRIES")
     left, seen, statements = list(entries), set[Path](), set[bytes]()
     own = {entry.partition(".")[0] for entry in entries}
     while left:

@@ -1,95 +1,112 @@
-"""What fine-tuning gains and quantization loses on the embedded model, over seeds."""
+"""On the embedded model, over seeds: what fine-tuning gains and quantization loses, and what LoRA
+over a 2-bit base wins back.
 
-import json
-import logging
-import shutil
+All goes through the product's own stages and is scored on the same held-out scenes, whose words and
+fonts pretraining never saw.
+"""
+
 import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_ray.artifacts.code_digest import code_digest
-from llava_ray.artifacts.records import Scorecard, Variant, VariantFailure
-from llava_ray.artifacts.store import ArtifactStore, artifact_id
-from llava_ray.benchmark.measure import measure_captions
-from llava_ray.benchmark.plan import make_plan
+from llava_ray import benchmark
+from llava_ray.artifacts.records import DatasetRecord, Scorecard, VariantFailure
+from llava_ray.artifacts.store import ArtifactStore
+from llava_ray.bench import results
+from llava_ray.bench.compare import changed, scorecard
+from llava_ray.bench.quantize import embedded_variant
 from llava_ray.config.run import RunConfig
-from llava_ray.errors import ConfigError, VariantError
+from llava_ray.errors import ConfigError
 from llava_ray.models.folder import EMBEDDED, weights_sha256
-from llava_ray.pipeline import run_benchmark, run_prepare
-
-logger = logging.getLogger(__name__)
+from llava_ray.pipeline import run_benchmark, run_prepare, run_quantize
 
 SEEDS = (0, 1, 2)
 """Of the training; the data set and its split are the same for all."""
+RECOVERY = {
+    "fine-tuned, 16 bits": "none-fp16",
+    "fine-tuned, then 2 bits": "hqq-w2-g64",
+    # In fp32, so that no other rounding is measured, and under a slug of its own.
+    "2-bit base, then LoRA": "none-fp32",
+}
+"""By row: the slug. The first is what the others' KL divergence is measured against."""
 
 
 def score(config: RunConfig, out: Path) -> Path:
     """Score the base, the fine-tuned model of each seed, and every variant of the first seed's.
 
-    All on the same held-out scenes, whose words and fonts pretraining never saw. Raises
-    ConfigError for another model, VariantError where the baseline cannot be measured.
+    Raises ConfigError for another model, VariantError where the baseline cannot be measured.
     """
-    import ray
+    dataset, about = _begin(config)
+    baseline = config.benchmark.baseline
+    measured = run_benchmark(changed(config, train={"seed": SEEDS[0]}))
+    cards = [next(result for result in measured if result.slug == baseline)]
+    for seed in SEEDS[1:]:
+        only = changed(config, train={"seed": seed}, quantize={"variants": (baseline,)})
+        cards += run_benchmark(only)
+    tuned = [scorecard(card).scores for card in cards]
+    tree = about | {
+        "held_out_samples": min(dataset.num_test, config.benchmark.caption_samples),
+        "fine_tuned": dict(zip(SEEDS, tuned, strict=True)),
+        "fine_tuned_mean": over_seeds(tuned, statistics.mean),
+        "fine_tuned_standard_deviation": over_seeds(tuned, statistics.stdev),
+        "variants": {result.slug: _variant(result) for result in measured},
+    }
+    return results.write(out, "embedded", tree)
 
+
+def recover(config: RunConfig, out: Path) -> Path:
+    """Train with each seed in 16 bits and over a 2-bit base, and measure both and the 2-bit model.
+
+    Raises ConfigError for another model, VariantError for what cannot be measured. Source of the
+    idea: HQQ+ (https://mobiusml.github.io/1bit_blog).
+    """
+    dataset, about = _begin(config)
+    baseline, rounded, recovered = RECOVERY.values()
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in RECOVERY}
+    for seed in SEEDS:
+        plain = changed(
+            config, train={"seed": seed, "method": "lora"},
+            quantize={"variants": (baseline, rounded)}, benchmark={"baseline": baseline},
+        )  # fmt: skip
+        low = changed(
+            config, train={"seed": seed, "method": "hqq", "hqq_bits": 2},
+            quantize={"variants": (recovered,)}, benchmark={"baseline": recovered},
+        )  # fmt: skip
+        variants = [*run_quantize(plain), *run_quantize(low)]
+        cards = {result.slug: result for result in benchmark.run(plain, variants, dataset)}
+        for name, slug in RECOVERY.items():
+            card = scorecard(cards[slug])
+            rows[name].append({"kl_divergence": card.kl_divergence.median, **card.scores})
+    tree = about | {
+        "seeds": SEEDS,
+        "rows": rows,
+        "mean": {name: over_seeds(found, statistics.mean) for name, found in rows.items()},
+        "standard_deviation": {
+            name: over_seeds(found, statistics.stdev) for name, found in rows.items()
+        },
+    }
+    return results.write(out, "hqq_recovery", tree)
+
+
+def _begin(config: RunConfig) -> tuple[DatasetRecord, dict[str, Any]]:
+    """Return the data set, and what both results files say of the base model."""
     if config.model.path != "embedded":
         raise ConfigError(f"model.path is {config.model.path!r}: this scores 'embedded' alone")
     dataset = run_prepare(config)
-    store = ArtifactStore(config.storage.uri)
-    plan = make_plan(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
-    base = measure_captions(plan, base_variant(store), dataset)
-    results = run_benchmark(_with_seed(config, SEEDS[0]))
-    tuned = {SEEDS[0]: _scores(config, results)}
-    for seed in SEEDS[1:]:
-        seeded = _with_seed(config, seed, only=config.benchmark.baseline)
-        tuned[seed] = _scores(config, run_benchmark(seeded))
-    tree = {
+    base = embedded_variant(ArtifactStore(config.storage.uri), "none-fp16")
+    return dataset, {
         "config": config.model_dump(mode="json", include={"data", "train", "benchmark"}),
-        "code_digest": code_digest("embedded"),
         "base_model_sha256": weights_sha256(EMBEDDED),
-        "held_out_samples": min(dataset.num_test, config.benchmark.caption_samples),
-        "base": base,
-        "fine_tuned": {str(seed): scores for seed, scores in tuned.items()},
-        "fine_tuned_mean": _over_seeds(tuned, statistics.mean),
-        "fine_tuned_standard_deviation": _over_seeds(tuned, statistics.stdev),
-        "variants": {result.slug: _variant(result) for result in results},
+        "base": benchmark.score_captions(config, base, dataset),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    return out
 
 
-def base_variant(store: ArtifactStore) -> Variant:
-    """Return the untrained base as a variant, so that it is measured as all are."""
-    settings = {"slug": "none-fp16", "base": weights_sha256(EMBEDDED)}
-    name = artifact_id(Variant.kind, settings)
-    found = store.find(Variant, name)
-    if found is not None:
-        return found
-    with store.build(Variant, name, settings=settings) as build:
-        shutil.copytree(EMBEDDED, build.folder, dirs_exist_ok=True)
-        return build.finish(
-            Variant, device="cpu", slug="none-fp16", method="none", bits_per_weight=16,
-            quantize_s=0, peak_memory_bytes=0,
-        )  # fmt: skip
-
-
-def _with_seed(config: RunConfig, seed: int, only: str | None = None) -> RunConfig:
-    update: dict[str, Any] = {"train": config.train.model_copy(update={"seed": seed})}
-    if only is not None:
-        update["quantize"] = config.quantize.model_copy(update={"variants": (only,)})
-    return config.model_copy(update=update)
-
-
-def _scores(config: RunConfig, results: list[Scorecard | VariantFailure]) -> dict[str, float]:
-    for result in results:
-        if result.slug == config.benchmark.baseline and isinstance(result, Scorecard):
-            return result.scores
-    raise VariantError(f"baseline {config.benchmark.baseline!r} was not measured: see the log")
-
-
-def _over_seeds(tuned: dict[int, dict[str, float]], how: Any) -> dict[str, float]:
-    names = next(iter(tuned.values()))
-    return {name: how([scores[name] for scores in tuned.values()]) for name in names}
+def over_seeds(
+    rows: Sequence[dict[str, float]], how: Callable[[list[float]], float]
+) -> dict[str, float]:
+    """Return each score's mean or deviation over the rows, one per seed."""
+    return {name: how([row[name] for row in rows]) for name in rows[0]}
 
 
 def _variant(result: Scorecard | VariantFailure) -> dict[str, Any]:

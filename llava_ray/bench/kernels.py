@@ -1,57 +1,48 @@
 """The share of the memory's bandwidth that each kernel reaches on LLaVA-1.5-7B's shapes.
 
+python -m llava_ray.bench.kernels OUT.json
 Weights rotate, so that none is read from the cache, and launches are replayed as a graph.
 """
 
 import itertools
 import json
 import logging
-import statistics
 import sys
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from triton.testing import do_bench_cudagraph
 
-from llava_ray.artifacts.code_digest import code_digest
+from llava_ray.bench import results
+from llava_ray.benchmark.timing import copy_bytes_per_s
 from llava_ray.inference.torch.kernels.launch import (
     MAX_BATCH,
     Attention,
-    GemmBlock,
-    GemvBlock,
     Product,
     Scratch,
     Squares,
 )
 from llava_ray.inference.torch.kernels.weights import Format, Weight, placed, unpack
+from llava_ray.models.shapes import LLAVA_7B
 
 logger = logging.getLogger(__name__)
 
+_TEXT: dict[str, int] = LLAVA_7B["text_config"]
+HIDDEN, INNER, HEADS = (
+    _TEXT["hidden_size"], _TEXT["intermediate_size"], _TEXT["num_attention_heads"],
+)  # fmt: skip
 SHAPES: dict[str, tuple[int, int, Literal["plain", "residual", "swiglu"]]] = {
-    "qkv": (12288, 4096, "plain"),
-    "o": (4096, 4096, "residual"),
-    "gate_up": (22016, 4096, "swiglu"),
-    "down": (4096, 11008, "residual"),
-    "lm_head": (32064, 4096, "plain"),
+    "qkv": (3 * HIDDEN, HIDDEN, "plain"),
+    "o": (HIDDEN, HIDDEN, "residual"),
+    "gate_up": (2 * INNER, HIDDEN, "swiglu"),
+    "down": (HIDDEN, INNER, "residual"),
+    "lm_head": (_TEXT["vocab_size"], HIDDEN, "plain"),
 }
-FORMATS: tuple[tuple[Format, int], ...] = (
-    ("dense", 0),
-    ("int8", 0),
-    ("int4", 64),
-    ("int4", 128),
-)
-ATTENTION_BLOCKS = (32, 64, 128)
+FORMATS: list[tuple[Format, int]] = [("dense", 0), ("int8", 0), ("int4", 64), ("int4", 128)]
+"""With the columns of a group."""
 ROTATED_BYTES = 400 * 10**6
-
-
-def copy_bandwidth() -> float:
-    """Return the bytes per second, read and written, of a large copy on the device."""
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    seconds = _median_seconds(lambda: target.copy_(source), 10)
-    return 2 * source.numel() / seconds
 
 
 def random_weight(format_: Format, rows: int, columns: int, group: int) -> Weight:
@@ -69,182 +60,86 @@ def random_weight(format_: Format, rows: int, columns: int, group: int) -> Weigh
     return Weight("int4", rows, columns, data, scale, group)
 
 
-class Bench:
-    """Buffers for one product on many weights."""
+def product_rows(name: str, format_: Format, group: int, batch: int) -> Iterator[dict[str, Any]]:
+    """Measure one product on many weights, beside PyTorch's own where they are dense."""
+    rows, columns, epilogue = SHAPES[name]
+    first = random_weight(format_, rows, columns, group)
+    count = min(48, -(-ROTATED_BYTES // first.bytes()))
+    weights = [first, *(random_weight(format_, rows, columns, group) for _ in range(count - 1))]
+    gain = torch.rand(rows, device="cuda").half()
+    x = torch.randn(batch, columns, device="cuda").half()
+    out = torch.zeros(batch, rows // 2 if epilogue == "swiglu" else rows, device="cuda").half()
+    scaled = torch.zeros(batch, rows, device="cuda").half()
+    squares = Squares.empty("cuda").of(512 if batch == 1 else 64)
+    squares.buffer.fill_(columns / squares.parts)
+    scratch = Scratch.empty(MAX_BATCH * rows * 8 + 65536, 16384, "cuda")
 
-    def __init__(self, name: str, format_: Format, group: int, batch: int) -> None:
-        self.rows, self.columns, self.epilogue = SHAPES[name]
-        self.batch = batch
-        first = random_weight(format_, self.rows, self.columns, group)
-        count = min(48, -(-ROTATED_BYTES // first.bytes()))
-        self.weights = [first] + [
-            random_weight(format_, self.rows, self.columns, group) for _ in range(count - 1)
-        ]
-        self.gain = torch.rand(self.rows, device="cuda").half()
-        self.x = torch.randn(batch, self.columns, device="cuda").half()
-        width = self.rows // 2 if self.epilogue == "swiglu" else self.rows
-        self.out = torch.zeros(batch, width, device="cuda").half()
-        self.scaled = torch.zeros(batch, self.rows, device="cuda").half()
-        self.squares = Squares.empty("cuda").of(512 if batch == 1 else 64)
-        self.squares.buffer.fill_(self.columns / self.squares.parts)
-        self.scratch = Scratch.empty(MAX_BATCH * self.rows * 8 + 65536, 16384, "cuda")
+    def launch(weight: Weight, x: torch.Tensor) -> None:
+        product = Product(weight, epilogue, 1e-5, epilogue != "residual", gain)
+        product.launch(batch, x, out, squares, scratch, scaled)
 
-    def run(self, weight: Weight, block: Any = None, pdl: bool = False) -> None:
-        """Launch once."""
-        norm = self.epilogue != "residual"
-        product = Product(weight, self.epilogue, 1e-5, norm, self.gain, "dense", pdl)
-        product.launch(self.batch, self.x, self.out, self.squares, self.scratch, self.scaled, block)
+    def gb_per_s(run: Callable[[Weight], Any]) -> float:
+        seconds = _seconds(lambda: [run(weight) for weight in weights])
+        return sum(weight.bytes() for weight in weights) / seconds / 1e9
 
-    def error(self, block: Any = None) -> float:
-        """Return the relative error of the output against a float32 product."""
-        weight = self.weights[0]
-        x = self.x
-        if self.batch > 1:
-            self.x = placed(self.x, weight.format)
-        self.out.fill_(0 if self.epilogue == "residual" else float("nan"))
-        self.run(weight, block)
-        self.x = x
-        plain = x.float() @ unpack(weight, torch.float32).T
-        if self.epilogue == "swiglu":
-            plain = torch.nn.functional.silu(plain[:, 0::2]) * plain[:, 1::2]
-        return float((self.out.float() - plain).norm() / plain.norm())
-
-    def bandwidth(self, block: Any = None, pdl: bool = False) -> float:
-        """Return bytes of weights per second."""
-        for weight in self.weights[:2]:
-            self.run(weight, block, pdl)
-
-        def run_all() -> None:
-            for weight in self.weights:
-                self.run(weight, block, pdl)
-
-        seconds = _graph_seconds(run_all)
-        return sum(weight.bytes() for weight in self.weights) / seconds
-
-    def library_bandwidth(self) -> float:
-        """Return bytes per second of PyTorch's own product, dense weights only."""
-
-        def run_all() -> None:
-            for weight in self.weights:
-                torch.nn.functional.linear(self.x, weight.data)
-
-        run_all()
-        return sum(weight.bytes() for weight in self.weights) / _graph_seconds(run_all)
+    launch(first, placed(x, format_) if batch > 1 else x)
+    plain = x.float() @ unpack(first, torch.float32).T
+    if epilogue == "swiglu":
+        plain = torch.nn.functional.silu(plain[:, 0::2]) * plain[:, 1::2]
+    error = float((out.float() - plain).norm() / plain.norm())
+    row = {"kernel": format_, "group": group, "shape": name, "batch": batch}
+    yield row | {"error": error, "gb_per_s": gb_per_s(lambda weight: launch(weight, x))}
+    if format_ == "dense":
+        linear = gb_per_s(lambda weight: torch.nn.functional.linear(x, weight.data))
+        yield row | {"kernel": "cuBLAS", "gb_per_s": linear}
 
 
-GEMV_BLOCKS: dict[Format, list[GemvBlock]] = {
-    "dense": [GemvBlock(4, 1024, 4), GemvBlock(8, 512, 2), GemvBlock(4, 2048, 8)],
-    "int8": [GemvBlock(16, 512, 4), GemvBlock(8, 256, 2), GemvBlock(4, 512, 4)],
-    "int4": [GemvBlock(16, 512, 4), GemvBlock(8, 256, 2), GemvBlock(4, 512, 4)],
-}
-GEMM_BLOCKS: dict[Format, list[GemmBlock]] = {
-    "dense": [GemmBlock(32, 128, 2, 5, 2), GemmBlock(64, 128, 2, 5, 4)],
-    "int8": [GemmBlock(32, 256, 2, 4, 2), GemmBlock(64, 256, 2, 4, 4)],
-    "int4": [GemmBlock(32, 0, 4, 6, 2), GemmBlock(128, 0, 8, 6, 4)],
-}
-
-
-def attention_bandwidth(batch: int, length: int, block: int) -> float:
-    """Return bytes of keys and values per second, 32 heads of 128."""
-    keys = [torch.randn(9, 32, 2048, 128, device="cuda").half() for _ in range(4)]
-    cos = torch.rand(2048, 128, device="cuda").half()
-    qkv = torch.randn(batch, 3 * 4096, device="cuda").half()
+def attention_gb_per_s(batch: int, length: int) -> float:
+    """Return gigabytes of keys and values per second, of 7B's heads."""
+    size = HIDDEN // HEADS
+    keys = [torch.randn(9, HEADS, 2048, size, device="cuda").half() for _ in range(4)]
+    cos = torch.rand(2048, size, device="cuda").half()
+    qkv = torch.randn(batch, 3 * HIDDEN, device="cuda").half()
     slots = torch.arange(batch, device="cuda")
     lengths = torch.full((9,), length, dtype=torch.int32, device="cuda")
-    out = torch.zeros(batch, 4096, device="cuda").half()
-    scratch = Scratch.empty(MAX_BATCH * 32 * 130, 16384, "cuda")
-    layers = [Attention(keys[i], keys[i - 1], cos, cos, 32, block=block) for i in range(4)] * 4
+    out = torch.zeros(batch, HIDDEN, device="cuda").half()
+    scratch = Scratch.empty(MAX_BATCH * HEADS * (size + 2), 16384, "cuda")
+    layers = [Attention(keys[i], keys[i - 1], cos, cos, HEADS) for i in range(4)] * 4
+    read = len(layers) * batch * length * 2 * HIDDEN * 2
 
-    def run_all() -> None:
+    def run() -> None:
         for layer in layers:
             layer.launch(qkv, slots, lengths, out, scratch)
 
-    run_all()
-    return len(layers) * batch * length * 2 * 4096 * 2 / _graph_seconds(run_all)
+    return read / _seconds(run) / 1e9
 
 
-def _graph_seconds(run: Callable[[], None]) -> float:
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return _median_seconds(graph.replay, 15)
+def _seconds(run: Callable[[], Any]) -> float:
+    milliseconds: float = do_bench_cudagraph(run, rep=50, return_mode="median")
+    return milliseconds / 1000
 
 
-def _median_seconds(run: Callable[[], Any], repeats: int) -> float:
-    times: list[float] = []
-    for _ in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return statistics.median(times[2:])
-
-
-def main(out: Path, variants: bool) -> None:
-    """Write one JSON row per kernel and shape; a failing one is recorded with its reason."""
-    rows: list[dict[str, Any]] = []
-    digest, bandwidth = code_digest("decode_kernels_h100"), copy_bandwidth()
-    print(f"copy {bandwidth / 1e12:.2f} TB/s", flush=True)
-
-    def record(row: dict[str, Any], work: Callable[[], dict[str, float]]) -> None:
-        try:
-            row |= work()
-        except Exception as error:
-            traceback.print_exc(limit=-2)
-            row["failed"] = str(error)[:300]
-        rows.append(row)
-        tree = {"code_digest": digest, "copy_bytes_per_s": bandwidth, "rows": rows}
-        out.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps(row), flush=True)
-
+def measure() -> Iterator[dict[str, Any]]:
+    """Measure each kernel on each shape; yield a row for it."""
     for batch in (1, 8):
-        for length, block in itertools.product((728, 2000), ATTENTION_BLOCKS):
-            row = {"kernel": "attention", "batch": batch, "length": length, "block": block}
-
-            def attend(
-                batch: int = batch, length: int = length, block: int = block
-            ) -> dict[str, float]:
-                return {"gb_per_s": attention_bandwidth(batch, length, block) / 1e9}
-
-            record(row, attend)
-        for format_, group in FORMATS:
-            for name in SHAPES:
-                if name == "lm_head" and format_ != "dense":
-                    continue
-                _bench_shape(record, name, format_, group, batch, variants)
+        for length in (728, 2000):
+            row = {"kernel": "attention", "batch": batch, "length": length}
+            yield row | {"gb_per_s": attention_gb_per_s(batch, length)}
+        for (format_, group), name in itertools.product(FORMATS, SHAPES):
+            if name == "lm_head" and format_ != "dense":
+                continue
+            yield from product_rows(name, format_, group, batch)
 
 
-def _bench_shape(
-    record: Callable[[dict[str, Any], Callable[[], dict[str, float]]], None],
-    name: str,
-    format_: Format,
-    group: int,
-    batch: int,
-    variants: bool,
-) -> None:
-    bench = Bench(name, format_, group, batch)
-    row = {"kernel": format_, "group": group, "shape": name, "batch": batch}
-    record(dict(row), lambda: {"error": bench.error(), "gb_per_s": bench.bandwidth() / 1e9})
-    if format_ == "dense":
-        library = {**row, "kernel": "cuBLAS"}
-        record(library, lambda: {"gb_per_s": bench.library_bandwidth() / 1e9})
-    if name in ("qkv", "lm_head") or group == 128 or not variants:
-        return
-    if batch == 1:
-        record({**row, "pdl": True}, lambda: {"gb_per_s": bench.bandwidth(None, True) / 1e9})
-    blocks: list[Any] = [*(GEMV_BLOCKS if batch == 1 else GEMM_BLOCKS)[format_]]
-    for block in blocks:
-        record(
-            {**row, "block": str(block)},
-            lambda block=block: {  # type: ignore[misc]
-                "error": bench.error(block),
-                "gb_per_s": bench.bandwidth(block) / 1e9,
-            },
-        )
+def main(out: Path) -> None:
+    """Measure all and write a JSON row for each."""
+    tree: dict[str, Any] = {"copy_bytes_per_s": copy_bytes_per_s("cuda"), "rows": []}
+    for row in measure():
+        logger.info("%s", json.dumps(row))
+        tree["rows"].append(row)
+        results.write(out, "decode_kernels_h100", tree, "cuda")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), variants="--variants" in sys.argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    main(Path(sys.argv[1]))

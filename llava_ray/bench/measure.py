@@ -1,6 +1,5 @@
 """What README's commands cost on this machine, from a clean clone and an empty home."""
 
-import contextlib
 import json
 import logging
 import os
@@ -14,7 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_ray.artifacts.code_digest import code_digest, with_digests
+import psutil
+
+from llava_ray.artifacts.code_digest import with_digests
+from llava_ray.bench import results
 from llava_ray.errors import ResourceError
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,12 @@ def measure(out: Path, commands: Sequence[str]) -> Path:
     compiling goes on beside the downloads. Raises ResourceError for a command that fails; rows
     before it are written.
     """
-    rows = _earlier_rows(out)
+    rows: dict[str, dict[str, Any]] = {}
+    if out.is_file():
+        earlier = with_digests(json.loads(out.read_text(encoding="utf-8")), "rows")
+        rows = {row["command"]: row for row in earlier}
+    memory = psutil.virtual_memory().total / 1e9
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, {memory:.0f} GB of memory"
     with tempfile.TemporaryDirectory(prefix="llava_ray_clean_", ignore_cleanup_errors=True) as name:
         clone, home = Path(name) / "clone", Path(name) / "home"
         home.mkdir()
@@ -39,13 +46,8 @@ def measure(out: Path, commands: Sequence[str]) -> Path:
         try:
             for command in commands:
                 rows[command] = _run(command, clone, home)
-                tree = {
-                    "machine": _machine(),
-                    "code_digest": code_digest("costs"),
-                    "rows": list(rows.values()),
-                }
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+                logger.info("%s", json.dumps(rows[command]))
+                results.write(out, "costs", {"machine": machine, "rows": list(rows.values())})
         finally:
             # Before the folder goes: the cluster that a command has left running writes there.
             down = "[ ! -x .venv/bin/llava-ray ] || .venv/bin/llava-ray down"
@@ -53,16 +55,7 @@ def measure(out: Path, commands: Sequence[str]) -> Path:
     return out
 
 
-def _earlier_rows(out: Path) -> dict[str, dict[str, Any]]:
-    if not out.is_file():
-        return {}
-    rows = with_digests(json.loads(out.read_text(encoding="utf-8")), "rows")
-    return {row["command"]: row for row in rows}
-
-
 def _run(command: str, clone: Path, home: Path) -> dict[str, Any]:
-    import psutil
-
     before, peak, ended = psutil.virtual_memory().used, [0], threading.Event()
 
     def watch() -> None:
@@ -71,37 +64,34 @@ def _run(command: str, clone: Path, home: Path) -> dict[str, Any]:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    start, began = time.monotonic(), time.time()
+    start, started = time.monotonic(), time.time()
     code, parts = _shell(command, clone, home)
     seconds = time.monotonic() - start
     ended.set()
     watcher.join()
     if code:
         raise ResourceError(f"{command!r} ended with exit code {code}: its output stands above")
-    disk = _size_bytes(clone, home)
     installed = clone / ".venv" / "install.json"
-    if installed.is_file() and installed.stat().st_mtime > began:
+    if installed.is_file() and installed.stat().st_mtime > started:
         parts = json.loads(installed.read_text(encoding="utf-8")) | parts
-    row = {
+    du = ["du", "--summarize", "--block-size=1", str(clone.parent)]
+    taken = subprocess.run(du, check=False, stdout=subprocess.PIPE, text=True).stdout
+    return {
         "command": command,
         "seconds": round(seconds),
-        "disk_bytes": disk,
+        "disk_bytes": int(taken.split()[0]),
         "memory_bytes": peak[0],
         "parts": parts,
     }
-    logger.info("%s", json.dumps(row))
-    return row
 
 
 def _shell(command: str, clone: Path, home: Path) -> tuple[int, dict[str, float]]:
     """Run a command, its output passed on; return its exit code and the seconds of each stage."""
-    kept = {"PATH", "LANG", "TMPDIR"}
-    environment = {name: value for name, value in os.environ.items() if name in kept}
-    environment |= {"HOME": str(home), "CI": "true"}
+    kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
     stages: dict[str, float] = {}
     with subprocess.Popen(
-        ["bash", "-c", command], cwd=clone, env=environment, text=True, errors="replace",
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ["bash", "-c", command], cwd=clone, env=kept | {"HOME": str(home), "CI": "true"}, text=True,
+        errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     ) as process:  # fmt: skip
         assert process.stdout is not None
         for line in process.stdout:
@@ -110,21 +100,3 @@ def _shell(command: str, clone: Path, home: Path) -> tuple[int, dict[str, float]
                 key = f"{found[1]}_s"
                 stages[key] = round(stages.get(key, 0.0) + float(found[2]), 1)
     return process.returncode, stages
-
-
-def _size_bytes(*folders: Path) -> int:
-    """Return what the files below take; links take nothing."""
-    taken: dict[int, int] = {}
-    for folder in folders:
-        for path in folder.rglob("*"):
-            with contextlib.suppress(OSError):
-                stat = path.lstat()
-                taken[stat.st_ino] = stat.st_blocks * 512
-    return sum(taken.values())
-
-
-def _machine() -> str:
-    import psutil
-
-    memory = psutil.virtual_memory().total / 1e9
-    return f"{platform.machine()}, {os.cpu_count()} CPUs, {memory:.0f} GB of memory"

@@ -3,6 +3,8 @@
 For speed alone: random weights say nothing of a method's quality, so rows name the layout.
 """
 
+import json
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -10,64 +12,33 @@ import torch
 
 from llava_ray.inference.engine import Prompt
 from llava_ray.inference.torch.kernels.weights import PackedLinear, Unpacked, pack, unpack
+from llava_ray.models.folder import EMBEDDED
+from llava_ray.models.shapes import LLAVA_7B, random_model
+from llava_ray.models.sizes import Sizes
+from llava_ray.models.tensors import SHARD_BYTES, copy_sidecars
 
 Layout = Literal["fp16", "int8", "awq-g128", "hqq-g64"]
 
-IMAGE_TOKEN = 32000
-IMAGE_SIZE, PATCH_SIZE = 336, 14
-TOKENS_PER_IMAGE = (IMAGE_SIZE // PATCH_SIZE) ** 2
+
+def write_model(folder: Path, device: str) -> Path:
+    """Write LLaVA-1.5-7B's shapes in fp16 with the embedded model's tokenizer, unless there."""
+    if (folder / "config.json").is_file():
+        return folder
+    own = json.loads((EMBEDDED / "config.json").read_text(encoding="utf-8"))
+    tree = {**LLAVA_7B, "image_token_index": own["image_token_index"]}
+    model = random_model(tree, device, torch.float16)
+    model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+    copy_sidecars(EMBEDDED, folder)
+    return folder
 
 
-def build_model(device: str, dtype: torch.dtype, layers: int = 32) -> Any:
-    """Return Vicuna-7B with CLIP ViT-L/14-336 and a projector, weights drawn on the device."""
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-    )
-
-    config = LlavaConfig(
-        text_config=LlamaConfig(
-            vocab_size=32064,
-            hidden_size=4096,
-            intermediate_size=11008,
-            num_hidden_layers=layers,
-            num_attention_heads=32,
-            max_position_embeddings=4096,
-            rms_norm_eps=1e-5,
-        ).to_dict(),
-        vision_config=CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH_SIZE,
-            projection_dim=768,
-        ).to_dict(),
-        image_token_index=IMAGE_TOKEN,
-        vision_feature_layer=-2,
-    )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        torch.manual_seed(0)
-        with torch.device(device):
-            model: Any = LlavaForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model.eval()
-
-
-def make_prompt(tokens: int, seed: int = 0) -> Prompt:
-    """Return a prompt of one random image and random text."""
-    rng = np.random.default_rng(seed)
-    text = [int(token) for token in rng.integers(100, 31000, tokens - TOKENS_PER_IMAGE - 1)]
-    pixels = rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    return Prompt((1, *[IMAGE_TOKEN] * TOKENS_PER_IMAGE, *text), (pixels,))
+def make_prompt(tokens: int) -> Prompt:
+    """Return a prompt of one random image and random text, for LLAVA_7B."""
+    rng = np.random.default_rng(0)
+    vision, image_tokens = LLAVA_7B["vision_config"], Sizes.of(LLAVA_7B).image_tokens
+    text = rng.integers(100, 31000, tokens - image_tokens - 1).tolist()
+    pixels = rng.integers(0, 256, (vision["image_size"], vision["image_size"], 3), dtype=np.uint8)
+    return Prompt((1, *[LLAVA_7B["image_token_index"]] * image_tokens, *text), (pixels,))
 
 
 def round_linears(model: Any, layout: Layout) -> dict[str, PackedLinear]:

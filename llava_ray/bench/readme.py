@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,6 @@ from llava_ray.train.estimate import default_load, estimate
 _BLOCK = re.compile(r"(<!-- table: (\w+)((?: \| [^|\n]+?)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 PAGES = (Path("README.md"), Path("jobs/results/README.md"))
 
-_TRAINERS = {
-    "plain": "transformers + peft",
-    "replica": "**llava_ray**, without DeepSpeed (`train.zero_stage=0`)",
-    "zero2": "**llava_ray**, DeepSpeed ZeRO-2",
-    "zero3": "**llava_ray**, DeepSpeed ZeRO-3",
-}
-"""By bench_engines.EngineName."""
-_TRAINER_OPTIONS = (
-    ("compile", True, "torch.compile"),
-    ("liger", True, "Liger kernels"),
-    ("fused_layers", False, "peft's layers"),
-    ("lora_dropout", True, "LoRA dropout"),
-)
-
 
 def fill(text: str, results: Path) -> str:
     """Write each `<!-- table: name | some row | another -->` block anew, whole or those rows alone.
@@ -44,11 +31,16 @@ def fill(text: str, results: Path) -> str:
         if name not in TABLES:
             raise ConfigError(f"README asks for table {name!r}: there are {', '.join(TABLES)}")
         file, make = TABLES[name]
-        tree = _read(results, file)
+        tree = _read(results / f"{file}.json")
         chosen = [part for part in match[3].split(" | ") if part]
         return f"{match[1]}{_only(make(tree), chosen)}\n{_age(file, tree)}{match[4]}"
 
     return _BLOCK.sub(block, text)
+
+
+def table(name: str, results: Path) -> str:
+    """Return the table of that name, made from a results file."""
+    return TABLES[name][1](_read(results))
 
 
 def _only(table: str, chosen: Sequence[str]) -> str:
@@ -60,8 +52,7 @@ def _only(table: str, chosen: Sequence[str]) -> str:
     return "\n".join([head, rule, *(row for row in rows if not chosen or first[row] in chosen)])
 
 
-def _read(results: Path, name: str) -> Any:
-    path = results / f"{name}.json"
+def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -79,176 +70,190 @@ def _age(file: str, tree: Any) -> str:
     return f"\n*The code has changed since this was measured (digest then: {known}).*\n"
 
 
+@dataclass(frozen=True)
+class Column:
+    """A column of a table with a row per row of the results."""
+
+    title: str
+    value: str | Callable[[Any], Any]
+    """A key, with dots into what it holds, or what computes the value."""
+    form: str = ""
+    unit: float | None = None
+    missing: str = ""
+
+    def cell(self, row: Any) -> str:
+        """Return the row's cell."""
+        found = row
+        if callable(self.value):
+            found = self.value(row)
+        else:
+            for key in self.value.split("."):
+                found = (found or {}).get(key)
+        if found is None:
+            return self.missing
+        return format(found / self.unit if self.unit else found, self.form)
+
+
+def _columns(rows: Sequence[Any], *columns: Column) -> str:
+    cells = [[column.cell(row) for column in columns] for row in rows]
+    return _table([column.title for column in columns], cells)
+
+
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _decode(tree: Any) -> str:
-    rows = [
-        [
-            f"{row['layout']}, {row['engine'].replace('llava_ray', '**llava_ray**')}",
-            str(row["batch"]),
-            f"{row['tokens_per_s']:.0f}",
-            f"{row['first_token_ms']:.0f}",
-            f"{row['warm_up_s']:.0f}",
-            f"{row['share_of_bandwidth']:.0%}",
-            row["kernel"],
-        ]
-        for row in tree["rows"]
-    ]
-    titles = ["weights, engine", "batch", "tok/s", "first token ms", "warm-up s", "bandwidth"]
-    return _table([*titles, "kernel"], rows)
+    return _columns(
+        tree["rows"],
+        Column("weights, engine", _engine),
+        Column("batch", "batch"),
+        Column("tok/s", "tokens_per_s", ".0f"),
+        Column("first token ms", "first_token_ms", ".0f"),
+        Column("warm-up s", "warm_up_s", ".0f"),
+        Column("bandwidth", "share_of_bandwidth", ".0%"),
+        Column("kernel", "kernel"),
+    )
+
+
+def _engine(row: Any) -> str:
+    return f"{row['layout']}, {row['engine'].replace('llava_ray', '**llava_ray**')}"
+
+
+_TRAINERS = {
+    "plain": "transformers + peft",
+    "replica": "**llava_ray**, without DeepSpeed (`train.zero_stage=0`)",
+    "zero2": "**llava_ray**, DeepSpeed ZeRO-2",
+    "zero3": "**llava_ray**, DeepSpeed ZeRO-3",
+}
+"""By train_rows.EngineName."""
+_TRAINER_OPTIONS = (
+    ("compile", True, "torch.compile"),
+    ("liger", True, "Liger kernels"),
+    ("fused_layers", False, "peft's layers"),
+    ("lora_dropout", True, "LoRA dropout"),
+)
+_CHECKPOINTING = {False: "no", True: "yes", "mlp": "mlp"}
 
 
 def _train(tree: Any) -> str:
-    rows = [
-        [
-            _trainer(row),
-            str(row["batch"]),
-            {False: "no", True: "yes"}.get(row["checkpointing"], row["checkpointing"]),
-            f"{row['samples_per_s']:.1f}",
-            f"{row['peak_bytes'] / 1e9:.1f}",
-        ]
-        for row in tree["rows"]
-        if not row["failed"]
-    ]
-    return _table(["trainer", "batch", "checkpointing", "samples/s", "peak GB"], rows)
+    return _columns(
+        [row for row in tree["rows"] if not row["failed"]],
+        Column("trainer", _trainer),
+        Column("batch", "batch"),
+        Column("checkpointing", lambda row: _CHECKPOINTING[row["checkpointing"]]),
+        Column("samples/s", "samples_per_s", ".1f"),
+        Column("peak GB", "peak_bytes", ".1f", 1e9),
+    )
 
 
 def _trainer(row: dict[str, Any]) -> str:
-    engine = row["engine"]
-    if engine not in _TRAINERS:
-        known = ", ".join(_TRAINERS)
-        raise ConfigError(f"train_h100.json: no engine is called {engine!r}: there are {known}")
     own = [name for key, value, name in _TRAINER_OPTIONS if bool(row[key]) is value]
     own += [f"{row['gpus']} GPUs"] if row["gpus"] > 1 else []
-    return " + ".join([_TRAINERS[engine], *own])
+    return " + ".join([_TRAINERS[row["engine"]], *own])
+
+
+_SCORES = {"word_recall": ".1%", "character_error_rate": ".1%", "rouge_l": ".3f", "cider_d": ".2f"}
+_SCORED = ["model", "KL nats", "words read", "character errors"]
 
 
 def _embedded(tree: Any) -> str:
-    rows = [["base, before fine-tuning", "", *_scores(tree["base"])]]
-    mean, deviation = tree["fine_tuned_mean"], tree["fine_tuned_standard_deviation"]
-    spread = [f"{a} ± {b}" for a, b in zip(_scores(mean), _scores(deviation), strict=True)]
-    rows.append([f"fine-tuned, {len(tree['fine_tuned'])} seeds", "", *spread])
+    tuned = f"fine-tuned, {len(tree['fine_tuned'])} seeds"
+    rows = [
+        _scored("base, before fine-tuning", tree["base"]),
+        _scored(tuned, tree["fine_tuned_mean"], tree["fine_tuned_standard_deviation"]),
+    ]
     for slug, found in tree["variants"].items():
         if "failed" in found:
             rows.append([slug, "", f"failed: {found['failed']}", "", "", ""])
         else:
-            rows.append([slug, f"{found['kl_divergence']:.4f}", *_scores(found["scores"])])
-    titles = ["model", "KL nats", "words read", "character errors"]
-    titles += ["ROUGE-L against the fine-tune's captions", "CIDEr-D against the same"]
-    return _table(titles, rows)
+            rows.append(_scored(slug, found["scores"], kl=found["kl_divergence"]))
+    titles = ["ROUGE-L against the fine-tune's captions", "CIDEr-D against the same"]
+    return _table([*_SCORED, *titles], rows)
 
 
 def _hqq_recovery(tree: Any) -> str:
-    rows = [["base, before fine-tuning", "", *_scores(tree["base"])]]
+    rows = [_scored("base, before fine-tuning", tree["base"])]
     for name, mean in tree["mean"].items():
-        deviation = tree["standard_deviation"][name]
-        spread = [f"{a} ± {b}" for a, b in zip(_scores(mean), _scores(deviation), strict=True)]
-        rows.append([name, f"{mean['kl_divergence']:.4f}", *spread])
-    titles = ["model", "KL nats", "words read", "character errors", "ROUGE-L", "CIDEr-D"]
-    return _table(titles, rows)
+        rows.append(_scored(name, mean, tree["standard_deviation"][name], mean["kl_divergence"]))
+    return _table([*_SCORED, "ROUGE-L", "CIDEr-D"], rows)
 
 
-def _scores(scores: dict[str, float]) -> list[str]:
-    return [
-        f"{scores['word_recall']:.1%}",
-        f"{scores['character_error_rate']:.1%}",
-        f"{scores['rouge_l']:.3f}",
-        f"{scores['cider_d']:.2f}",
-    ]
+def _scored(
+    name: str, scores: Mapping[str, float], deviation: Mapping[str, float] | None = None,
+    kl: float | None = None,
+) -> list[str]:  # fmt: skip
+    cells = [format(scores[key], form) for key, form in _SCORES.items()]
+    if deviation is not None:
+        spread = [format(deviation[key], form) for key, form in _SCORES.items()]
+        cells = [f"{cell} ± {more}" for cell, more in zip(cells, spread, strict=True)]
+    return [name, "" if kl is None else f"{kl:.4f}", *cells]
 
 
 def _stages_7b(tree: Any) -> str:
-    rows = []
-    for row in tree["stages"]:
-        if row["stage"] in ("variant", "benchmark"):
-            continue
-        what = row["stage"]
-        if what == "train":
-            what += f", ZeRO-{row['zero_stage']}, {row['num_workers']} GPU(s), {row['steps']} steps"
-        elif what == "quantize":
-            what += f", {len(row['variant_wall_s'])} variants in parallel"
-        peak, rate = row.get("peak_memory_bytes"), row.get("samples_per_s")
-        rows.append(
-            [
-                what,
-                f"{row['wall_s']:.0f}",
-                "" if peak is None else f"{peak / 1e9:.1f}",
-                "" if rate is None else f"{rate:.1f}",
-            ]
-        )
-    return _table(["stage", "seconds", "peak GB a GPU", "samples/s"], rows)
+    return _columns(
+        [row for row in tree["stages"] if row["stage"] not in ("variant", "benchmark")],
+        Column("stage", _stage),
+        Column("seconds", "wall_s", ".0f"),
+        Column("peak GB a GPU", "peak_memory_bytes", ".1f", 1e9),
+        Column("samples/s", "samples_per_s", ".1f"),
+    )
+
+
+def _stage(row: Any) -> str:
+    if row["stage"] == "train":
+        return "train, ZeRO-{zero_stage}, {num_workers} GPU(s), {steps} steps".format(**row)
+    if row["stage"] == "quantize":
+        return f"quantize, {len(row['variant_wall_s'])} variants in parallel"
+    return str(row["stage"])
 
 
 def _variants_7b(tree: Any) -> str:
     stages = tree["stages"]
     cards = {row["slug"]: row for row in stages if row["stage"] == "benchmark"}
+    # By slug, so that a variant that was made twice is one row.
     variants = {row["slug"]: row for row in stages if row["stage"] == "variant"}
-    rows = []
-    for slug, variant in sorted(variants.items(), key=lambda item: -item[1]["size_bytes"]):
-        card = cards.get(slug)
-        size, rate = article.TABLE.get(slug, (None, None))
-        rows.append(
-            [
-                slug,
-                f"{variant['size_bytes'] / 1e9:.2f}",
-                _text_model_size(variant),
-                _figure(size),
-                f"{variant['quantize_s']:.0f}",
-                f"{card['decode_tokens_per_s']['median']:.0f}" if card else "not measured",
-                _figure(rate),
-                f"{card['prefill_s']['median'] * 1e3:.0f}" if card else "",
-            ]
-        )
-    titles = [
-        "variant",
-        "GB",
-        "text model's file",
-        "article GB",
-        "seconds to make",
-        "tok/s",
-        "article tok/s",
-        "prefill ms",
+    rows = [
+        {**row, "card": cards.get(slug), "article": article.TABLE.get(slug)}
+        for slug, row in variants.items()
     ]
-    return _table(titles, rows)
+    return _columns(
+        sorted(rows, key=lambda row: -row["size_bytes"]),
+        Column("variant", "slug"),
+        Column("GB", "size_bytes", ".2f", 1e9),
+        Column("text model's file", _text_model_bytes, ".2f", 1e9),
+        Column("article GB", lambda row: row["article"] and row["article"][0], "g"),
+        Column("seconds to make", "quantize_s", ".0f"),
+        Column("tok/s", "card.decode_tokens_per_s.median", ".0f", missing="not measured"),
+        Column("article tok/s", lambda row: row["article"] and row["article"][1], "g"),
+        Column("prefill ms", "card.prefill_s.median", ".0f", 1e-3),
+    )
 
 
-def _text_model_size(variant: dict[str, Any]) -> str:
-    """Return the GB of a variant's text model, where that is a file of its own (GGUF)."""
-    text = [
-        size
-        for name, size in variant["weight_files"].items()
-        if name.endswith(".gguf") and "mmproj" not in name
-    ]
-    return f"{text[0] / 1e9:.2f}" if text else ""
+def _text_model_bytes(variant: Any) -> int | None:
+    """Return the size of a variant's text model, where that is a file of its own (GGUF)."""
+    for name, size in variant["weight_files"].items():
+        if name.endswith(".gguf") and "mmproj" not in name:
+            return int(size)
+    return None
 
 
 def _report(tree: Any) -> str:
-    rows = []
-    for row in tree["rows"]:
-        name = f"**{row['slug']}**" if row["status"] == "winner" else row["slug"]
-        if row["size_bytes"] is None:
-            rows.append([name, row["reason"], "", "", "", "", ""])
-            continue
-        rows.append(
-            [
-                name,
-                f"{row['size_bytes'] / 1e6:.1f}",
-                f"{row['decode_tokens_per_s']['median']:.0f}",
-                f"{row['kl_divergence']['median']:.4f}",
-                f"{row['top1_agreement']:.1%}",
-                _figure(row["article_size_gb"]),
-                _figure(row["article_tokens_per_s"]),
-            ]
-        )
-    titles = ["variant", "MB", "tok/s", "KL nats", "top-1", "article GB", "article tok/s"]
-    return _table(titles, rows)
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:g}"
+    size = Column("", "size_bytes", ".1f", 1e6)
+    return _columns(
+        tree["rows"],
+        Column(
+            "variant",
+            lambda row: f"**{row['slug']}**" if row["status"] == "winner" else row["slug"],
+        ),
+        Column("MB", lambda row: size.cell(row) or row["reason"]),
+        Column("tok/s", "decode_tokens_per_s.median", ".0f"),
+        Column("KL nats", "kl_divergence.median", ".4f"),
+        Column("top-1", "top1_agreement", ".1%"),
+        Column("article GB", "article_size_gb", "g"),
+        Column("article tok/s", "article_tokens_per_s", "g"),
+    )
 
 
 def _serving(tree: Any) -> str:
@@ -265,34 +270,27 @@ def _serving(tree: Any) -> str:
 
 def _percentiles(side: dict[str, float], key: str) -> list[str]:
     """Return p50 and p99 in ms; a file without p99 holds the median by the plain name."""
-    return [
-        _ms(side.get(f"{key}_p50_ms", side.get(f"{key}_ms"))),
-        _ms(side.get(f"{key}_p99_ms")),
-    ]
-
-
-def _ms(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-_GIGABYTES = ("disk_bytes", "memory_bytes")
+    found = (side.get(f"{key}_p50_ms", side.get(f"{key}_ms")), side.get(f"{key}_p99_ms"))
+    return ["" if ms is None else f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}" for ms in found]
 
 
 def _costs(tree: Any) -> str:
-    rows = []
-    for row in tree["rows"]:
-        seconds, parts = row["seconds"], row.get("parts", {})
-        rows.append(
-            [
-                f"`{row['command']}`",
-                f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s",
-                ", ".join(f"{name.removesuffix('_s')} {s:.0f}" for name, s in parts.items() if s),
-                *(f"{row[key] / 1e9:.1f}" if key in row else "" for key in _GIGABYTES),
-            ]
-        )
-    return _table(["command", "time", "of which, in seconds", "disk GB", "memory GB"], rows)
+    return _columns(
+        tree["rows"],
+        Column("command", lambda row: f"`{row['command']}`"),
+        Column("time", lambda row: _time(row["seconds"])),
+        Column("of which, in seconds", lambda row: _parts(row.get("parts", {}))),
+        Column("disk GB", "disk_bytes", ".1f", 1e9),
+        Column("memory GB", "memory_bytes", ".1f", 1e9),
+    )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _parts(parts: Mapping[str, float]) -> str:
+    return ", ".join(f"{name.removesuffix('_s')} {s:.0f}" for name, s in parts.items() if s)
 
 
 _RUNS: Mapping[str, tuple[int, list[str]]] = {
@@ -309,14 +307,13 @@ def _hardware(tree: Any) -> str:
     sizes, rows = Sizes.of(LLAVA_7B), []
     for name, (workers, overrides) in _RUNS.items():
         train = load_config(None, overrides).train
-        memory = estimate(sizes, train, workers=workers,
-                          load=default_load(sizes, train))  # fmt: skip
+        load = default_load(sizes, train)
+        memory = estimate(sizes, train, workers=workers, load=load).gpu
         engine = {0: "replica", 2: "zero2", 3: "zero3"}[train.zero_stage]
-        speed = speeds.get(f"{engine}-b{train.batch_size}") if workers == 1 else None
-        rows.append([
-            name, f"`{' '.join(overrides)}`", f"{memory.gpu / 1e9:.1f}",
-            "" if speed is None or train.method != "lora" else f"{10_000 / speed / 3600:.2f}",
-        ])  # fmt: skip
+        measured = workers == 1 and train.method == "lora"
+        speed = speeds.get(f"{engine}-b{train.batch_size}") if measured else None
+        hours = "" if speed is None else f"{10_000 / speed / 3600:.2f}"
+        rows.append([name, f"`{' '.join(overrides)}`", f"{memory / 1e9:.1f}", hours])
     return _table(["GPUs", "settings", "GB a GPU", "hours for 10,000 captions, H100"], rows)
 
 

@@ -1,6 +1,7 @@
 """One process of the training benchmark: rows that share a model, measured one after another.
 
-python -m llava_ray.bench.train_rows TASK.json; writes a line of JSON per row and process 0.
+torchrun -m llava_ray.bench.train_rows TASK.json ROWS.jsonl; process 0 writes a line per row.
+Each engine trains the same random model on the same batches with AdamW and gradient clipping.
 """
 
 import gc
@@ -17,22 +18,24 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed
+from torch import nn
 
-from llava_ray.bench.train_engines import Engine, EngineName, Setup, make_engine
+from llava_ray.config.run import TrainConfig
 from llava_ray.models.conversation import IGNORE_INDEX
-from llava_ray.models.shapes import LLAVA_7B, TINY
+from llava_ray.models.shapes import LLAVA_7B, TINY, random_model
+from llava_ray.models.sizes import Sizes
+from llava_ray.train import adapt, zero
 from llava_ray.train.batches import Batch
+from llava_ray.train.replica import ReplicaEngine
 
 QUESTION_TOKENS = 20
 """Between the image and the caption; with 576 image tokens the caption has 160 of 756."""
-WARM_UP, MIN_STEPS, MAX_STEPS, ROW_S = 3, 5, 12, 5.0
-CHECK_STEPS = 3
-OPTIMIZERS: Mapping[EngineName, str] = {
-    "plain": "AdamW, weights and moments in bf16",
-    "replica": "AdamW, weights and moments in fp32",
-    "zero2": "AdamW, weights and moments in fp32, DeepSpeed ZeRO-2",
-    "zero3": "AdamW, weights and moments in fp32, DeepSpeed ZeRO-3",
-}
+WARM_UP_STEPS, STEPS, CHECK_STEPS = 3, 8, 3
+LORA_R = 48
+EngineName = Literal["plain", "replica", "zero2", "zero3"]
+"""transformers + peft; and the product without DeepSpeed (train.zero_stage=0) and with it."""
+STAGES: Mapping[EngineName, Literal[0, 2, 3]] = {"plain": 0, "replica": 0, "zero2": 2, "zero3": 3}
+Checkpointing = bool | Literal["mlp"]
 
 
 @dataclass
@@ -42,24 +45,18 @@ class Row:
     name: str
     engine: EngineName
     batch: int
-    checkpointing: bool | Literal["mlp"] = False
+    checkpointing: Checkpointing = False
     fused_layers: bool = True
     lora_dropout: float = 0.0
     compile: bool = False
     liger: bool = False
     gpus: int = 1
-    launcher: Literal["processes", "ray"] = "processes"
-    """`processes` are started as torchrun does, with the ranks in the environment."""
-    optimizer: str = ""
-    attention: str = "sdpa"
     samples_per_s: float = 0.0
     """Median over steps, of all GPUs together."""
     samples_per_s_min: float = 0.0
     samples_per_s_max: float = 0.0
-    steps: int = 0
     peak_bytes: int | None = None
     """Allocated at once by PyTorch on one GPU; None where the device does not say."""
-    peak_reserved_bytes: int | None = None
     tflop_per_s: float = 0.0
     """Per GPU, of what must be computed: recomputation is not counted."""
     check_losses: list[float] = field(default_factory=list)
@@ -69,23 +66,30 @@ class Row:
     """Of the first of these steps."""
     warm_up_s: float = 0.0
     failed: str = ""
-    notes: list[str] = field(default_factory=list)
 
-    def setup(self) -> Setup:
+    def kind(self) -> tuple[Any, ...]:
         """Return what the process must be started with."""
-        return Setup(self.engine, self.fused_layers, self.lora_dropout, self.compile, self.liger)
+        return self.engine, self.fused_layers, self.lora_dropout, self.compile, self.liger
+
+    def train(self, checkpointing: Checkpointing = False) -> TrainConfig:
+        """Return the train section that the product would run with."""
+        stage = STAGES[self.engine]
+        return TrainConfig(
+            lora_r=LORA_R, lora_alpha=256, lora_dropout=self.lora_dropout,
+            fused_layers=self.fused_layers and stage != 3, zero_stage=stage, precision="bf16",
+            gradient_checkpointing=checkpointing,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a process is told."""
+    """What a process is given."""
 
     rows: list[Row]
     tiny: bool
     tokens: int
-    out: str
     deadline: float
-    """Unix time after which no row is begun."""
+    """Unix time after which no row is started."""
 
     @property
     def shapes(self) -> Mapping[str, Any]:
@@ -93,12 +97,90 @@ class Task:
         return TINY if self.tiny else LLAVA_7B
 
 
-def make_batch(shapes: Mapping[str, Any], batch: int, tokens: int, device: str) -> Batch:
-    """Draw samples of one image, a question and a caption that fills up to `tokens`."""
-    vision = shapes["vision_config"]
-    size, image_tokens = vision["image_size"], tokens_per_image(shapes)
+class Plain:
+    """transformers' own loss over peft's layers, in a loop as Hugging Face's examples write it."""
+
+    def __init__(self, model: Any, row: Row) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        train = row.train()
+        config = LoraConfig(
+            r=train.lora_r,
+            lora_alpha=train.lora_alpha,  # type: ignore[arg-type]
+            lora_dropout=train.lora_dropout,
+            target_modules=adapt.lora_pattern(train.lora_targets),
+        )
+        # LoRA in the base's precision is the fastest that peft offers.
+        self.base, self.model = model, get_peft_model(model, config, autocast_adapter_dtype=False)
+        model.model.multi_modal_projector.requires_grad_(True)
+        self.model.train()
+        groups = adapt.parameter_groups(self.model, train)
+        self.trained = [parameter for group in groups for parameter in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, fused=model.device.type == "cuda")
+        self.forward: Any = torch.compile(self.model) if row.compile else self.model
+
+    def recompute(self, checkpointing: Checkpointing) -> None:
+        """Checkpoint whole layers, or nothing; forget gradients that a failed row left."""
+        adapt.set_checkpointing(self.base, on=bool(checkpointing))
+        self.optimizer.zero_grad()
+
+    def step(self, batch: Batch) -> tuple[torch.Tensor, Any]:
+        """Train on a batch; return the loss per supervised token and the gradient's norm."""
+        loss = self.forward(**batch, use_cache=False).loss
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach(), norm
+
+
+class Product:
+    """The product's model, loss and engine, stepped as its worker does."""
+
+    def __init__(self, model: Any, row: Row) -> None:
+        self.row, self.base, train = row, model, row.train()
+        gpu = model.device.type == "cuda"
+        zero.prepare_environment(gpu=gpu)
+        loss = adapt.loss_module(adapt.adapt(model, train), train)
+        groups = adapt.parameter_groups(loss, train)
+        self.engine: Any
+        if train.zero_stage == 0:
+            self.engine = ReplicaEngine(loss, groups, train, model.dtype)
+        else:
+            config = zero.zero_config(train, "bf16" if gpu else "fp32", gpu=gpu)
+            self.engine = zero.make_engine(loss, groups, config)
+        self.engine.train()
+
+    def recompute(self, checkpointing: Checkpointing) -> None:
+        """Choose what backward computes again, by the product's config key."""
+        loss = self.engine.module
+        loss.decoder = adapt.fused_decoder(adapt.base_of(loss.model), self.row.train(checkpointing))
+        adapt.set_checkpointing(self.base, on=loss.decoder is None and bool(checkpointing))
+
+    def step(self, batch: Batch) -> tuple[torch.Tensor, Any]:
+        """Train on a batch; return the loss per supervised token and the gradient's norm."""
+        loss = self.engine(**batch) / (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+        self.engine.backward(loss)
+        self.engine.step()
+        return loss.detach(), self.engine.get_global_grad_norm()
+
+
+def make_engine(row: Row, shapes: Mapping[str, Any], device: str) -> Plain | Product:
+    """Build a model and the loop around it."""
+    if row.liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llava
+
+        apply_liger_kernel_to_llava()
+    model = random_model(shapes, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    return Plain(model, row) if row.engine == "plain" else Product(model, row)
+
+
+def make_batch(task: Task, batch: int, device: str) -> Batch:
+    """Draw samples of one image, a question and a caption that fills up to `task.tokens`."""
+    shapes, size = task.shapes, task.shapes["vision_config"]["image_size"]
+    image_tokens = Sizes.of(shapes).image_tokens
     draw = torch.Generator().manual_seed(batch)
-    ids = torch.randint(5, shapes["image_token_index"], (batch, tokens), generator=draw)
+    ids = torch.randint(5, shapes["image_token_index"], (batch, task.tokens), generator=draw)
     ids[:, 0], ids[:, 1 : 1 + image_tokens] = 1, shapes["image_token_index"]
     labels = ids.clone()
     labels[:, : 1 + image_tokens + QUESTION_TOKENS - 1] = IGNORE_INDEX
@@ -112,125 +194,80 @@ def make_batch(shapes: Mapping[str, Any], batch: int, tokens: int, device: str) 
     }
 
 
-def tokens_per_image(shapes: Mapping[str, Any]) -> int:
-    """Count the patches of an image."""
-    vision = shapes["vision_config"]
-    patches: int = vision["image_size"] // vision["patch_size"]
-    return patches**2
-
-
-def flop_per_sample(shapes: Mapping[str, Any], tokens: int, lora_r: int) -> float:
+def flop_per_sample(shapes: Mapping[str, Any], tokens: int) -> float:
     """Count what a LoRA step must compute: no weight gradients of frozen layers, no recomputation.
 
     A product of T rows with P weights is 2 T P operations; causal attention is half of full.
     """
-    text, vision = shapes["text_config"], shapes["vision_config"]
-    width, inner, layers = (
-        text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"],
-    )  # fmt: skip
-    linear = layers * (4 * width**2 + 3 * width * inner)
-    lora = layers * lora_r * (4 * 2 * width + 3 * (width + inner))
-    attention = layers * 2 * tokens**2 * width * 3.5
-    sight = (vision["num_hidden_layers"] - 1) * (
-        4 * vision["hidden_size"] ** 2 + 2 * vision["hidden_size"] * vision["intermediate_size"]
-    )
-    captioned = tokens - tokens_per_image(shapes) - QUESTION_TOKENS
-    head = 4 * captioned * width * text["vocab_size"]
-    seen = 2 * (tokens_per_image(shapes) + 1) * sight
-    return float(4 * tokens * linear + 6 * tokens * lora + attention + head + seen)
+    sizes = Sizes.of(shapes)
+    linear = 4 * tokens * sizes.layers * sizes.layer_linear()
+    lora = 6 * tokens * sizes.lora(LORA_R, list(sizes.linears()))
+    attention = sizes.layers * 2 * tokens**2 * sizes.hidden * 3.5
+    captioned = tokens - sizes.image_tokens - QUESTION_TOKENS
+    head = 4 * captioned * sizes.hidden * sizes.vocabulary
+    vision_layer = 4 * sizes.vision_hidden**2 + 2 * sizes.vision_hidden * sizes.vision_inner
+    vision = 2 * (sizes.image_tokens + 1) * (sizes.vision_layers - 1) * vision_layer
+    return linear + lora + attention + head + vision
 
 
-def measure(row: Row, engine: Engine, task: Task, device: str) -> None:
-    """Fill a row's figures in."""
-    world = int(os.environ["WORLD_SIZE"])
-    gpu = device == "cuda"
+def measure(row: Row, engine: Plain | Product, task: Task, device: str) -> None:
+    """Fill a row's figures in; every process takes the same steps, or collectives would hang."""
     engine.recompute(row.checkpointing)
-    batch = make_batch(task.shapes, row.batch, task.tokens, device)
-    if gpu:
+    batch = make_batch(task, row.batch, device)
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    for _ in range(WARM_UP):
-        engine.step(batch)
-    _wait(gpu)
-    row.warm_up_s = time.perf_counter() - began
-    rates: list[float] = []
-    began = time.perf_counter()
-    # The same number on every process, or collectives would wait forever.
-    lap = row.warm_up_s / WARM_UP
-    number = max(MIN_STEPS, min(MAX_STEPS, int(ROW_S / lap))) if world == 1 else MAX_STEPS
-    for _ in range(number):
+    times: list[float] = []
+    for _ in range(WARM_UP_STEPS + STEPS):
         start = time.perf_counter()
         engine.step(batch)
-        _wait(gpu)
-        rates.append(row.batch * world / (time.perf_counter() - start))
-    row.steps = number
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    row.warm_up_s = sum(times[:WARM_UP_STEPS])
+    rates = [row.batch * row.gpus / seconds for seconds in times[WARM_UP_STEPS:]]
     row.samples_per_s = statistics.median(rates)
     row.samples_per_s_min, row.samples_per_s_max = min(rates), max(rates)
-    if gpu:
+    if device == "cuda":
         row.peak_bytes = torch.cuda.max_memory_allocated()
-        row.peak_reserved_bytes = torch.cuda.max_memory_reserved()
-    operations = flop_per_sample(task.shapes, task.tokens, 48)
-    row.tflop_per_s = row.samples_per_s / world * operations / 1e12
-    row.optimizer = OPTIMIZERS[row.engine]
+    operations = flop_per_sample(task.shapes, task.tokens)
+    row.tflop_per_s = row.samples_per_s / row.gpus * operations / 1e12
 
 
-def check(engine: Engine, task: Task, device: str) -> tuple[list[float], float]:
-    """Take the first steps on a batch of two; return the losses, and the first gradient's norm."""
-    batch = make_batch(task.shapes, 2, task.tokens, device)
-    steps = [engine.step(batch) for _ in range(CHECK_STEPS)]
-    return [float(loss) for loss, _ in steps], float(steps[0][1])
-
-
-def _wait(gpu: bool) -> None:
-    if gpu:
-        torch.cuda.synchronize()
-
-
-def run(task: Task) -> None:
+def run(task: Task, out: Path) -> None:
     """Measure all rows; a failing one is recorded with its reason and the rest go on."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    own_group = world > 1 and not torch.distributed.is_initialized()
-    if own_group:
+    if int(os.environ["WORLD_SIZE"]) > 1:
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    checked: tuple[list[float], float | None] = ([], None)
-    engine: Engine | None = None
-    broken = ""
+    engine: Plain | Product | None = None
+    losses: list[float] = []
+    norm: float | None = None
     for row in task.rows:
-        row.gpus = world
         try:
-            if broken or time.time() > task.deadline:
-                raise TimeoutError(broken or "not begun: the time given with --minutes was over")
+            if time.time() > task.deadline:
+                raise TimeoutError("not started: the time given with --minutes was over")
             if engine is None:
-                broken = "the model or its engine could not be made, see the first such row"
-                engine = make_engine(row.setup(), task.shapes, device)
-                checked = check(engine, task, device)
-                broken = ""
-            row.check_losses, row.check_grad_norm = checked
+                made = make_engine(row, task.shapes, device)
+                batch = make_batch(task, 2, device)
+                steps = [made.step(batch) for _ in range(CHECK_STEPS)]
+                losses, norm = [float(loss) for loss, _ in steps], float(steps[0][1])
+                engine = made
+            row.check_losses, row.check_grad_norm = losses, norm
             measure(row, engine, task, device)
         except Exception as error:
             traceback.print_exc()
             row.failed = traceback.format_exception_only(error)[-1].strip()[:300]
-        if rank == 0:
-            with Path(task.out).open("a", encoding="utf-8") as out:
-                out.write(json.dumps(asdict(row)) + "\n")
-            print(f"{row.name}: {row.failed or f'{row.samples_per_s:.2f} samples/s'}", flush=True)
-        for parameter in getattr(engine, "trained", []):
-            parameter.grad = None
+        if int(os.environ["RANK"]) == 0:
+            with out.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(asdict(row)) + "\n")
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-    if own_group:
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def read_task(path: Path) -> Task:
-    """Read what `bench` wrote."""
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    return Task(**{**tree, "rows": [Row(**row) for row in tree["rows"]]})
-
-
 if __name__ == "__main__":
-    run(read_task(Path(sys.argv[1])))
+    given = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    run(Task(**{**given, "rows": [Row(**row) for row in given["rows"]]}), Path(sys.argv[2]))

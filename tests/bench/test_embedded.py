@@ -1,42 +1,96 @@
-"""Scores of the embedded model over seeds; `jobs/bench/embedded.py` runs the whole of it."""
+"""Scores of the embedded model over seeds, on figures that are made up."""
 
+import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
+from measured_run import FAILURES, make_scorecards
 
-from llava_ray.artifacts.records import VariantFailure
+from llava_ray.artifacts.code_digest import code_digest
+from llava_ray.artifacts.records import Scorecard
 from llava_ray.artifacts.store import ArtifactStore, local_folder
-from llava_ray.bench.embedded import _over_seeds, _scores, _with_seed, base_variant, score
-from llava_ray.config.run import load_config
+from llava_ray.bench import embedded
+from llava_ray.bench.compare import changed
+from llava_ray.bench.quantize import embedded_variant
+from llava_ray.bench.readme import TABLES
+from llava_ray.config.run import RunConfig, load_config
 from llava_ray.errors import ConfigError, VariantError
 from llava_ray.models.folder import EMBEDDED, weights_sha256
+
+(FAILED,) = FAILURES
+WORDS = {0: 0.5, 1: 0.6, 2: 0.7}
+"""By seed: the share of words read."""
+
+
+class Dataset:
+    num_test = 7
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """A config whose stages give made-up scorecards, with scores by the training's seed."""
+    card = make_scorecards(tmp_path / "cards")[0]
+
+    def made(config: RunConfig) -> list[Any]:
+        names = ("word_recall", "character_error_rate", "rouge_l", "cider_d")
+        scores = {"scores": dict.fromkeys(names, WORDS[config.train.seed])}
+        return [
+            FAILED if slug == FAILED.slug else card.model_copy(update={"slug": slug, **scores})
+            for slug in config.quantize.variants
+        ]
+
+    def measured(config: RunConfig, variants: list[Scorecard], dataset: Dataset) -> list[Scorecard]:
+        assert [card.slug for card in variants] == list(embedded.RECOVERY.values())
+        return variants
+
+    monkeypatch.setattr(embedded, "run_prepare", lambda config: Dataset())
+    monkeypatch.setattr(embedded, "run_benchmark", made)
+    monkeypatch.setattr(embedded, "run_quantize", made)
+    monkeypatch.setattr(embedded.benchmark, "run", measured)
+    monkeypatch.setattr(embedded.benchmark, "score_captions", lambda *_: card.scores)
+    variants = f"quantize.variants=[gguf-q2_k, none-fp16, {FAILED.slug}]"
+    return load_config(None, [f"storage.uri={tmp_path}", variants])
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
     config = load_config(None, ["model.path=llava-hf/llava-1.5-7b-hf"])
     with pytest.raises(ConfigError, match="this scores 'embedded' alone"):
-        score(config, tmp_path / "out.json")
+        embedded.score(config, tmp_path / "out.json")
 
 
 def test_the_base_is_the_shipped_model_and_is_found_again(tmp_path: Path) -> None:
     store = ArtifactStore(str(tmp_path))
-    made = base_variant(store)
+    made = embedded_variant(store, "none-fp16")
     assert weights_sha256(local_folder(made)) == weights_sha256(EMBEDDED)
-    assert base_variant(store) == made
+    assert embedded_variant(store, "none-fp16") == made
 
 
-def test_seeds_change_the_training_alone() -> None:
-    config = load_config(None, [])
-    seeded = _with_seed(config, 2, only="none-fp16")
-    assert (seeded.train.seed, seeded.data, seeded.quantize.variants) == (
-        2, config.data, ("none-fp16",),
-    )  # fmt: skip
-    scores = {0: {"rouge_l": 0.5}, 1: {"rouge_l": 0.7}}
-    assert _over_seeds(scores, statistics.mean) == {"rouge_l": pytest.approx(0.6)}
+def test_the_fine_tune_is_scored_over_seeds(config: RunConfig, tmp_path: Path) -> None:
+    tree = json.loads(embedded.score(config, tmp_path / "out.json").read_text())
+    assert tree["code_digest"] == code_digest("embedded")
+    assert tree["held_out_samples"] == 7
+    found = {seed: scores["word_recall"] for seed, scores in tree["fine_tuned"].items()}
+    assert found == {"0": 0.5, "1": 0.6, "2": 0.7}
+    assert tree["fine_tuned_mean"]["word_recall"] == pytest.approx(0.6)
+    deviation = statistics.stdev(WORDS.values())
+    assert tree["fine_tuned_standard_deviation"]["word_recall"] == pytest.approx(deviation)
+    assert tree["variants"]["gguf-q2_k"]["scores"]["word_recall"] == 0.5
+    assert tree["variants"][FAILED.slug] == {"failed": FAILED.reason}
+    assert "60.0% ± 10.0%" in TABLES["embedded"][1](tree)
 
 
-def test_a_baseline_without_scores_is_named() -> None:
-    config = load_config(None, [])
-    with pytest.raises(VariantError, match="'none-fp16' was not measured"):
-        _scores(config, [VariantFailure(slug="none-fp16", reason="it broke")])
+def test_a_baseline_without_scores_is_named(config: RunConfig, tmp_path: Path) -> None:
+    config = changed(config, benchmark={"baseline": FAILED.slug})
+    with pytest.raises(VariantError, match=f"variant '{FAILED.slug}': needs"):
+        embedded.score(config, tmp_path / "out.json")
+
+
+def test_recovery_compares_both_trainings_over_seeds(config: RunConfig, tmp_path: Path) -> None:
+    tree = json.loads(embedded.recover(config, tmp_path / "out.json").read_text())
+    assert tree["code_digest"] == code_digest("hqq_recovery")
+    assert list(tree["rows"]) == list(tree["mean"]) == list(embedded.RECOVERY)
+    rows = tree["rows"]["2-bit base, then LoRA"]
+    assert [row["word_recall"] for row in rows] == [0.5, 0.6, 0.7]
+    assert "| fine-tuned, then 2 bits | " in TABLES["hqq_recovery"][1](tree)
