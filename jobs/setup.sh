@@ -7,9 +7,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 die() { echo "error: $*" >&2; exit 2; }
 
-find_python() {
-    local candidate
-    for candidate in ${PYTHON:-} python3.12 python3.11 python3; do
+find_python() {  # $PYTHON alone where it is set
+    local candidate candidates=(python3.12 python3.11 python3)
+    [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
             echo "$candidate"
             return
@@ -79,12 +80,13 @@ provide_bytecode() {  # $1: requirements; compiled once for each, beside what co
 
 install_environment() {  # $1: the name of a file in jobs/requirements, without .txt
     local requirements=jobs/requirements/$1.txt wanted python free_kb work build start downloads compile
+    case $venv in *[[:space:]]*) die "Ray starts no worker from a path with spaces, $venv: clone elsewhere or set LLAVA_RAY_VENV" ;; esac
     [ -f "$requirements" ] || die "no $requirements: this runs on Linux on x86_64 and aarch64"
     wanted=$(cat pyproject.toml jobs/llama_cpp.cmake "$requirements" | cksum)
     if [ "$(cat "$venv/.installed" 2>/dev/null)" = "$wanted" ]; then
         return
     fi
-    python=$(find_python) || die "no Python 3.11 or 3.12 with venv found: install one or set PYTHON=/path/to/python"
+    python=$(find_python) || die "no Python 3.11 or 3.12 with venv (looked at ${PYTHON:-python3.12, python3.11, python3}): install one or set PYTHON=/path/to/python"
     command -v ${CXX:-c++} >/dev/null || die "no C++ compiler ${CXX:-c++} found: install g++ (llama-cpp-python is compiled)"
     free_kb=$(df -Pk . | awk 'NR == 2 { print $4 }')
     [ "$free_kb" -gt 12000000 ] || die "$((free_kb / 1024)) MB free in $PWD: the environment needs 12000 MB while it is made"

@@ -14,6 +14,14 @@ from llava_ray.cluster.local import up
 from llava_ray.errors import ResourceError
 from llava_ray.shipped import shipped
 
+_HELP = """usage: llava-ray quickstart [--config FILE] [--dry-run] [section.key=value ...]
+
+Captions in, a served quantized LLaVA out, on this machine. Run it again to go on.
+examples:
+  llava-ray quickstart
+  llava-ray quickstart data.source=captions.jsonl
+  llava-ray pipeline --help"""
+
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
@@ -21,9 +29,13 @@ if TYPE_CHECKING:
 def run(argv: Sequence[str]) -> int:
     """Run the pipeline with overrides, or with `--config FILE`; return the job's exit code.
 
-    The job goes on where this is interrupted. Raises ConfigError for a config that is not valid,
-    ResourceError where Ray does not start.
+    The job goes on where this is interrupted; with the same arguments in the same folder it is
+    followed again. Raises ConfigError for a config that is not valid, ResourceError where Ray does
+    not start.
     """
+    if {"-h", "--help"} & set(argv):
+        print(_HELP)
+        return 0
     if "--config" not in argv:
         argv = ["--config", str(shipped("jobs/configs/quickstart.yaml")), *argv]
     os.environ["RAY_AUTH_MODE"] = "token"  # Ray reads it when it is imported.
@@ -34,22 +46,38 @@ def run(argv: Sequence[str]) -> int:
     from ray.job_submission import JobSubmissionClient
 
     pipeline = [sys.executable, str(shipped("jobs/pipeline.py")), *argv]
+    # Paths among the arguments are relative to this folder.
+    entrypoint = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(pipeline)}"
     client = JobSubmissionClient(head.dashboard)
-    job = client.submit_job(
-        submission_id=f"pipeline-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}",
-        # Paths among the arguments are relative to this folder.
-        entrypoint=f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(pipeline)}",
-        runtime_env={"env_vars": {"PYTHONUNBUFFERED": "1"}},
-    )
+    job = _unfinished(client, entrypoint)
+    if job is not None:
+        print(f"job {job} does this already; this follows it", flush=True)
+    else:
+        job = client.submit_job(
+            submission_id=f"pipeline-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}",
+            entrypoint=entrypoint,
+            # The address keeps Ray's own helpers from looking for another cluster.
+            runtime_env={"env_vars": {"PYTHONUNBUFFERED": "1", "RAY_ADDRESS": head.address}},
+        )
     try:
         asyncio.run(_follow(client, job))
     except KeyboardInterrupt:
+        program = Path(sys.executable).parent
         print(
-            f"\njob {job} goes on: 'ray job logs -f {job}' shows it, 'ray job stop {job}' ends it",
+            f"\njob {job} goes on; the same command follows it again, and this ends it:\n"
+            f'eval "$({program}/llava-ray env)"; {program}/ray job stop {job}',
             file=sys.stderr,
         )
         return 130
     return exit_code_of(client, job)
+
+
+def _unfinished(client: "JobSubmissionClient", entrypoint: str) -> str | None:
+    """Return the job with that entrypoint that waits or runs, if there is one."""
+    for job in client.list_jobs():
+        if job.entrypoint == entrypoint and not job.status.is_terminal():
+            return job.submission_id
+    return None
 
 
 async def _follow(client: "JobSubmissionClient", job: str) -> None:

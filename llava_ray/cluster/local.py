@@ -70,6 +70,11 @@ def up(path: Path) -> Head:
     found = running(path)
     if found:
         return found
+    if re.search(r"\s", sys.executable):
+        raise ResourceError(
+            f"Ray starts no worker from a path with spaces, {sys.executable}: use an environment "
+            "elsewhere"
+        )
     ports = _check_ports(commands)
     folder = _folder(tree)
     with disk_errors(str(folder)):
@@ -267,7 +272,7 @@ def token_file(folder: Path) -> Path:
 
 
 def _folder(tree: dict[str, Any]) -> Path:
-    return cache_folder().expanduser().absolute() / "cluster" / str(tree["cluster_name"])
+    return cache_folder() / "cluster" / str(tree["cluster_name"])
 
 
 def _remembered(tree: dict[str, Any]) -> Head | None:

@@ -175,6 +175,11 @@ class ServeConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ServeConfig":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas={self.min_replicas} is above max_replicas={self.max_replicas}: "
+                "raise the latter"
+            )
         if self.canary is not None and self.canary not in self.beside:
             raise ValueError(f"canary {self.canary!r} is not in beside: add it")
         return self

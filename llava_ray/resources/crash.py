@@ -30,6 +30,9 @@ _SIGNALS = {
 }
 """Signals by the words that faulthandler has for them."""
 _FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
+_COMPILE = (
+    f"'{sys.executable} -m pip install --no-cache-dir --force-reinstall --no-deps llama-cpp-python'"
+)
 _NATIVE_CALL = re.compile(r"\b((?:llama|mtmd|ggml)_\w+)\(")
 
 
@@ -47,7 +50,9 @@ class Crash:
     def describe(self) -> str:
         """Say all of it and what to do, in one line."""
         where = f" in {self.function}" if self.function else ""
-        return f"died by {self.signal}{where}: {self._cure()} (stack: {self.stack})"
+        written = self.stack.is_file() and self.stack.stat().st_size > 0
+        stack = f" (stack: {self.stack})" if written else ""
+        return f"died by {self.signal}{where}: {self._cure()}{stack}"
 
     @property
     def is_fault(self) -> bool:
@@ -62,16 +67,11 @@ class Crash:
         # Nothing is written where the signal's frame does not fit the handler's stack, as with AMX.
         llama = _NATIVE_CALL.match(f"{self.function}(") or "gguf" in self.stack.name
         if not llama:
-            return "leave the variant out, and report the stack"
+            return "leave the variant out, and report this"
         if self.signal == "SIGILL":
-            return (
-                "llama-cpp-python was compiled for another CPU; compile it here with "
-                "'pip install --no-cache-dir --force-reinstall --no-deps llama-cpp-python'"
-            )
-        return (
-            "a fault of this llama.cpp; compile it anew with 'pip install --no-cache-dir "
-            "--force-reinstall --no-deps llama-cpp-python', or leave the variant out"
-        )
+            return f"llama-cpp-python was compiled for another CPU; compile it here with {_COMPILE}"
+        likely = "a fault" if self.function else "perhaps a fault"
+        return f"{likely} of this llama.cpp; compile it anew with {_COMPILE}, or leave it out"
 
 
 def crash_file(name: str) -> Path:

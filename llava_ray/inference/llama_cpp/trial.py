@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import json
 import logging
 import os
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llava_ray.artifacts.storage import cache_folder
 from llava_ray.errors import VariantError
@@ -33,6 +33,15 @@ _ROWS = 32
 _WIDTH, _INNER, _VOCABULARY = 256, 256, 64
 
 
+class _Trial(BaseModel):
+    """What a trial showed."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    fault: str
+    """Why the extra buffer types are off; empty where they work."""
+
+
 def extra_buffers() -> bool:
     """Say whether this llama.cpp's extra buffer types (repacked, AMX) work on this CPU."""
     return not _fault()
@@ -45,10 +54,9 @@ def _fault() -> str:
     Tried once for each build and CPU; the answer is kept in the cache folder.
     """
     record = cache_folder() / "llama_cpp" / f"{_build_and_cpu()}.json"
-    # Without the key, or not JSON: of another version, or cut off.
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-        known: str = json.loads(record.read_text(encoding="utf-8"))["fault"]
-        return known
+    # Of another version, cut off or no file: it is tried again.
+    with contextlib.suppress(OSError, ValidationError):
+        return _Trial.model_validate_json(record.read_bytes()).fault
     printed, crash = run_child(_MODULE, [], name="gguf-trial", capture=True)
     fault = ""
     if crash is not None:
@@ -58,10 +66,12 @@ def _fault() -> str:
             fault += f"; without them it {also.describe()}"
         logger.warning("llama.cpp's extra buffer types are off: %s", fault)
     if crash is None or crash.is_fault:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        draft = record.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps({"fault": fault}), encoding="utf-8")
-        draft.replace(record)
+        # A cache that cannot be written costs another trial.
+        with contextlib.suppress(OSError):
+            record.parent.mkdir(parents=True, exist_ok=True)
+            draft = record.with_suffix(f".{os.getpid()}")
+            draft.write_text(_Trial(fault=fault).model_dump_json(), encoding="utf-8")
+            draft.replace(record)
     return fault
 
 
