@@ -7,7 +7,8 @@ from pathlib import Path
 # The folder above, so that a machine without the package installed can run this file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llava_ray.embedded.pretrain.job import ACTIONS, parse_settings
+from llava_ray.embedded.pretrain.job import ACTIONS
+from llava_ray.embedded.pretrain.settings import parse_settings
 from llava_ray.errors import LlavaRayError
 
 

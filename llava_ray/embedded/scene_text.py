@@ -8,6 +8,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from llava_ray.embedded.captions import condensed
 from llava_ray.embedded.draw import degrade, draw
 from llava_ray.embedded.fonts import Face, faces_of, find_faces, pack_faces, unpack_faces
@@ -39,10 +41,11 @@ def load_assets(split: Split, folder: Path | None = None) -> Assets:
     return Assets(WordList.of(words, split), faces_of(faces, split))
 
 
-def pack_assets(folder: Path) -> None:
+def pack_assets(folder: Path) -> Path:
     """Copy words and fonts, for machines without the packages."""
     pack_faces(find_faces(), folder)
     (folder / WORDS).write_text("\n".join(find_words()), encoding="utf-8")
+    return folder
 
 
 def _unpack_words(folder: Path) -> list[str]:
@@ -62,6 +65,14 @@ def dataset_scene(assets: Assets, seed: int, index: int) -> tuple[Scene, random.
     return compose(rng, assets.words, assets.faces, width=width, height=height, level=level), rng
 
 
+def dataset_picture(
+    assets: Assets, seed: int, index: int
+) -> tuple[Image.Image, Scene, random.Random]:
+    """Draw one scene of a data set as a camera sees it; its caption goes on from the rng."""
+    scene, rng = dataset_scene(assets, seed, index)
+    return degrade(draw(scene)[0], rng), scene, rng
+
+
 def write_scene_text(
     folder: Path, count: int, seed: int, split: Split = "held_out", assets: Path | None = None
 ) -> Path:
@@ -74,8 +85,7 @@ def write_scene_text(
     (folder / IMAGES).mkdir(parents=True, exist_ok=True)
     rows = []
     for index in range(count):
-        scene, rng = dataset_scene(loaded, seed, index)
-        image = degrade(draw(scene)[0], rng)
+        image, scene, rng = dataset_picture(loaded, seed, index)
         name = f"scene_{index:05d}.jpg"
         image.save(folder / IMAGES / name, quality=JPEG_QUALITY)
         caption = condensed(scene, rng)

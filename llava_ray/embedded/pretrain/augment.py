@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_ray.embedded.pretrain.network import LETTERS_PER_PATCH, POSITIONS, SIGNS
+from llava_ray.embedded.pretrain.examples import LETTERS_PER_PATCH, POSITIONS, SIGNS
 from llava_ray.models.images import CLIP_MEAN, CLIP_STD
 
 IGNORE = -100

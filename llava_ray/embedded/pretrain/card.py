@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.artifacts.store import CARD
-from llava_ray.embedded.pretrain.loop import PretrainSettings
+from llava_ray.embedded.pretrain.settings import PretrainSettings
 from llava_ray.errors import ConfigError
 from llava_ray.models.folder import weights_sha256
 
@@ -70,10 +70,10 @@ def write_card(folder: Path, scores: Path, embedded: Path) -> Path:
     paced = [row for row in rows if "trained_per_s" in row]
     text = CARD_TEXT.format(
         steps=rows[-1]["step"],
-        batch_size=PretrainSettings.batch_size,
+        batch_size=_default("batch_size"),
         trained_per_s=paced[-1]["trained_per_s"],
         rendered_per_s=paced[-1]["rendered_per_s"],
-        seed=PretrainSettings.seed,
+        seed=_default("seed"),
         question=own["question"],
         held_out_images=held_out["held_out_samples"],
         held_out=held_out["base"],
@@ -83,6 +83,10 @@ def write_card(folder: Path, scores: Path, embedded: Path) -> Path:
     path = folder / CARD
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def _default(key: str) -> Any:
+    return PretrainSettings.model_fields[key].default
 
 
 def _read(path: Path, weights: str) -> Any:
