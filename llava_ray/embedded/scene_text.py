@@ -5,6 +5,7 @@ Words and font families are those that pretraining never saw, so that scores on 
 
 import json
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from llava_ray.embedded.captions import condensed
 from llava_ray.embedded.draw import degrade, draw
-from llava_ray.embedded.fonts import Face, faces_of, find_faces, pack_faces, unpack_faces
+from llava_ray.embedded.fonts import Face, find_faces
 from llava_ray.embedded.scene import Level, Scene, compose
 from llava_ray.embedded.words import Split, WordList, find_words
 from llava_ray.errors import ConfigError
@@ -36,23 +37,28 @@ def load_assets(split: Split, folder: Path | None = None) -> Assets:
 
     Raises ConfigError naming what to install.
     """
-    words = find_words() if folder is None else _unpack_words(folder)
-    faces = find_faces() if folder is None else unpack_faces(folder)
-    return Assets(WordList.of(words, split), faces_of(faces, split))
+    if folder is None:
+        words, faces = find_words(), find_faces()
+    elif (folder / WORDS).is_file():
+        words = (folder / WORDS).read_text(encoding="utf-8").split()
+        faces = [Face(path) for path in sorted(folder.glob("*.[ot]tf"))]
+    else:
+        raise ConfigError(
+            f"no {WORDS} in {folder}: run 'python jobs/pretrain.py pack assets={folder}' first"
+        )
+    return Assets(
+        WordList.of(words, split),
+        tuple(face for face in faces if face.held_out == (split == "held_out")),
+    )
 
 
 def pack_assets(folder: Path) -> Path:
     """Copy words and fonts, for machines without the packages."""
-    pack_faces(find_faces(), folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for face in find_faces():
+        shutil.copyfile(face.path, folder / face.path.name)
     (folder / WORDS).write_text("\n".join(find_words()), encoding="utf-8")
     return folder
-
-
-def _unpack_words(folder: Path) -> list[str]:
-    path = folder / WORDS
-    if not path.is_file():
-        raise ConfigError(f"no {WORDS} in {folder}: run 'python jobs/pretrain.py --pack' first")
-    return path.read_text(encoding="utf-8").split()
 
 
 def dataset_scene(assets: Assets, seed: int, index: int) -> tuple[Scene, random.Random]:
@@ -60,9 +66,8 @@ def dataset_scene(assets: Assets, seed: int, index: int) -> tuple[Scene, random.
     rng = random.Random(f"{seed}/{index}")
     longer = rng.randint(224, 320)
     shorter = int(longer * rng.uniform(0.75, 1))
-    width, height = rng.choice(((longer, shorter), (shorter, longer)))
-    level = Level(clutter=0.6)
-    return compose(rng, assets.words, assets.faces, width=width, height=height, level=level), rng
+    size = rng.choice(((longer, shorter), (shorter, longer)))
+    return compose(rng, assets.words, assets.faces, size, Level(clutter=0.6)), rng
 
 
 def dataset_picture(

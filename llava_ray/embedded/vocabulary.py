@@ -8,6 +8,7 @@ tokenizer, scored by merge rank, cuts text the same way.
 
 import re
 import string
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -82,8 +83,7 @@ def count_words(captions: Iterable[str]) -> dict[str, int]:
 
     The quote mark itself counts as a word, so that its space costs no token.
     """
-    counts = dict.fromkeys(('"', *FILLERS.split()), 1)
+    counts = Counter({'"', *FILLERS.split()})
     for caption in captions:
-        for word in _QUOTED.sub(' " ', caption).split():
-            counts[word] = counts.get(word, 0) + 1
+        counts.update(_QUOTED.sub(' " ', caption).split())
     return counts

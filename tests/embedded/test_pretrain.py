@@ -34,11 +34,11 @@ def small_config(width: int = 64) -> LlavaConfig:
 
 @pytest.fixture(scope="module")
 def examples() -> Examples:
-    return Examples(load_assets("train"), Encoder.of())
+    return Examples(load_assets("train"), Encoder())
 
 
 def test_exchanges_of_one_pass_are_answered_as_if_each_stood_alone() -> None:
-    encoder, reader = Encoder.of(), shipped_reader().eval()
+    encoder, reader = Encoder(), shipped_reader().eval()
     first, second = (DESCRIBE, 'A "BOX".'), ("Read all the text.", '"BOX"')
     packed = encoder.pack([first, second])
     ids, positions, segments = (

@@ -43,7 +43,7 @@ def test_ids_match_the_shapes_of_the_model() -> None:
 def test_packed_ids_are_those_of_the_conversation_format() -> None:
     from transformers import AutoTokenizer
 
-    encoder = Encoder.of()
+    encoder = Encoder()
     answer = 'There is a red sign that says "OPEN Daily".'
     packed = encoder.pack([(DESCRIBE, answer)])
     ids, weights, segments = packed["ids"], packed["weights"], packed["segments"]

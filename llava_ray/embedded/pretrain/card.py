@@ -67,13 +67,14 @@ def write_card(folder: Path, scores: Path, embedded: Path) -> Path:
         raise ConfigError(f"the card needs {folder / LOG}, which is missing")
     own, held_out = (_read(path, weights_sha256(folder)) for path in (scores, embedded))
     rows = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
+    trained = PretrainSettings()
     paced = [row for row in rows if "trained_per_s" in row]
     text = CARD_TEXT.format(
         steps=rows[-1]["step"],
-        batch_size=_default("batch_size"),
+        batch_size=trained.batch_size,
         trained_per_s=paced[-1]["trained_per_s"],
         rendered_per_s=paced[-1]["rendered_per_s"],
-        seed=_default("seed"),
+        seed=trained.seed,
         question=own["question"],
         held_out_images=held_out["held_out_samples"],
         held_out=held_out["base"],
@@ -83,10 +84,6 @@ def write_card(folder: Path, scores: Path, embedded: Path) -> Path:
     path = folder / CARD
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def _default(key: str) -> Any:
-    return PretrainSettings.model_fields[key].default
 
 
 def _read(path: Path, weights: str) -> Any:

@@ -3,7 +3,6 @@
 import multiprocessing
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,19 +41,12 @@ Example = dict[str, NDArray[Any]]
 none), position, sign, text colour, sign colour."""
 
 
-@dataclass(frozen=True)
 class Encoder:
     """Turns exchanges into token ids exactly as `conversation.encode_sample` does."""
 
-    tokenizer: Any
-    quote_ids: frozenset[int]
-
-    @classmethod
-    def of(cls) -> "Encoder":
-        """Load the shipped tokenizer."""
-        tokenizer = load()
-        quotes = frozenset(index for token, index in tokenizer.get_vocab().items() if '"' in token)
-        return cls(tokenizer, quotes)
+    def __init__(self) -> None:
+        self.tokenizer = load()
+        self.quote_ids = {id for token, id in self.tokenizer.get_vocab().items() if '"' in token}
 
     def prefix(self) -> list[int]:
         """Return the ids before the image: <s> USER: and a space."""
@@ -147,9 +139,8 @@ class Examples(IterableDataset[Example]):
     def _scene(self, level: Level) -> Scene:
         rng = self.rng
         shorter = IMAGE_SIZE if rng.random() < 0.4 else int(IMAGE_SIZE * rng.uniform(0.75, 1))
-        width, height = (IMAGE_SIZE, shorter) if rng.random() < 0.5 else (shorter, IMAGE_SIZE)
-        words, faces = self.assets.words, self.assets.faces
-        return compose(rng, words, faces, width=width, height=height, level=level)
+        size = (IMAGE_SIZE, shorter) if rng.random() < 0.5 else (shorter, IMAGE_SIZE)
+        return compose(rng, self.assets.words, self.assets.faces, size, level)
 
     def _background(self, scene: Scene) -> Image.Image:
         key = (scene.background, scene.background_seed % (self.BACKGROUNDS // 8))
@@ -179,8 +170,8 @@ def _glyph_rows(scene: Scene, glyphs: list[Glyph], offset: tuple[int, int]) -> N
             min(IMAGE_SIZE - 1, max(0, round(glyph.x) + offset[0])),
             min(IMAGE_SIZE - 1, max(0, round(glyph.y) + offset[1])),
             ord(glyph.letter) - ord(" "),
-            glyph.position,
-            glyph.sign,
+            min(POSITIONS - 1, glyph.position),
+            min(SIGNS - 1, glyph.sign),
             COLOUR_IDS[sign.text_colour],
             COLOUR_IDS[sign.colour],
         )

@@ -10,64 +10,52 @@ card       write the model card of `model` from `scores`, `embedded` and the log
 """
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 from llava_ray.embedded.pretrain.settings import PretrainSettings
 from llava_ray.errors import ConfigError
 
-
-def _pack(settings: PretrainSettings) -> Path:
-    from llava_ray.embedded.scene_text import pack_assets
-
-    if settings.assets is None:
-        raise ConfigError("pack needs assets=FOLDER to write to")
-    return pack_assets(settings.assets)
+ACTIONS = ("card", "export", "pack", "picture", "score", "tokenizer", "train")
 
 
-def _train(settings: PretrainSettings) -> Path:
-    from llava_ray.embedded.pretrain.loop import pretrain
+def run(action: str, settings: PretrainSettings) -> Path:
+    """Run one of ACTIONS; return what it wrote.
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    return pretrain(settings)
+    Raises ConfigError for what the action needs and does not find.
+    """
+    # Each branch imports for itself: most actions need no torch.
+    match action:
+        case "pack":
+            from llava_ray.embedded.scene_text import pack_assets
 
+            if settings.assets is None:
+                raise ConfigError("pack needs assets=FOLDER to write to")
+            return pack_assets(settings.assets)
+        case "train":
+            from llava_ray.embedded.pretrain.loop import pretrain
 
-def _tokenizer(settings: PretrainSettings) -> Path:
-    from llava_ray.embedded.pretrain.export import write_tokenizer
+            logging.basicConfig(
+                level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
+            )
+            return pretrain(settings)
+        case "tokenizer":
+            from llava_ray.embedded.pretrain.export import write_tokenizer
 
-    return write_tokenizer(settings.model)
+            return write_tokenizer(settings.model)
+        case "export":
+            from llava_ray.embedded.pretrain.export import export_model
 
+            return export_model(settings.out, settings.model)
+        case "score":
+            from llava_ray.embedded.pretrain.scores import score_model
 
-def _export(settings: PretrainSettings) -> Path:
-    from llava_ray.embedded.pretrain.export import export_model
+            return score_model(settings.model, settings.images, settings.scores, settings.assets)
+        case "picture":
+            from llava_ray.embedded.pretrain.picture import draw_readings
 
-    return export_model(settings.out, settings.model)
+            return draw_readings(settings.model, settings.picture, settings.assets)
+        case "card":
+            from llava_ray.embedded.pretrain.card import write_card
 
-
-def _score(settings: PretrainSettings) -> Path:
-    from llava_ray.embedded.pretrain.scores import score_model
-
-    return score_model(settings.model, settings.images, settings.scores, settings.assets)
-
-
-def _picture(settings: PretrainSettings) -> Path:
-    from llava_ray.embedded.pretrain.picture import draw_readings
-
-    return draw_readings(settings.model, settings.picture, settings.assets)
-
-
-def _card(settings: PretrainSettings) -> Path:
-    from llava_ray.embedded.pretrain.card import write_card
-
-    return write_card(settings.model, settings.scores, settings.embedded)
-
-
-ACTIONS: dict[str, Callable[[PretrainSettings], Path]] = {
-    "pack": _pack,
-    "train": _train,
-    "tokenizer": _tokenizer,
-    "export": _export,
-    "picture": _picture,
-    "score": _score,
-    "card": _card,
-}
+            return write_card(settings.model, settings.scores, settings.embedded)
+    raise AssertionError(action)

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,10 @@ class _Run:
         torch.set_float32_matmul_precision("high")
         torch.manual_seed(settings.seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        encoder = Encoder.of()
+        encoder = Encoder()
         self.reader = Reader(config, encoder.prefix()).to(self.device)
+        if settings.compile:
+            self.reader.compile(dynamic=False)
         self.optimizer = _optimizer(self.reader, settings.learning_rate)
         self.schedule = get_wsd_schedule(
             self.optimizer,
@@ -82,13 +84,10 @@ class _Run:
     def train(self) -> Path:
         """Step until the time is over, then save."""
         settings = self.settings
-        losses: Callable[..., tuple[Tensor, Tensor]] = self._losses
-        if settings.compile:
-            losses = torch.compile(losses, dynamic=False)
         scored = time.monotonic()
         batches = self._batches()
         while self.step < settings.max_steps and time.monotonic() < self.deadline:
-            caption, letters = losses(*self._looks(next(batches)))
+            caption, letters = self._losses(next(batches))
             probe_weight = settings.probe_weight * (1 - 0.7 * self.share)
             torch.autograd.backward([caption + probe_weight * letters])
             nn.utils.clip_grad_norm_(self.reader.parameters(), 1.0)
@@ -132,8 +131,8 @@ class _Run:
             for _ in range(settings.uses):
                 yield gathered
 
-    def _looks(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Move and light the pictures anew, and find where their letters went."""
+    def _losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the loss on captions and the probe's, on pictures moved and lit anew."""
         maps = random_affine(len(batch["image"]), self.device, self.generator)
         pixels = relight(warp(batch["image"], maps), self.generator)
         vision = self.reader.llava.config.vision_config
@@ -141,21 +140,9 @@ class _Run:
             batch["glyphs"], maps, size=vision.image_size, patch=vision.patch_size
         )
         ids, positions, segments = (batch[name].long() for name in ("ids", "positions", "segments"))
-        return pixels, ids, positions, segments, batch["weights"], targets
-
-    def _losses(
-        self,
-        pixels: Tensor,
-        ids: Tensor,
-        positions: Tensor,
-        segments: Tensor,
-        weights: Tensor,
-        targets: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the loss on captions and the probe's."""
         with self._autocast():
             logits, guesses = self.reader(pixels, ids, positions, segments)
-        return caption_loss(logits, ids, weights), probe_loss(guesses, targets)
+        return caption_loss(logits, ids, batch["weights"]), probe_loss(guesses, targets)
 
     def _autocast(self) -> torch.autocast:
         on_gpu = self.device.type == "cuda"
@@ -196,14 +183,11 @@ class _Run:
 
 def _optimizer(reader: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     """Return AdamW that decays matrices alone."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, value in reader.named_parameters():
-        groups[value.ndim > 1 and "embed" not in name].append(value)
-    return torch.optim.AdamW(
-        [
-            {"params": groups[True], "weight_decay": WEIGHT_DECAY},
-            {"params": groups[False], "weight_decay": 0.0},
-        ],
-        lr=learning_rate,
-        betas=BETAS,
-    )
+    named = list(reader.named_parameters())
+    matrices = [value for name, value in named if value.ndim > 1 and "embed" not in name]
+    others = [value for name, value in named if value.ndim <= 1 or "embed" in name]
+    groups = [
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS)

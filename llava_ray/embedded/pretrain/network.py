@@ -67,7 +67,7 @@ class Reader(nn.Module):
 
 def shipped_reader() -> Reader:
     """Return the model of the shipped shape and tokens with new random weights."""
-    return Reader(LlavaConfig.from_pretrained(EMBEDDED), Encoder.of().prefix())
+    return Reader(LlavaConfig.from_pretrained(EMBEDDED), Encoder().prefix())
 
 
 def attention_mask(segments: Tensor, before: int) -> Tensor:
