@@ -55,7 +55,7 @@ class Face:
 
     @property
     def capitals_only(self) -> bool:
-        """Whether case cannot be told apart."""
+        """Whether small letters look like capitals."""
         return self.family in CAPITALS_ONLY
 
     def width(self, text: str, size: float) -> float:

@@ -46,7 +46,7 @@ class Encoder:
 
     def __init__(self) -> None:
         self.tokenizer = load()
-        self.quote_ids = {id for token, id in self.tokenizer.get_vocab().items() if '"' in token}
+        self.quote_ids = {i for token, i in self.tokenizer.get_vocab().items() if '"' in token}
 
     def prefix(self) -> list[int]:
         """Return the ids before the image: <s> USER: and a space."""

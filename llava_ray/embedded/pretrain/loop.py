@@ -30,12 +30,13 @@ from llava_ray.models.folder import EMBEDDED
 log = logging.getLogger(__name__)
 
 RESERVE_S = 25.0
-"""Kept at a call's end for the last scores and the checkpoint."""
+"""Kept at a call's end for the checkpoint and the last scores."""
 BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.05
 DECAY_SHARE = 0.6
-"""Of the run, at its end; there the learning rate falls along a cosine to LEAST_RATE."""
+"""The last part of the run, in which the learning rate falls along a cosine to LEAST_RATE."""
 LEAST_RATE = 0.02
+"""Share of the full learning rate."""
 CHUNK = 32
 """Examples that a renderer sends at a time; they lie in /dev/shm until they are copied."""
 
@@ -52,8 +53,8 @@ class _Run:
     """One call of `pretrain`."""
 
     def __init__(self, settings: PretrainSettings, config: LlavaConfig) -> None:
-        self.settings, self.began = settings, time.monotonic()
-        self.deadline = self.began + 60 * settings.minutes - RESERVE_S
+        self.settings, self.started = settings, time.monotonic()
+        self.deadline = self.started + 60 * settings.minutes - RESERVE_S
         settings.out.mkdir(parents=True, exist_ok=True)
         torch.set_float32_matmul_precision("high")
         torch.manual_seed(settings.seed)
@@ -82,7 +83,7 @@ class _Run:
         self.generator = torch.Generator(self.device).manual_seed(settings.seed + self.step)
 
     def train(self) -> Path:
-        """Step until the time is over, then save."""
+        """Step until the run or the time is over, save, and score what was learned."""
         settings = self.settings
         scored = time.monotonic()
         batches = self._batches()
@@ -100,8 +101,9 @@ class _Run:
             if time.monotonic() - scored > settings.score_every_s:
                 self._score(settings.score_samples // 4)
                 scored = time.monotonic()
+        checkpoint = save_checkpoint(settings.out, self.step, self.parts)
         self._score(settings.score_samples)
-        return save_checkpoint(settings.out, self.step, self.parts)
+        return checkpoint
 
     @property
     def share(self) -> float:
@@ -150,7 +152,7 @@ class _Run:
 
     def _log(self, caption: float, letters: float) -> None:
         now = time.monotonic()
-        trained = (self.step - self.first) * self.settings.batch_size / (now - self.began)
+        trained = (self.step - self.first) * self.settings.batch_size / (now - self.started)
         self._write(
             share=round(self.share, 4),
             loss=round(caption, 4),
