@@ -7,18 +7,19 @@ from pathlib import Path
 # The folder above, so that a machine without the package installed can run this file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llava_ray.embedded.pretrain.job import ACTIONS, parse_settings
+from llava_ray.embedded.pretrain.job import ACTIONS, run
+from llava_ray.embedded.pretrain.settings import parse_settings
 from llava_ray.errors import LlavaRayError
 
 
 def main() -> None:
     """Parse, run one action, print what it left."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=sorted(ACTIONS))
+    parser.add_argument("action", choices=ACTIONS)
     parser.add_argument("settings", nargs="*", metavar="key=value")
     args = parser.parse_args()
     try:
-        print(ACTIONS[args.action](parse_settings(args.settings)))
+        print(run(args.action, parse_settings(args.settings)))
     except LlavaRayError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

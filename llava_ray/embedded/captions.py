@@ -7,7 +7,7 @@ pretraining never sees it. `exchanges` are the questions and answers of pretrain
 import random
 from collections.abc import Callable
 
-from llava_ray.embedded.scene import Scene, Sign
+from llava_ray.embedded.scene import Scene, Sign, Thing
 
 DESCRIBE = "Describe this image in detail."
 
@@ -28,8 +28,7 @@ def condensed(scene: Scene, rng: random.Random) -> str:
             f"in {sign.text_colour}."
         )
     if scene.thing:
-        thing = f"{_article(scene.thing.colour)} {scene.thing.colour} {scene.thing.kind}"
-        parts.append(f"Additionally, {thing} is visible {_where(scene.thing.place)}.")
+        parts.append(f"Additionally, {_a(scene.thing)} is visible {_where(scene.thing.place)}.")
     return " ".join(parts)
 
 
@@ -38,10 +37,7 @@ def plain(scene: Scene) -> str:
     parts = [f"There is {_a(sign)} {_where(sign.place)} that says \"{sign.text}\"."
              for sign in scene.signs]  # fmt: skip
     if scene.thing:
-        thing = scene.thing
-        parts.append(
-            f"There is {_article(thing.colour)} {thing.colour} {thing.kind} {_where(thing.place)}."
-        )
+        parts.append(f"There is {_a(scene.thing)} {_where(scene.thing.place)}.")
     parts.append(f"The background is {scene.background}.")
     return " ".join(parts)
 
@@ -64,9 +60,10 @@ def _transcribe(scene: Scene, rng: random.Random) -> Exchange:
 def _brief(scene: Scene, rng: random.Random) -> Exchange:
     names = [_a(sign) for sign in scene.signs]
     if scene.thing:
-        names.append(f"{_article(scene.thing.colour)} {scene.thing.colour} {scene.thing.kind}")
+        names.append(_a(scene.thing))
     listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-    return "Describe this image briefly.", f"{_upper(listed)} on {scene.background}."
+    sentence = f"{listed[0].upper()}{listed[1:]} on {scene.background}."
+    return "Describe this image briefly.", sentence
 
 
 def _one_sign(scene: Scene, rng: random.Random) -> Exchange:
@@ -85,8 +82,7 @@ def _letters(scene: Scene, rng: random.Random) -> Exchange:
 
 def _find(scene: Scene, rng: random.Random) -> Exchange:
     sign = rng.choice(scene.signs)
-    place = _where(sign.place)
-    return f'Where is the text "{sign.text}"?', f"On {_a(sign)} {place}."
+    return f'Where is the text "{sign.text}"?', f"On {_a(sign)} {_where(sign.place)}."
 
 
 def _count(scene: Scene, rng: random.Random) -> Exchange:
@@ -108,16 +104,12 @@ _FORMS: tuple[Callable[[Scene, random.Random], Exchange], ...] = (
 )  # fmt: skip
 
 
-def _a(sign: Sign) -> str:
-    return f"{_article(sign.colour)} {sign.colour} {sign.kind}"
+def _a(shown: Sign | Thing) -> str:
+    return f"{_article(shown.colour)} {shown.colour} {shown.kind}"
 
 
 def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
-
-
-def _upper(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def _where(place: str) -> str:

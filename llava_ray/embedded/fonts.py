@@ -1,19 +1,13 @@
 """The fonts of generated signs, found in installed font packages; some families are held out."""
 
 import importlib.util
-import json
-import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from llava_ray.embedded.words import Split
+from PIL import ImageFont
+
 from llava_ray.errors import ConfigError
-
-if TYPE_CHECKING:
-    from PIL.ImageFont import FreeTypeFont
 
 HELD_OUT_FAMILIES = ("Caladea", "FredokaOne", "HankenGrotesk")
 
@@ -40,7 +34,6 @@ MATPLOTLIB_FACES = (
 CAPITALS_ONLY = ("AmaticSC",)
 """Families whose small letters look like capitals, so case cannot be read."""
 
-ASSET_LIST = "fonts.json"
 REFERENCE_SIZE = 64
 
 
@@ -62,7 +55,7 @@ class Face:
 
     @property
     def capitals_only(self) -> bool:
-        """Whether case cannot be told apart."""
+        """Whether small letters look like capitals."""
         return self.family in CAPITALS_ONLY
 
     def width(self, text: str, size: float) -> float:
@@ -75,10 +68,8 @@ class Face:
 
 
 @lru_cache(maxsize=2048)
-def open_font(path: Path, size: int) -> "FreeTypeFont":
+def open_font(path: Path, size: int) -> ImageFont.FreeTypeFont:
     """Open a font at a size in pixels; kept open, as opening costs more than a line of text."""
-    from PIL import ImageFont
-
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 
@@ -92,53 +83,21 @@ def find_faces() -> list[Face]:
 
     Raises ConfigError naming the packages that are missing.
     """
-    folders = {name: _package_folder(name) for name in PACKAGES}
-    missing = sorted(name.replace("_", "-") for name, folder in folders.items() if not folder)
+    faces, missing = [], []
+    for name, pattern in PACKAGES.items():
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            missing.append(name.replace("_", "-"))
+            continue
+        faces += [
+            Face(path)
+            for path in Path(spec.origin).parent.rglob(pattern)
+            if "VariableFont" not in path.name
+            and (name != "matplotlib" or path.stem in MATPLOTLIB_FACES.split())
+        ]
     if missing:
         raise ConfigError(
-            f"scene text needs the package(s) {', '.join(missing)}: "
+            f"scene text needs the package(s) {', '.join(sorted(missing))}: "
             "pip install 'llava_ray[scene-text]'"
         )
-    faces = [
-        Face(path)
-        for name, folder in folders.items()
-        if folder
-        for path in folder.rglob(PACKAGES[name])
-        if "VariableFont" not in path.name
-        and (name != "matplotlib" or path.stem in MATPLOTLIB_FACES.split())
-    ]
     return sorted(faces, key=lambda face: face.path.name)
-
-
-def faces_of(faces: Sequence[Face], split: Split) -> tuple[Face, ...]:
-    """Keep the faces of one split."""
-    return tuple(face for face in faces if face.held_out == (split == "held_out"))
-
-
-def _package_folder(name: str) -> Path | None:
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        return None
-    return Path(spec.origin).parent
-
-
-def pack_faces(faces: Sequence[Face], folder: Path) -> None:
-    """Copy font files, so that a machine without the packages can render."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for face in faces:
-        shutil.copyfile(face.path, folder / face.path.name)
-    names = [face.path.name for face in faces]
-    (folder / ASSET_LIST).write_text(json.dumps(names, indent=0), encoding="utf-8")
-
-
-def unpack_faces(folder: Path) -> list[Face]:
-    """Read the faces that `pack_faces` wrote.
-
-    Raises ConfigError where the folder holds none.
-    """
-    listing = folder / ASSET_LIST
-    if not listing.is_file():
-        raise ConfigError(
-            f"no packed fonts in {folder}: run 'python jobs/pretrain.py --pack' first"
-        )
-    return [Face(folder / name) for name in json.loads(listing.read_text(encoding="utf-8"))]

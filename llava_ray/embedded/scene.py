@@ -5,16 +5,17 @@ A scene is composed first and drawn later, so that captions and pixels come from
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llava_ray.embedded.fonts import Face
-from llava_ray.embedded.words import MARKS, WordList, number
+from llava_ray.embedded.words import WordList, number
 
 Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels."""
 Point = tuple[float, float]
+Style = Callable[[str], str]
 
 COLOURS: dict[str, tuple[Colour, ...]] = {
     "black": ((12, 12, 14), (34, 32, 36)),
@@ -108,38 +109,24 @@ class Level:
 
 
 def compose(
-    rng: random.Random,
-    words: WordList,
-    faces: Sequence[Face],
-    *,
-    width: int,
-    height: int,
-    level: Level,
+    rng: random.Random, words: WordList, faces: Sequence[Face], size: tuple[int, int], level: Level
 ) -> Scene:
-    """Draw a scene at random.
-
-    Places, words, colours and fonts depend on rng alone.
-    """
+    """Draw a scene of a width and height in pixels; all that it shows depends on rng alone."""
+    width, height = size
     cells = _cells(rng, level, width, height)
     thing_cell = rng.randrange(len(cells)) if len(cells) > 1 and rng.random() < 0.4 else None
     signs: list[Sign] = []
     thing = None
+    scale = max(width, height) / 224
     kinds = rng.sample(KINDS, len(cells))
-    for index, cell in enumerate(cells):
+    for index, (cell, kind) in enumerate(zip(cells, kinds, strict=True)):
         place = _place(cell, width, height)
         if index == thing_cell:
             thing = _thing(rng, cell, place)
-            continue
-        scale = max(width, height) / 224
-        signs.append(_sign(rng, words, rng.choice(faces), kinds[index], cell, place, level, scale))
-    return Scene(
-        width=width,
-        height=height,
-        background=rng.choice(BACKGROUNDS),
-        background_seed=rng.randrange(2**31),
-        signs=tuple(signs),
-        thing=thing,
-    )
+        else:
+            signs.append(_sign(rng, words, rng.choice(faces), kind, cell, place, level, scale))
+    background, background_seed = rng.choice(BACKGROUNDS), rng.randrange(2**31)
+    return Scene(width, height, background, background_seed, tuple(signs), thing)
 
 
 def _cells(rng: random.Random, level: Level, width: int, height: int) -> list[Box]:
@@ -175,13 +162,9 @@ def _thing(rng: random.Random, cell: Box, place: str) -> Thing:
     side = min(cell[2] - cell[0], cell[3] - cell[1]) * rng.uniform(0.6, 0.9)
     left = rng.uniform(cell[0], cell[2] - side)
     top = rng.uniform(cell[1], cell[3] - side)
-    return Thing(
-        kind=rng.choice(THINGS),
-        colour=colour,
-        rgb=_shade(rng, colour),
-        place=place,
-        box=(left, top, left + side, top + side),
-    )
+    box = (left, top, left + side, top + side)
+    kind = rng.choice(THINGS)
+    return Thing(kind=kind, colour=colour, rgb=_shade(rng, colour), place=place, box=box)
 
 
 def _sign(
@@ -196,7 +179,7 @@ def _sign(
 ) -> Sign:
     width, height = cell[2] - cell[0], cell[3] - cell[1]
     smallest = SMALLEST_TEXT * scale
-    lines = _lines(rng, words, face, width, height, smallest, level)
+    lines = _lines(rng, words, face, (width, height), smallest, level)
     pad_x, pad_y = rng.uniform(0.25, 0.6) + 0.35 * (kind == "banner"), rng.uniform(0.2, 0.4)
     wide = max(face.width(line, 1) for line in lines) + 2 * pad_x
     tall = len(lines) * 1.25 + 2 * pad_y
@@ -222,18 +205,14 @@ def _sign(
 
 
 def _lines(
-    rng: random.Random,
-    words: WordList,
-    face: Face,
-    width: float,
-    height: float,
-    smallest: float,
-    level: Level,
+    rng: random.Random, words: WordList, face: Face, area: Point, smallest: float, level: Level
 ) -> tuple[str, ...]:
-    """Draw one to three lines that fit the cell at the smallest size."""
+    """Draw one to three lines that fit the area's width and height at the smallest size."""
+    width, height = area
     room = int(height / smallest / 1.25 - 0.8)
     count = rng.choices((1, 2, 3), (6, 4 * level.clutter, level.clutter))[0]
-    style = "upper" if face.capitals_only else rng.choice(("upper", "upper", "title", "lower"))
+    styles = (str.upper, str.upper, str.capitalize, str.lower)
+    style = str.upper if face.capitals_only else rng.choice(styles)
     lines = []
     for _ in range(max(1, min(count, room))):
         for longest in (11, 9, 7, 6, 5, 4, 3, 2):
@@ -244,26 +223,19 @@ def _lines(
     return tuple(lines)
 
 
-def _line(rng: random.Random, words: WordList, longest: int, style: str, level: Level) -> str:
+def _line(rng: random.Random, words: WordList, longest: int, style: Style, level: Level) -> str:
     chance = rng.random()
     if chance < level.nonsense:
-        return _styled(rng, words.letters(rng, longest), style)
+        return style(words.letters(rng, longest))
     if chance > 1 - 0.12 * level.clutter:
         return number(rng, longest)
-    text = _styled(rng, words.word(rng, longest), style)
+    text = style(words.word(rng, longest))
     if longest > 9 and rng.random() < 0.35 * level.clutter:
-        second = _styled(rng, words.word(rng, max(3, 14 - len(text))), style)
-        joint = " & " if rng.random() < 0.1 else " "
-        return f"{text}{joint}{second}"
+        second = style(words.word(rng, max(3, 14 - len(text))))
+        return f"{text} & {second}" if rng.random() < 0.1 else f"{text} {second}"
     if len(text) < longest and rng.random() < 0.05:
-        text += rng.choice(MARKS[:2])
+        text += rng.choice("!?")
     return text
-
-
-def _styled(rng: random.Random, text: str, style: str) -> str:
-    if style == "upper":
-        return text.upper()
-    return text.capitalize() if style == "title" else text
 
 
 def _pair(rng: random.Random) -> tuple[str, Colour, str, Colour]:

@@ -5,12 +5,15 @@ Words and font families are those that pretraining never saw, so that scores on 
 
 import json
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from llava_ray.embedded.captions import condensed
 from llava_ray.embedded.draw import degrade, draw
-from llava_ray.embedded.fonts import Face, faces_of, find_faces, pack_faces, unpack_faces
+from llava_ray.embedded.fonts import Face, find_faces
 from llava_ray.embedded.scene import Level, Scene, compose
 from llava_ray.embedded.words import Split, WordList, find_words
 from llava_ray.errors import ConfigError
@@ -34,22 +37,28 @@ def load_assets(split: Split, folder: Path | None = None) -> Assets:
 
     Raises ConfigError naming what to install.
     """
-    words = find_words() if folder is None else _unpack_words(folder)
-    faces = find_faces() if folder is None else unpack_faces(folder)
-    return Assets(WordList.of(words, split), faces_of(faces, split))
+    if folder is None:
+        words, faces = find_words(), find_faces()
+    elif (folder / WORDS).is_file():
+        words = (folder / WORDS).read_text(encoding="utf-8").split()
+        faces = [Face(path) for path in sorted(folder.glob("*.[ot]tf"))]
+    else:
+        raise ConfigError(
+            f"no {WORDS} in {folder}: run 'python jobs/pretrain.py pack assets={folder}' first"
+        )
+    return Assets(
+        WordList.of(words, split),
+        tuple(face for face in faces if face.held_out == (split == "held_out")),
+    )
 
 
-def pack_assets(folder: Path) -> None:
+def pack_assets(folder: Path) -> Path:
     """Copy words and fonts, for machines without the packages."""
-    pack_faces(find_faces(), folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for face in find_faces():
+        shutil.copyfile(face.path, folder / face.path.name)
     (folder / WORDS).write_text("\n".join(find_words()), encoding="utf-8")
-
-
-def _unpack_words(folder: Path) -> list[str]:
-    path = folder / WORDS
-    if not path.is_file():
-        raise ConfigError(f"no {WORDS} in {folder}: run 'python jobs/pretrain.py --pack' first")
-    return path.read_text(encoding="utf-8").split()
+    return folder
 
 
 def dataset_scene(assets: Assets, seed: int, index: int) -> tuple[Scene, random.Random]:
@@ -57,9 +66,16 @@ def dataset_scene(assets: Assets, seed: int, index: int) -> tuple[Scene, random.
     rng = random.Random(f"{seed}/{index}")
     longer = rng.randint(224, 320)
     shorter = int(longer * rng.uniform(0.75, 1))
-    width, height = rng.choice(((longer, shorter), (shorter, longer)))
-    level = Level(clutter=0.6)
-    return compose(rng, assets.words, assets.faces, width=width, height=height, level=level), rng
+    size = rng.choice(((longer, shorter), (shorter, longer)))
+    return compose(rng, assets.words, assets.faces, size, Level(clutter=0.6)), rng
+
+
+def dataset_picture(
+    assets: Assets, seed: int, index: int
+) -> tuple[Image.Image, Scene, random.Random]:
+    """Draw one scene of a data set as a camera sees it; its caption goes on from the rng."""
+    scene, rng = dataset_scene(assets, seed, index)
+    return degrade(draw(scene)[0], rng), scene, rng
 
 
 def write_scene_text(
@@ -74,8 +90,7 @@ def write_scene_text(
     (folder / IMAGES).mkdir(parents=True, exist_ok=True)
     rows = []
     for index in range(count):
-        scene, rng = dataset_scene(loaded, seed, index)
-        image = degrade(draw(scene)[0], rng)
+        image, scene, rng = dataset_picture(loaded, seed, index)
         name = f"scene_{index:05d}.jpg"
         image.save(folder / IMAGES / name, quality=JPEG_QUALITY)
         caption = condensed(scene, rng)

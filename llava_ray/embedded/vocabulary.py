@@ -8,13 +8,14 @@ tokenizer, scored by merge rank, cuts text the same way.
 
 import re
 import string
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from llava_ray.models.folder import EMBEDDED
+
 VOCAB_SIZE = 1024
-UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
-IMAGE_ID, PAD_ID = VOCAB_SIZE - 2, VOCAB_SIZE - 1
+EOS_ID, IMAGE_ID = 2, 1022
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 ADDED = ("<image>", "<pad>")
@@ -32,8 +33,6 @@ FILLERS = (
 _QUOTED = re.compile(r'"[^"]*"\S*')
 CHARACTERS = SPACE + string.ascii_letters + string.digits + string.punctuation
 
-FOLDER = Path(__file__).parent / "model"
-
 
 def choose_pieces(words: Mapping[str, int]) -> list[str]:
     """Return the multi-character tokens in the order of their merges.
@@ -43,80 +42,40 @@ def choose_pieces(words: Mapping[str, int]) -> list[str]:
     """
     bytes_and_letters = len(SPECIAL) + 256 + len(CHARACTERS) + len(ADDED)
     room = VOCAB_SIZE - bytes_and_letters
-    pieces: dict[str, None] = {}
+    pieces: list[str] = []
     gain = {
         word: count * len(word) for word, count in words.items() if set(word) <= set(CHARACTERS)
     }
     for word in sorted(gain, key=lambda word: (-gain[word], word)):
-        for end in range(1, len(word) + 1):
-            if len(pieces) == room:
-                break
-            pieces.setdefault(SPACE + word[:end])
-    if len(pieces) < room:
-        raise AssertionError(f"{len(pieces)} pieces for {room} tokens: give more words")
-    return sorted(pieces, key=lambda piece: (len(piece), list(pieces).index(piece)))
+        beginnings = (SPACE + word[:end] for end in range(1, len(word) + 1))
+        pieces += [piece for piece in beginnings if piece not in pieces]
+    assert len(pieces) >= room, f"{len(pieces)} pieces for {room} tokens: give more words"
+    return sorted(pieces[:room], key=len)
 
 
 def train(words: Mapping[str, int]) -> Any:
-    """Build the tokenizers.Tokenizer with exactly VOCAB_SIZE tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+    """Return the shipped tokenizers.Tokenizer with its multi-character tokens chosen anew."""
     from tokenizers.models import BPE
 
     pieces = choose_pieces(words)
     tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *CHARACTERS, *pieces]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    merges = [(piece[:-1], piece[-1]) for piece in pieces]
-    model = BPE(
-        vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
-    )
-    tokenizer = Tokenizer(model)
-    # The pipeline of llava-hf/llava-1.5-7b-hf's tokenizer.json.
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace(SPACE, " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(content=" ", left=1, right=0),
-        ]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS_ID)]
-    )
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in (*SPECIAL, *ADDED)]
+    tokenizer = load()
+    tokenizer.model = BPE(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[(piece[:-1], piece[-1]) for piece in pieces],
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
     )
     assert tokenizer.get_vocab_size() == VOCAB_SIZE
-    assert tokenizer.token_to_id("<image>") == IMAGE_ID
     return tokenizer
 
 
-def wrap(tokenizer: Any) -> Any:
-    """Return the transformers tokenizer around a tokenizers.Tokenizer."""
-    from transformers import PreTrainedTokenizerFast
-
-    make: Any = PreTrainedTokenizerFast
-    return make(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-        padding_side="left",
-        model_max_length=1024,
-        clean_up_tokenization_spaces=False,
-        add_bos_token=True,
-    )
-
-
-def load(folder: Path = FOLDER) -> Any:
+def load() -> Any:
     """Load the shipped tokenizer without transformers: a tokenizers.Tokenizer."""
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
 
 
 def count_words(captions: Iterable[str]) -> dict[str, int]:
@@ -124,8 +83,7 @@ def count_words(captions: Iterable[str]) -> dict[str, int]:
 
     The quote mark itself counts as a word, so that its space costs no token.
     """
-    counts = dict.fromkeys(('"', *FILLERS.split()), 1)
+    counts = Counter({'"', *FILLERS.split()})
     for caption in captions:
-        for word in _QUOTED.sub(' " ', caption).split():
-            counts[word] = counts.get(word, 0) + 1
+        counts.update(_QUOTED.sub(' " ', caption).split())
     return counts

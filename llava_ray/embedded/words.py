@@ -35,8 +35,6 @@ UNFIT = (
 )
 """Beginnings of words that nobody wants on a sign."""
 
-MARKS = "!?&%$#+-/.:'"
-
 
 def is_held_out(word: str) -> bool:
     """Tell whether pretraining never shows this word."""
@@ -71,7 +69,6 @@ def find_words() -> list[str]:
 class WordList:
     """The words of one split, by length."""
 
-    split: Split
     by_length: tuple[tuple[str, ...], ...]
     signs: tuple[str, ...]
     forbidden: frozenset[str]
@@ -90,7 +87,7 @@ class WordList:
             word for word in sorted(set(SIGN_TEXT.split())) if is_held_out(word) == wanted
         )
         forbidden = frozenset(held_out if split == "train" else set(words) - held_out)
-        return cls(split, by_length, signs, forbidden)
+        return cls(by_length, signs, forbidden)
 
     def word(self, rng: random.Random, longest: int) -> str:
         """Draw a dictionary word of at most `longest` letters; longer ones are likelier."""

@@ -37,15 +37,16 @@ def test_ids_match_the_shapes_of_the_model() -> None:
     assert tokenizer.get_vocab_size() == vocabulary.VOCAB_SIZE == 1024
     assert sorted(tokenizer.get_vocab().values()) == list(range(1024))
     ids = [tokenizer.token_to_id(token) for token in ("<unk>", "<s>", "</s>", "<image>", "<pad>")]
-    assert ids == [0, 1, 2, vocabulary.IMAGE_ID, vocabulary.PAD_ID]
+    assert ids == [0, 1, 2, vocabulary.IMAGE_ID, 1023]
 
 
 def test_packed_ids_are_those_of_the_conversation_format() -> None:
     from transformers import AutoTokenizer
 
-    encoder = Encoder.of()
+    encoder = Encoder()
     answer = 'There is a red sign that says "OPEN Daily".'
-    ids, weights, segments = encoder.pack([(DESCRIBE, answer)])
+    packed = encoder.pack([(DESCRIBE, answer)])
+    ids, weights, segments = packed["ids"], packed["weights"], packed["segments"]
     length = int((segments > 0).sum())
     sample = Sample(id="0", image="", question=DESCRIBE, answer=answer)
     wanted, labels = encode_sample(

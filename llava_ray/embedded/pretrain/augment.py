@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_ray.embedded.pretrain.network import LETTERS_PER_PATCH, POSITIONS, SIGNS
+from llava_ray.embedded.pretrain.examples import LETTERS_PER_PATCH
 from llava_ray.models.images import CLIP_MEAN, CLIP_STD
 
 IGNORE = -100
@@ -27,12 +27,8 @@ def random_affine(count: int, device: torch.device, generator: torch.Generator) 
     cos, sin = angle.cos(), angle.sin()
     # The inverse of: shrink, turn, move.
     inverse = torch.stack(
-        (
-            torch.stack((cos / scale_x, sin / scale_x), dim=-1),
-            torch.stack((-sin / scale_y, cos / scale_y), dim=-1),
-        ),
-        dim=1,
-    )
+        (cos / scale_x, sin / scale_x, -sin / scale_y, cos / scale_y), dim=-1
+    ).view(count, 2, 2)
     move = -(inverse @ torch.stack((shift_x, shift_y), dim=-1)[..., None])
     maps = torch.cat((inverse, move), dim=-1)
     identity = torch.eye(2, 3, device=device).expand_as(maps)
@@ -44,17 +40,11 @@ def warp(images: Tensor, maps: Tensor) -> Tensor:
 
     Zero after normalizing is CLIP's mean colour, with which LLaVA pads to a square.
     """
-    pixels = clip_normalize(images)
+    pixels = images.permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(row, device=images.device) for row in (CLIP_MEAN, CLIP_STD))
+    pixels = (pixels - mean[:, None, None]) / std[:, None, None]
     grid = F.affine_grid(maps, list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels, grid.to(pixels.dtype), mode="bilinear", align_corners=False)
-
-
-def clip_normalize(images: Tensor) -> Tensor:
-    """Return float [b, 3, h, w] by CLIP's mean and spread."""
-    pixels = images.permute(0, 3, 1, 2).float() / 255
-    mean = torch.tensor(CLIP_MEAN, device=images.device)[:, None, None]
-    std = torch.tensor(CLIP_STD, device=images.device)[:, None, None]
-    return (pixels - mean) / std
 
 
 def relight(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -78,7 +68,7 @@ def relight(pixels: Tensor, generator: torch.Generator) -> Tensor:
 def patch_targets(glyphs: Tensor, maps: Tensor, *, size: int, patch: int) -> Tensor:
     """Say for every patch which letters have their centre in it.
 
-    glyphs: uint8 [b, g, 7] as in examples.FIELDS. Returns [b, patches, 7] class ids: three
+    glyphs: uint8 [b, g, 7] as in examples.Example. Returns [b, patches, 7] class ids: three
     letters in reading order (0 for none), then position, sign and the two colours of the first
     (IGNORE where there is none).
     """
@@ -92,16 +82,13 @@ def patch_targets(glyphs: Tensor, maps: Tensor, *, size: int, patch: int) -> Ten
     index = torch.where(there, cells[..., 1] * side + cells[..., 0], side * side)
     before = (index[:, :, None] == index[:, None, :]).tril(-1)
     rank = before.sum(-1)
+    # One row more than there are patches, for letters that are written nowhere.
     targets = torch.full((count, side * side + 1, 7), IGNORE, device=glyphs.device)
     targets[..., :LETTERS_PER_PATCH] = 0
     rows = torch.arange(count, device=glyphs.device)[:, None].expand_as(index)
     spare = torch.full_like(index, side * side)
     for slot in range(LETTERS_PER_PATCH):
-        chosen = torch.where(rank == slot, index, spare)
-        targets[rows, chosen, slot] = values[..., 2]
+        targets[rows, torch.where(rank == slot, index, spare), slot] = values[..., 2]
     first = torch.where(rank == 0, index, spare)
-    targets[rows, first, 3] = values[..., 3].clamp(max=POSITIONS - 1)
-    targets[rows, first, 4] = values[..., 4].clamp(max=SIGNS - 1)
-    targets[rows, first, 5] = values[..., 5]
-    targets[rows, first, 6] = values[..., 6]
+    targets[rows, first, 3:] = values[..., 3:]
     return targets[:, : side * side]

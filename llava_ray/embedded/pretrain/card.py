@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.artifacts.store import CARD
-from llava_ray.embedded.pretrain.loop import PretrainSettings
+from llava_ray.embedded.pretrain.settings import PretrainSettings
 from llava_ray.errors import ConfigError
 from llava_ray.models.folder import weights_sha256
 
@@ -67,13 +67,14 @@ def write_card(folder: Path, scores: Path, embedded: Path) -> Path:
         raise ConfigError(f"the card needs {folder / LOG}, which is missing")
     own, held_out = (_read(path, weights_sha256(folder)) for path in (scores, embedded))
     rows = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
+    trained = PretrainSettings()
     paced = [row for row in rows if "trained_per_s" in row]
     text = CARD_TEXT.format(
         steps=rows[-1]["step"],
-        batch_size=PretrainSettings.batch_size,
+        batch_size=trained.batch_size,
         trained_per_s=paced[-1]["trained_per_s"],
         rendered_per_s=paced[-1]["rendered_per_s"],
-        seed=PretrainSettings.seed,
+        seed=trained.seed,
         question=own["question"],
         held_out_images=held_out["held_out_samples"],
         held_out=held_out["base"],

@@ -1,20 +1,21 @@
 """From a scene to the fixed-size arrays that pretraining moves to the GPU."""
 
+import multiprocessing
 import random
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch.utils.data import IterableDataset, get_worker_info
 
 from llava_ray.embedded.captions import Exchange, exchanges
 from llava_ray.embedded.draw import Glyph, draw, draw_background
 from llava_ray.embedded.scene import COLOURS, Level, Scene, compose
 from llava_ray.embedded.scene_text import Assets
 from llava_ray.embedded.vocabulary import EOS_ID, IMAGE_ID, load
-from llava_ray.models.images import PAD_COLOUR
+from llava_ray.models.images import square_pixels
 
 IMAGE_SIZE = 224
 TAIL = 185
@@ -25,31 +26,27 @@ QUOTED_WEIGHT = 3
 STAGE_1_SHARE = 0.35
 """Of the whole run; LLaVA's first stage, here transcription of ever harder scenes."""
 
-FIELDS: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
-    "image": ((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8),
-    "ids": ((TAIL,), np.int16),
-    "weights": ((TAIL,), np.uint8),
-    "segments": ((TAIL,), np.uint8),
-    "glyphs": ((GLYPHS, 7), np.uint8),
-}
-"""Glyph columns: x, y, letter (0 for none), position, sign, text colour, sign colour."""
-
+LETTERS = 95
+"""No glyph, or one of the 94 printable ASCII characters."""
+LETTERS_PER_PATCH = 3
+POSITIONS = 48
+SIGNS = 6
 COLOUR_IDS = {name: index for index, name in enumerate(COLOURS)}
+PROBE_CLASSES = (*[LETTERS] * LETTERS_PER_PATCH, POSITIONS, SIGNS, len(COLOURS), len(COLOURS))
+"""How many classes each of the probe's answers about a patch has."""
+
+Example = dict[str, NDArray[Any]]
+"""uint8 `image` [224, 224, 3]; `ids`, loss `weights`, `segments` and `positions` [TAIL] as
+`Encoder.pack` lays them out; uint8 `glyphs` [GLYPHS, 7] with the columns x, y, letter (0 for
+none), position, sign, text colour, sign colour."""
 
 
-@dataclass(frozen=True)
 class Encoder:
     """Turns exchanges into token ids exactly as `conversation.encode_sample` does."""
 
-    tokenizer: Any
-    quote_ids: frozenset[int]
-
-    @classmethod
-    def of(cls, folder: Path | None = None) -> "Encoder":
-        """Load the shipped tokenizer."""
-        tokenizer = load(folder) if folder else load()
-        quotes = frozenset(index for token, index in tokenizer.get_vocab().items() if '"' in token)
-        return cls(tokenizer, quotes)
+    def __init__(self) -> None:
+        self.tokenizer = load()
+        self.quote_ids = {i for token, i in self.tokenizer.get_vocab().items() if '"' in token}
 
     def prefix(self) -> list[int]:
         """Return the ids before the image: <s> USER: and a space."""
@@ -65,32 +62,31 @@ class Encoder:
         """Return an answer's ids with </s>."""
         return [*self.tokenizer.encode(text, add_special_tokens=False).ids, EOS_ID]
 
-    def pack(
-        self, pairs: list[Exchange]
-    ) -> tuple[NDArray[np.int16], NDArray[np.uint8], NDArray[np.uint8]]:
-        """Lay exchanges behind one another; return ids, loss weights and segment numbers.
+    def pack(self, pairs: list[Exchange]) -> Example:
+        """Lay exchanges behind one another: ids, loss weights, segment numbers and positions.
 
-        A weight stands at the token that is predicted. Exchanges that do not fit are left out.
+        A weight stands at the token that is predicted; segments count from 1, 0 is padding;
+        positions count from the image. Exchanges that do not fit are left out.
         """
         ids = np.full(TAIL, EOS_ID, dtype=np.int16)
-        weights = np.zeros(TAIL, dtype=np.uint8)
-        segments = np.zeros(TAIL, dtype=np.uint8)
+        weights, segments, positions = np.zeros((3, TAIL), dtype=np.uint8)
         end = 0
         for question, answer in pairs:
-            asked, told = self.question(question), self.answer(answer)
-            length = len(asked) + len(told)
+            asked, answered = self.question(question), self.answer(answer)
+            length = len(asked) + len(answered)
             if end + length > TAIL:
                 continue
-            ids[end : end + length] = asked + told
-            weights[end + len(asked) : end + length] = self._weights(told)
+            ids[end : end + length] = asked + answered
+            weights[end + len(asked) : end + length] = self._weights(answered)
             segments[end : end + length] = segments.max() + 1
+            positions[end : end + length] = np.arange(length)
             end += length
-        return ids, weights, segments
+        return {"ids": ids, "weights": weights, "segments": segments, "positions": positions}
 
-    def _weights(self, told: list[int]) -> list[int]:
+    def _weights(self, answered: list[int]) -> list[int]:
         inside = False
         weights = []
-        for token in told:
+        for token in answered:
             weights.append(QUOTED_WEIGHT if inside else 1)
             if token in self.quote_ids:
                 inside = not inside
@@ -104,38 +100,47 @@ def level_at(progress: float, rng: random.Random) -> Level:
     return Level(clutter=ease, tilt=max(0.2, ramp) * rng.random(), nonsense=0.4 - 0.25 * ramp)
 
 
-class ExampleMaker:
-    """Renders examples as fast as it can; backgrounds are drawn once and shown many times."""
+class Examples(IterableDataset[Example]):
+    """Renders examples without end; backgrounds are drawn once and shown many times."""
 
     BACKGROUNDS = 160
 
-    def __init__(self, assets: Assets, encoder: Encoder, seed: int) -> None:
+    def __init__(self, assets: Assets, encoder: Encoder, seed: int = 0) -> None:
+        """`seed` counts outside of a DataLoader, whose workers have seeds of their own."""
         self.assets = assets
         self.encoder = encoder
         self.rng = random.Random(seed)
+        # Shared with the worker processes.
+        self._progress = multiprocessing.Value("d", 0.0)
         self._backgrounds: dict[tuple[str, int], Image.Image] = {}
 
-    def make(self, progress: float) -> dict[str, NDArray[Any]]:
-        """Return one example's arrays, by the names and shapes of FIELDS."""
+    def set_progress(self, share: float) -> None:
+        """Set how far the run is, which sets how hard scenes are, in all workers."""
+        self._progress.value = share
+
+    def __iter__(self) -> Iterator[Example]:
+        if worker := get_worker_info():
+            self.rng = random.Random(worker.seed)
+        while True:
+            yield self.make(self._progress.value)
+
+    def make(self, progress: float) -> Example:
+        """Render one example."""
         rng = self.rng
         scene = self._scene(level_at(progress, rng))
         picture, glyphs = draw(scene, self._background)
-        image, offset = _square(picture)
-        ids, weights, segments = self.encoder.pack(self._exchanges(scene, progress))
+        offset = ((IMAGE_SIZE - scene.width) // 2, (IMAGE_SIZE - scene.height) // 2)
         return {
-            "image": np.asarray(image),
-            "ids": ids,
-            "weights": weights,
-            "segments": segments,
+            "image": square_pixels(picture, IMAGE_SIZE).copy(),
+            **self.encoder.pack(self._exchanges(scene, progress)),
             "glyphs": _glyph_rows(scene, glyphs, offset),
         }
 
     def _scene(self, level: Level) -> Scene:
         rng = self.rng
         shorter = IMAGE_SIZE if rng.random() < 0.4 else int(IMAGE_SIZE * rng.uniform(0.75, 1))
-        width, height = (IMAGE_SIZE, shorter) if rng.random() < 0.5 else (shorter, IMAGE_SIZE)
-        words, faces = self.assets.words, self.assets.faces
-        return compose(rng, words, faces, width=width, height=height, level=level)
+        size = (IMAGE_SIZE, shorter) if rng.random() < 0.5 else (shorter, IMAGE_SIZE)
+        return compose(rng, self.assets.words, self.assets.faces, size, level)
 
     def _background(self, scene: Scene) -> Image.Image:
         key = (scene.background, scene.background_seed % (self.BACKGROUNDS // 8))
@@ -157,16 +162,6 @@ class ExampleMaker:
         return list(unique.items())
 
 
-def _square(picture: Image.Image) -> tuple[Image.Image, tuple[int, int]]:
-    """Pad to the model's square as `images.square_pixels` does."""
-    if picture.size == (IMAGE_SIZE, IMAGE_SIZE):
-        return picture, (0, 0)
-    left, top = (IMAGE_SIZE - picture.width) // 2, (IMAGE_SIZE - picture.height) // 2
-    canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), PAD_COLOUR)
-    canvas.paste(picture, (left, top))
-    return canvas, (left, top)
-
-
 def _glyph_rows(scene: Scene, glyphs: list[Glyph], offset: tuple[int, int]) -> NDArray[np.uint8]:
     rows = np.zeros((GLYPHS, 7), dtype=np.uint8)
     for row, glyph in zip(rows, glyphs, strict=False):
@@ -175,8 +170,8 @@ def _glyph_rows(scene: Scene, glyphs: list[Glyph], offset: tuple[int, int]) -> N
             min(IMAGE_SIZE - 1, max(0, round(glyph.x) + offset[0])),
             min(IMAGE_SIZE - 1, max(0, round(glyph.y) + offset[1])),
             ord(glyph.letter) - ord(" "),
-            glyph.position,
-            glyph.sign,
+            min(POSITIONS - 1, glyph.position),
+            min(SIGNS - 1, glyph.sign),
             COLOUR_IDS[sign.text_colour],
             COLOUR_IDS[sign.colour],
         )

@@ -1,16 +1,24 @@
 """From a pretraining checkpoint to the shipped model folder."""
 
+import shutil
 from pathlib import Path
 
-from llava_ray.embedded import architecture, captions, vocabulary
-from llava_ray.embedded.pretrain.checkpoint import Progress, load_checkpoint
-from llava_ray.embedded.pretrain.network import Reader
+from transformers import GenerationConfig
+
+from llava_ray.embedded import captions, vocabulary
+from llava_ray.embedded.pretrain.checkpoint import load_checkpoint
+from llava_ray.embedded.pretrain.network import shipped_reader
 from llava_ray.embedded.scene_text import dataset_scene, load_assets
+from llava_ray.models.folder import EMBEDDED
 
 TOKENIZER_SCENES = 3000
+_SETTINGS = (
+    "chat_template.jinja", "preprocessor_config.json", "processor_config.json",
+    "tokenizer_config.json",
+)  # fmt: skip
 
 
-def write_tokenizer(folder: Path, seed: int = 5) -> None:
+def write_tokenizer(folder: Path, seed: int = 5) -> Path:
     """Choose the tokens from captions of generated scenes; write tokenizer and processor."""
     assets = load_assets("train")
     texts: list[str] = []
@@ -20,26 +28,19 @@ def write_tokenizer(folder: Path, seed: int = 5) -> None:
         for question, answer in captions.exchanges(scene, rng):
             texts += [f"USER: {question} ASSISTANT:", answer]
     tokenizer = vocabulary.train(vocabulary.count_words(texts))
-    architecture.save_processor(folder, vocabulary.wrap(tokenizer))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if not folder.samefile(EMBEDDED):
+        for name in _SETTINGS:
+            shutil.copyfile(EMBEDDED / name, folder / name)
+    return folder
 
 
-def export_model(checkpoint: Path, folder: Path) -> Progress:
-    """Write a checkpoint's weights as fp16 LlavaForConditionalGeneration.
-
-    The CLIP layer after the selected one is never used; its outputs are set to zero.
-    """
-    import torch
-
-    reader = Reader()
-    progress = load_checkpoint(checkpoint, {"reader": reader})
-    model = architecture.build_model(seed=0)
-    unused, unexpected = model.load_state_dict(reader.state_dict(), strict=False)
-    assert not unexpected, unexpected
-    last = f"vision_tower.encoder.layers.{reader.shape.vision_layers}."
-    assert all(last in name or "post_layernorm" in name for name in unused), unused
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if last in name and ("out_proj" in name or "fc2" in name):
-                value.zero_()
-    architecture.save_model(model, folder)
-    return progress
+def export_model(checkpoint: Path, folder: Path) -> Path:
+    """Write a checkpoint's weights as fp16 LlavaForConditionalGeneration, without the probe."""
+    reader = shipped_reader()
+    load_checkpoint(checkpoint, {"reader": reader})
+    model = reader.llava.half()
+    model.generation_config = GenerationConfig.from_pretrained(EMBEDDED)
+    model.save_pretrained(folder)
+    return folder

@@ -2,301 +2,194 @@
 
 LLaVA's two stages, except that nothing is pretrained and so everything trains in both: first
 transcription of single words growing into scenes, then questions of many kinds. A probe on the
-vision tower learns beside it which letter stands in which patch (see network.Probe).
+vision tower learns beside it which letter stands in which patch (see network.Reader).
 """
 
-import dataclasses
 import json
 import logging
 import math
-import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, LlavaConfig, get_wsd_schedule
 
-from llava_ray.embedded.pretrain.augment import IGNORE, patch_targets, random_affine, relight, warp
-from llava_ray.embedded.pretrain.checkpoint import STATE, Progress, load_checkpoint, save_checkpoint
-from llava_ray.embedded.pretrain.decode import read_held_out
-from llava_ray.embedded.pretrain.examples import Encoder
-from llava_ray.embedded.pretrain.feed import Feed, Pool
-from llava_ray.embedded.pretrain.network import (
-    LETTERS_PER_PATCH,
-    Probe,
-    Reader,
-    Shape,
-    attention_mask,
-    tail_positions,
-)
+from llava_ray.embedded.pretrain.augment import patch_targets, random_affine, relight, warp
+from llava_ray.embedded.pretrain.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from llava_ray.embedded.pretrain.examples import Encoder, Examples
+from llava_ray.embedded.pretrain.network import Reader, caption_loss, probe_loss
+from llava_ray.embedded.pretrain.scores import read_scenes
+from llava_ray.embedded.pretrain.settings import PretrainSettings
 from llava_ray.embedded.scene_text import load_assets
+from llava_ray.models.folder import EMBEDDED
 
 log = logging.getLogger(__name__)
 
 RESERVE_S = 25.0
-"""Kept at a call's end for the last scores and the checkpoint."""
+"""Kept at a call's end for the checkpoint and the last scores."""
 BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.05
+DECAY_SHARE = 0.6
+"""The last part of the run, in which the learning rate falls along a cosine to LEAST_RATE."""
+LEAST_RATE = 0.02
+"""Share of the full learning rate."""
+CHUNK = 32
+"""Examples that a renderer sends at a time; they lie in /dev/shm until they are copied."""
 
 
-@dataclass(frozen=True)
-class PretrainSettings:
-    """What a call trains with."""
+def pretrain(settings: PretrainSettings, config: LlavaConfig | None = None) -> Path:
+    """Train until the whole run or this call's minutes are over; return the checkpoint.
 
-    out: Path
-    """Checkpoint and log; a checkpoint found there is resumed."""
-    assets: Path | None = None
-    """Folder of packed fonts and words; default: the installed packages."""
-    minutes: float = 9.5
-    """Wall time of this call."""
-    until: float = 1.0
-    """Share of the planned run at which this call ends; the learning rate follows the share."""
-    batch_size: int = 512
-    learning_rate: float = 1.2e-3
-    warmup_steps: int = 200
-    probe_weight: float = 1.0
-    pool_size: int = 32_768
-    min_pool: int = 4_096
-    """Examples to have before the first step."""
-    workers: int = max(1, (os.cpu_count() or 2) - 1)
-    compile: bool = False
-    shape: Shape = Shape()
-    """Smaller ones serve tests."""
-    seed: int = 0
-    score_every_s: float = 60.0
-    score_samples: int = 256
-    """Held-out pictures read at the end; a quarter of them in between; 0 reads none."""
-    log_every_steps: int = 50
-    max_steps: int | None = None
-    """Ends a call earlier, for tests."""
-
-
-def pretrain(settings: PretrainSettings) -> Progress:
-    """Train until the call's time is over; return the progress that was saved."""
-    began = time.monotonic()
-    torch.set_float32_matmul_precision("high")
-    encoder = Encoder.of()
-    assets = load_assets("train", settings.assets)
-    feed = Feed(
-        assets, encoder, workers=settings.workers, chunks_per_worker=8, seed=_feed_seed(settings)
-    )
-    try:
-        return _Run(settings, encoder, feed, began).train()
-    finally:
-        feed.close()
-
-
-def _feed_seed(settings: PretrainSettings) -> int:
-    """Give every call its own pictures."""
-    state = settings.out / STATE
-    done = json.loads(state.read_text(encoding="utf-8"))["steps"] if state.is_file() else 0
-    return settings.seed + 7919 * int(done)
+    config: of a smaller model, for tests; default: the shipped one.
+    """
+    return _Run(settings, config or LlavaConfig.from_pretrained(EMBEDDED)).train()
 
 
 class _Run:
     """One call of `pretrain`."""
 
-    def __init__(
-        self, settings: PretrainSettings, encoder: Encoder, feed: Feed, began: float
-    ) -> None:
-        self.settings, self.encoder, self.feed, self.began = settings, encoder, feed, began
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, settings: PretrainSettings, config: LlavaConfig) -> None:
+        self.settings, self.started = settings, time.monotonic()
+        self.deadline = self.started + 60 * settings.minutes - RESERVE_S
+        settings.out.mkdir(parents=True, exist_ok=True)
+        torch.set_float32_matmul_precision("high")
         torch.manual_seed(settings.seed)
-        self.reader = Reader(settings.shape).to(self.device)
-        self.probe = Probe(settings.shape).to(self.device)
-        self.modules: dict[str, nn.Module] = {"reader": self.reader, "probe": self.probe}
-        self.optimizer = self._optimizer()
-        self.before = Progress()
-        if (settings.out / STATE).is_file():
-            self.before = load_checkpoint(settings.out, self.modules, self.optimizer)
-            log.info("resumed at %.1f%%, step %d", 100 * self.before.share, self.before.steps)
-        self.generator = torch.Generator(self.device).manual_seed(settings.seed + self.before.steps)
-        self.pool = Pool(settings.pool_size, self.device)
-        self.pool.pin(feed)
-        self.prefix = torch.tensor(encoder.prefix(), device=self.device)
-        self.steps = self.before.steps
-        # Without the shards of second moments the rate has to warm up again.
-        self.warm_from = 0 if self.optimizer.state else self.before.steps
-        self.first_step_at = 0.0
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        named = [pair for module in self.modules.values() for pair in module.named_parameters()]
-        matrices = [value for name, value in named if value.ndim > 1 and "embed" not in name]
-        others = [value for name, value in named if value.ndim <= 1 or "embed" in name]
-        return torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": WEIGHT_DECAY},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=self.settings.learning_rate,
-            betas=BETAS,
-            fused=self.device.type == "cuda",
-        )
-
-    def train(self) -> Progress:
-        """Step until the time is over, then save."""
-        settings = self.settings
-        self.feed.set_progress(self.before.share)
-        self.pool.wait_for(self.feed, settings.min_pool)
-        step: Callable[..., tuple[Tensor, Tensor]] = self._losses
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoder = Encoder()
+        self.reader = Reader(config, encoder.prefix()).to(self.device)
         if settings.compile:
-            step = torch.compile(self._losses, dynamic=False)
-        self._warm_up(step)
-        self.first_step_at = last_score = time.monotonic()
-        log.info("first step after %.0f s", self.first_step_at - self.began)
-        while not self._over():
-            self.pool.refill(self.feed)
-            share = self.share()
-            self.feed.set_progress(share)
-            losses = self._step(step, share)
-            if self.steps % settings.log_every_steps == 0:
-                self._log(share, *losses)
-            if time.monotonic() - last_score > settings.score_every_s:
-                self._score(settings.score_samples // 4)
-                last_score = time.monotonic()
-        self._score(settings.score_samples)
-        progress = self._progress()
-        save_checkpoint(settings.out, self.modules, self.optimizer, progress)
-        return progress
+            self.reader.compile(dynamic=False)
+        self.optimizer = _optimizer(self.reader, settings.learning_rate)
+        self.schedule = get_wsd_schedule(
+            self.optimizer,
+            num_warmup_steps=settings.warmup_steps,
+            num_decay_steps=round(DECAY_SHARE * settings.max_steps),
+            num_training_steps=settings.max_steps,
+            min_lr_ratio=LEAST_RATE,
+        )
+        self.parts = {
+            "reader": self.reader, "optimizer": self.optimizer, "schedule": self.schedule,
+        }  # fmt: skip
+        self.first = self.step = 0
+        if (settings.out / CHECKPOINT).is_file():
+            self.first = self.step = load_checkpoint(settings.out, self.parts)
+            log.info("resumed at step %d of %d", self.step, settings.max_steps)
+        self.examples = Examples(load_assets("train", settings.assets), encoder)
+        # Every call has pictures of its own.
+        self.generator = torch.Generator(self.device).manual_seed(settings.seed + self.step)
 
-    def _warm_up(self, step: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        """Compile forward and backward before the clock of the schedule starts."""
-        caption, letters = step(*self._batch())
-        _backward(caption + letters)
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def _step(
-        self, step: Callable[..., tuple[Tensor, Tensor]], share: float
-    ) -> tuple[Tensor, Tensor]:
+    def train(self) -> Path:
+        """Step until the run or the time is over, save, and score what was learned."""
         settings = self.settings
-        rate = learning_rate_share(share, self.steps - self.warm_from, settings.warmup_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * rate
-        caption, letters = step(*self._batch())
-        _backward(caption + settings.probe_weight * (1 - 0.7 * share) * letters)
-        parameters = [value for module in self.modules.values() for value in module.parameters()]
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.steps += 1
-        return caption.detach(), letters.detach()
+        scored = time.monotonic()
+        batches = self._batches()
+        while self.step < settings.max_steps and time.monotonic() < self.deadline:
+            caption, letters = self._losses(next(batches))
+            probe_weight = settings.probe_weight * (1 - 0.7 * self.share)
+            torch.autograd.backward([caption + probe_weight * letters])
+            nn.utils.clip_grad_norm_(self.reader.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.schedule.step()
+            self.step += 1
+            if self.step % settings.log_every_steps == 0:
+                self._log(caption.item(), letters.item())
+            if time.monotonic() - scored > settings.score_every_s:
+                self._score(settings.score_samples // 4)
+                scored = time.monotonic()
+        checkpoint = save_checkpoint(settings.out, self.step, self.parts)
+        self._score(settings.score_samples)
+        return checkpoint
 
-    def _batch(self) -> tuple[Tensor, ...]:
-        batch = self.pool.sample(self.settings.batch_size, self.generator)
-        maps = random_affine(self.settings.batch_size, self.device, self.generator)
-        pixels = relight(warp(batch["image"], maps), self.generator)
-        shape = self.reader.shape
-        targets = patch_targets(
-            batch["glyphs"], maps, size=shape.image_size, patch=shape.patch_size
-        )
-        return pixels, batch["ids"].long(), batch["weights"], batch["segments"].long(), targets
-
-    def _losses(
-        self, pixels: Tensor, ids: Tensor, weights: Tensor, segments: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the loss on captions and the probe's."""
-        before = len(self.prefix) + self.reader.shape.patches
-        mask = attention_mask(segments, before)
-        positions = tail_positions(segments, before)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            features = self.reader.see(pixels)
-            logits = self.reader.read(features, self.prefix, ids, positions, mask)
-            guesses = self.probe(features)
-        return caption_loss(logits, ids, weights), probe_loss(guesses, targets)
-
+    @property
     def share(self) -> float:
-        """Return how far the planned run is, by the time of this call."""
-        end = self.began + 60 * self.settings.minutes - RESERVE_S
-        spent = time.monotonic() - self.first_step_at
-        here = min(1.0, spent / max(1.0, end - self.first_step_at))
-        if self.settings.max_steps is not None:
-            here = min(1.0, (self.steps - self.before.steps) / max(1, self.settings.max_steps))
-        return self.before.share + (self.settings.until - self.before.share) * here
+        """How far the whole run is, 0..1."""
+        return self.step / self.settings.max_steps
 
-    def _over(self) -> bool:
-        done = self.steps - self.before.steps
-        if self.settings.max_steps is not None:
-            return done >= self.settings.max_steps
-        return time.monotonic() > self.began + 60 * self.settings.minutes - RESERVE_S
-
-    def _progress(self) -> Progress:
-        done = self.steps - self.before.steps
-        return Progress(
-            share=self.share(),
-            steps=self.steps,
-            samples=self.before.samples + done * self.settings.batch_size,
-            rendered=self.before.rendered + self.pool.received,
-            seconds=self.before.seconds + time.monotonic() - self.began,
-            seed=self.settings.seed,
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        """Gather the renderers' chunks, and give each batch as often as it is used."""
+        settings = self.settings
+        chunk = math.gcd(CHUNK, settings.batch_size)
+        chunks: Iterator[dict[str, Tensor]] = iter(
+            DataLoader(
+                self.examples,
+                batch_size=chunk,
+                num_workers=settings.workers,
+                pin_memory=self.device.type == "cuda",
+                generator=torch.Generator().manual_seed(settings.seed + self.step),
+            )
         )
+        while True:
+            self.examples.set_progress(self.share)
+            batch = [next(chunks) for _ in range(settings.batch_size // chunk)]
+            gathered = {
+                name: torch.cat([part[name].to(self.device, non_blocking=True) for part in batch])
+                for name in batch[0]
+            }
+            for _ in range(settings.uses):
+                yield gathered
 
-    def _log(self, share: float, caption: Tensor, letters: Tensor) -> None:
-        spent = time.monotonic() - self.first_step_at
-        done = self.steps - self.before.steps
-        left = 60 * self.settings.minutes - RESERVE_S - (time.monotonic() - self.began)
+    def _losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the loss on captions and the probe's, on pictures moved and lit anew."""
+        maps = random_affine(len(batch["image"]), self.device, self.generator)
+        pixels = relight(warp(batch["image"], maps), self.generator)
+        vision = self.reader.llava.config.vision_config
+        targets = patch_targets(
+            batch["glyphs"], maps, size=vision.image_size, patch=vision.patch_size
+        )
+        ids, positions, segments = (batch[name].long() for name in ("ids", "positions", "segments"))
+        with self._autocast():
+            logits, guesses = self.reader(pixels, ids, positions, segments)
+        return caption_loss(logits, ids, batch["weights"]), probe_loss(guesses, targets)
+
+    def _autocast(self) -> torch.autocast:
+        on_gpu = self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu)
+
+    def _log(self, caption: float, letters: float) -> None:
+        now = time.monotonic()
+        trained = (self.step - self.first) * self.settings.batch_size / (now - self.started)
         self._write(
-            share=round(share, 4),
-            loss=round(caption.item(), 4),
-            probe_loss=round(letters.item(), 4),
-            trained_per_s=round(done * self.settings.batch_size / spent, 1),
-            rendered_per_s=round(self.pool.received / (time.monotonic() - self.began), 1),
-            left_s=round(left),
+            share=round(self.share, 4),
+            loss=round(caption, 4),
+            probe_loss=round(letters, 4),
+            trained_per_s=round(trained, 1),
+            rendered_per_s=round(trained / self.settings.uses, 1),
+            left_s=round(self.deadline - now),
         )
 
     def _score(self, count: int) -> None:
         if not count:
             return
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            scores = read_held_out(
-                self.reader, self.encoder, count=count, assets=self.settings.assets
+        tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+        with self._autocast():
+            scores = read_scenes(
+                self.reader.llava, tokenizer, "held_out", count, self.settings.assets
             )
-        self._write(**dataclasses.asdict(scores))
+        self._write(
+            held_out_word_recall=round(scores["word_recall"], 4),
+            held_out_character_error_rate=round(scores["character_error_rate"], 4),
+            held_out_images=count,
+        )
 
     def _write(self, **row: Any) -> None:
-        line = json.dumps({"step": self.steps, **row})
+        line = json.dumps({"step": self.step, **row})
         log.info("%s", line)
-        self.settings.out.mkdir(parents=True, exist_ok=True)
         with (self.settings.out / "log.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
 
-def learning_rate_share(share: float, step: int, warmup_steps: int) -> float:
-    """Return the factor of the learning rate: warm up, hold to 40%, then a cosine to 2%."""
-    decayed = max(0.0, share - 0.4) / 0.6
-    factor = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, decayed)))
-    return factor * min(1.0, (step + 1) / max(1, warmup_steps))
-
-
-def _backward(loss: Tensor) -> None:
-    torch.autograd.backward([loss])
-
-
-def caption_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Return the weighted mean cross entropy of each token given those before it."""
-    wanted = weights[:, 1:].float()
-    each = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
-    )
-    return (each * wanted.flatten()).sum() / wanted.sum().clamp(min=1)
-
-
-def probe_loss(guesses: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum of the probe's mean losses; empty patches together weigh a fifth."""
-    parts = torch.split(guesses.float(), list(Probe.OUTPUTS), dim=-1)
-    filled = (targets[..., 0] > 0).float()
-    empty = 1 - filled
-    balance = filled / filled.sum().clamp(min=1) + 0.2 * empty / empty.sum().clamp(min=1)
-    total = torch.zeros((), device=guesses.device)
-    for index, part in enumerate(parts):
-        each = F.cross_entropy(
-            part.flatten(0, 1), targets[..., index].flatten(), ignore_index=IGNORE, reduction="none"
-        )
-        scale = 1.0 if index < LETTERS_PER_PATCH else 0.5
-        total = total + scale * (each.view_as(balance) * balance).sum()
-    return total
+def _optimizer(reader: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """Return AdamW that decays matrices alone."""
+    named = list(reader.named_parameters())
+    matrices = [value for name, value in named if value.ndim > 1 and "embed" not in name]
+    others = [value for name, value in named if value.ndim <= 1 or "embed" in name]
+    groups = [
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS)

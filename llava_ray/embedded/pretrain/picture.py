@@ -3,9 +3,8 @@
 import textwrap
 from pathlib import Path
 
-from llava_ray.embedded.draw import degrade, draw
-from llava_ray.embedded.pretrain.scores import describe
-from llava_ray.embedded.scene_text import Assets, dataset_scene
+from llava_ray.embedded.pretrain.scores import describe, load_model
+from llava_ray.embedded.scene_text import dataset_picture, load_assets
 
 SEED = 7
 """Of the scenes; other ones than those that are scored."""
@@ -14,19 +13,18 @@ WIDTH = 44
 """Letters in a line of an answer."""
 
 
-def draw_readings(folder: Path, out: Path, assets: Assets) -> Path:
+def draw_readings(folder: Path, out: Path, assets: Path | None = None) -> Path:
     """Write a PNG of scenes in a grid, each with the model's greedy answer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    images = []
-    for index in range(ROWS * COLUMNS):
-        scene, rng = dataset_scene(assets, SEED, index)
-        images.append(degrade(draw(scene)[0], rng))
+    loaded = load_assets("held_out", assets)
+    images = [dataset_picture(loaded, SEED, index)[0] for index in range(ROWS * COLUMNS)]
+    answers = describe(*load_model(folder), images)
     figure = Figure(figsize=(4 * COLUMNS, 4.3 * ROWS), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(ROWS, COLUMNS).flat
-    for axis, image, answer in zip(axes, images, describe(folder, images), strict=True):
+    for axis, image, answer in zip(axes, images, answers, strict=True):
         axis.imshow(image)
         axis.set_axis_off()
         axis.set_title(textwrap.fill(answer, WIDTH), fontsize=10, y=-0.02, va="top")
