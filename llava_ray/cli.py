@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from llava_ray import preflight
+from llava_ray.artifacts.storage import Storage, cache_folder, check_writable
 from llava_ray.config.run import RunConfig, load_config, to_yaml
 from llava_ray.console import fail, set_up_logging
 from llava_ray.errors import ConfigError, LlavaRayError, ResourceError
@@ -100,31 +102,21 @@ def run_job(
     set_up_logging()
     try:
         config = load_config(args.config, args.overrides)
+        preflight.check(config)
         if args.dry_run:
             from llava_ray.dry_run import describe_requests
 
             print(to_yaml(config) + describe_requests(config))
             return None
-        check_storage(config)
+        storage = Storage(config.storage.uri)
+        if storage.is_local:
+            check_writable(Path(storage.root), f"storage.uri {config.storage.uri!r}")
+        check_writable(cache_folder(), "LLAVA_RAY_CACHE")
         connect()
         return stage(config)
     except LlavaRayError as error:
         fail(error)
         raise AssertionError from error
-
-
-def check_storage(config: RunConfig) -> None:
-    """Refuse a relative storage path inside a Ray job, whose folder vanishes with the job.
-
-    Raises ConfigError.
-    """
-    uri = config.storage.uri
-    relative = "://" not in uri and not Path(uri).expanduser().is_absolute()
-    if relative and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
-        raise ConfigError(
-            f"storage.uri {uri!r} is relative, and a job's folder vanishes with it: "
-            "give an absolute path or a URI"
-        )
 
 
 def connect() -> None:

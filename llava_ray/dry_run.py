@@ -10,14 +10,13 @@ from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
 from llava_ray.merge import merge_memory_bytes
 from llava_ray.models import tensors as llava_folder
-from llava_ray.models.folder import EMBEDDED, vision_shape
-from llava_ray.prepare.tables import SUFFIXES
+from llava_ray.models.folder import EMBEDDED, WEIGHTS_INDEX, check_model, vision_shape
+from llava_ray.prepare.tables import SCENE_TEXT, SUFFIXES
 from llava_ray.quantize.registry import spec_for
 from llava_ray.resources.capacity import Resources
 
 _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}
-_INDEX = "model.safetensors.index.json"
-_CACHED_WEIGHTS = (_INDEX, "model.safetensors")
+_CACHED_WEIGHTS = (WEIGHTS_INDEX, "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -70,12 +69,12 @@ def find_base(config: RunConfig) -> Base:
         return _read_base(folder)
     except ConfigError as error:
         return Base(None, f"it cannot be used: {error}")
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return Base(None, f"the model in {folder} cannot be read ({type(error).__name__})")
 
 
 def _read_base(folder: Path) -> Base:
-    index = folder / _INDEX
+    index = folder / WEIGHTS_INDEX
     if index.is_file():
         tree = json.loads(index.read_text(encoding="utf-8"))
         names = set(tree["weight_map"].values())
@@ -86,8 +85,8 @@ def _read_base(folder: Path) -> Base:
     files = list(folder.glob("*.safetensors"))
     if not files:
         return Base(None, f"{folder} holds no safetensors")
+    check_model(folder)
     size = sum(path.stat().st_size for path in files)
-    llava_folder.weight_shapes(folder)
     return Base(folder, f"the headers of *.safetensors in {folder}", size)
 
 
@@ -107,7 +106,7 @@ def _source(config: RunConfig) -> str:
     source = config.data.source
     if "://" in source:
         return f"size unknown: {source} is read when the stage starts"
-    if source == "scene-text":
+    if source == SCENE_TEXT:
         return "scenes are drawn on it, nothing is downloaded"
     path = Path(source).expanduser()
     if path.is_file():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_ray import cli
+from llava_ray import cli, preflight
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.models.folder import EMBEDDED
@@ -50,7 +50,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_relative_storage_is_refused_inside_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     with pytest.raises(ConfigError, match="'runs' is relative"):
-        cli.check_storage(RunConfig.model_validate({"storage": {"uri": "runs"}}))
+        preflight.check_storage(RunConfig.model_validate({"storage": {"uri": "runs"}}))
 
 
 @pytest.mark.parametrize("name", JOBS)

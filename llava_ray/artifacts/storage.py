@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,9 @@ def disk_errors(where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # numpy's words for a write that was cut short, which has no number.
+        cut_short = error.errno is None and "requested and" in str(error)
+        if cut_short or error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
                 f"no space left at {where}: free some, or set storage.uri to another disk; "
                 "finished artifacts are kept"
@@ -147,8 +150,22 @@ def cache_folder() -> Path:
     """Return the folder for downloads and build caches: $LLAVA_RAY_CACHE or the XDG cache."""
     chosen = os.environ.get("LLAVA_RAY_CACHE")
     if chosen:
-        return Path(chosen)
+        return Path(chosen).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_ray"
+
+
+def check_writable(folder: Path, name: str) -> None:
+    """Make a folder, and a file in it for a moment.
+
+    name: the setting that gives the folder. Raises ConfigError where that cannot be done.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{name}: no files can be written to {folder} ({error.strerror}); give another folder"
+        ) from error
 
 
 def _open_filesystem(uri: str) -> tuple[Any, str]:

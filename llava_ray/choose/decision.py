@@ -46,6 +46,8 @@ def decide(
             fitting.append(card)
     if not fitting:
         listed = ", ".join(f"{slug} ({reason})" for slug, reason in sorted(against.items()))
+        if {card.slug for card in scorecards} <= {limits.baseline}:
+            raise ConfigError(f"no variant to choose from beside the baseline: {listed}")
         raise ConfigError(f"no variant keeps the limits of choose, loosen one: {listed}")
     winner = min(fitting, key=lambda card: _rank(card, limits))
     for card in fitting:

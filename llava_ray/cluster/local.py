@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.artifacts.storage import cache_folder, disk_errors
+from llava_ray.artifacts.storage import cache_folder, check_writable, disk_errors
 from llava_ray.cluster.schema import read_cluster
 from llava_ray.errors import ConfigError, ResourceError
 
@@ -77,8 +77,8 @@ def up(path: Path) -> Head:
         )
     ports = _check_ports(commands)
     folder = _folder(tree)
+    check_writable(folder, "LLAVA_RAY_CACHE")
     with disk_errors(str(folder)):
-        folder.mkdir(parents=True, exist_ok=True)
         head = Head(
             cluster_id=secrets.token_hex(8),
             address=f"{tree['provider']['head_ip']}:{ports['port']}",

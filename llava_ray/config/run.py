@@ -22,7 +22,7 @@ from llava_ray.errors import ConfigError
 class StorageConfig(Section):
     """Where artifacts live."""
 
-    uri: str = Field(default="~/llava_ray_runs")
+    uri: str = Field(default="~/llava_ray_runs", min_length=1)
     """A path, or an fsspec URI such as s3://bucket/prefix that every node reaches."""
 
 
@@ -40,7 +40,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Captions and images."""
 
-    source: str = Field(default="scene-text")
+    source: str = Field(default="scene-text", min_length=1)
     """`scene-text` (generated), a Hugging Face id, or a .parquet, .jsonl or LLaVA .json file."""
     images: str | None = Field(default=None)
     """Folder of the image files; default: an `images` column, else the source's own folder."""
@@ -289,6 +289,19 @@ def _number(text: str) -> str | float:
         return text
 
 
+_TYPES = {
+    "tuple_type": "give a list, such as [a, b]",
+    "model_type": "give a section's keys, such as section.key=value",
+    "float_parsing": "give a number",
+    "int_parsing": "give a whole number",
+    "int_from_float": "give a whole number",
+    "bool_parsing": "give true or false",
+    "string_type": "give text",
+    "string_too_short": "give text that is not empty",
+}
+"""Instead of pydantic's words for kinds of mistakes."""
+
+
 def _explain(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
@@ -296,6 +309,7 @@ def _explain(item: Any) -> str:
         hint = f"; did you mean '{near[0]}'?" if near else ""
         return f"unknown key '{key}'{hint}"
     message = item["msg"].removeprefix("Value error, ")
+    message = _TYPES.get(item["type"], message)
     return (
         f"{key}={item['input']!r}: {message}"
         if key and item["type"] != "value_error"

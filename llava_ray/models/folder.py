@@ -12,6 +12,8 @@ from llava_ray.artifacts.store import sha256_of
 from llava_ray.config.run import ModelConfig
 from llava_ray.errors import ConfigError
 
+WEIGHTS_INDEX = "model.safetensors.index.json"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"
 
 
@@ -39,8 +41,40 @@ def model_folder(config: ModelConfig) -> Path:
     folder = Path(config.path).expanduser()
     if not folder.is_dir():
         folder = _download(config)
-    vision_shape(folder)
+    check_model(folder)
     return folder
+
+
+def check_model(folder: Path) -> None:
+    """Raise ConfigError where config, tokenizer or weights are missing or damaged.
+
+    Of weights the headers and the files' lengths are looked at, not every byte.
+    """
+    vision_shape(folder)
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise ConfigError(f"model.path {str(folder)!r}: no {' or '.join(_TOKENIZERS)} there")
+    check_weights(folder)
+
+
+def check_weights(folder: Path) -> None:
+    """Raise ConfigError where safetensors are missing, damaged or cut off."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / WEIGHTS_INDEX
+    names = {path.name for path in folder.glob("*.safetensors")}
+    try:
+        if index.is_file():
+            names |= set(json.loads(index.read_bytes())["weight_map"].values())
+        for name in sorted(names):
+            with safe_open(folder / name, framework="np"):
+                pass
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        raise ConfigError(
+            f"model.path {str(folder)!r}: its weights cannot be read ({error}); copy or download "
+            "the model again"
+        ) from error
+    if not names:
+        raise ConfigError(f"model.path {str(folder)!r}: no *.safetensors there")
 
 
 def vision_shape(folder: Path) -> VisionShape:
@@ -51,18 +85,24 @@ def vision_shape(folder: Path) -> VisionShape:
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"model.path {str(folder)!r}: no config.json there")
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    if tree.get("model_type") != "llava":
-        raise ConfigError(
-            f"model.path {str(folder)!r}: model_type is {tree.get('model_type')!r}, not 'llava'; "
-            "LLaVA-1.5 in its Hugging Face form is needed, such as llava-hf/llava-1.5-7b-hf"
+    try:
+        tree = json.loads(path.read_bytes())
+        kind = tree.get("model_type")
+        if kind != "llava":
+            raise ConfigError(
+                f"model.path {str(folder)!r}: model_type is {kind!r}, not 'llava'; LLaVA-1.5 in "
+                "its Hugging Face form is needed, such as llava-hf/llava-1.5-7b-hf"
+            )
+        return VisionShape(
+            image_size=int(tree["vision_config"]["image_size"]),
+            patch_size=int(tree["vision_config"]["patch_size"]),
+            image_token_id=int(tree.get("image_token_id", tree.get("image_token_index", 32000))),
         )
-    vision = tree["vision_config"]
-    return VisionShape(
-        image_size=vision["image_size"],
-        patch_size=vision["patch_size"],
-        image_token_id=tree.get("image_token_id", tree.get("image_token_index", 32000)),
-    )
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"model.path {str(folder)!r}: config.json is not that of a LLaVA ({reason})"
+        ) from error
 
 
 def weights_sha256(folder: Path) -> str:

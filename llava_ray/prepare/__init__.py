@@ -20,11 +20,10 @@ from llava_ray.models.conversation import IMAGE_TOKEN
 from llava_ray.prepare.pictures import StoredRow, hash_image_files, store_images
 from llava_ray.prepare.rows import Rejection, RowReader
 from llava_ray.prepare.split import split_rows
-from llava_ray.prepare.tables import Table, open_file, open_table
+from llava_ray.prepare.tables import SCENE_TEXT, Table, open_file, open_table
 
 logger = logging.getLogger(__name__)
 
-SCENE_TEXT = "scene-text"
 SCENE_TEXT_ROWS = 240
 _DRAWING = ("llava_ray.embedded.scene_text",)
 """The code from which, with the count and the seed, the pictures follow."""

@@ -3,6 +3,7 @@
 Surprising: only columns that are asked for are read, so image bytes never pile up in memory.
 """
 
+import difflib
 import hashlib
 import json
 import logging
@@ -18,6 +19,7 @@ from llava_ray.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
+SCENE_TEXT = "scene-text"
 SUFFIXES = (".parquet", ".jsonl", ".json")
 BATCH_ROWS = 64
 
@@ -61,6 +63,8 @@ def open_table(config: DataConfig) -> Table:
             f"data.source {config.source!r} is a folder: name the file in it"
             + (f", such as {inside[0]}" if inside else " (it has no .parquet, .jsonl or .json)")
         )
+    if near := difflib.get_close_matches(config.source, [SCENE_TEXT], cutoff=0.7):
+        raise ConfigError(f"data.source {config.source!r}: did you mean {near[0]!r}?")
     if "://" in config.source:
         raise ConfigError(f"data.source {config.source!r}: give a path on disk or a hub id")
     if path.suffix in SUFFIXES or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source):

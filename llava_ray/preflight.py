@@ -1,0 +1,53 @@
+"""What can be known of a config before anything is asked of a cluster."""
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from llava_ray.artifacts.storage import Storage
+from llava_ray.config.run import RunConfig
+from llava_ray.errors import ConfigError
+from llava_ray.models.folder import check_model
+from llava_ray.quantize.registry import spec_for
+from llava_ray.sweep.space import check_space
+from llava_ray.trial_score import scorer_for
+
+
+def check(config: RunConfig) -> None:
+    """Raise ConfigError that lists every mistake which no section can see by itself."""
+    mistakes = []
+    for look in _checks(config):
+        try:
+            look()
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("; ".join(mistakes))
+
+
+def _checks(config: RunConfig) -> Iterator[Callable[[], object]]:
+    yield lambda: check_storage(config)
+    for slug in dict.fromkeys((*config.quantize.variants, *config.serve.beside)):
+        yield functools.partial(spec_for, slug)
+    if config.sweep.space:
+        yield lambda: check_space(config)
+        yield lambda: scorer_for(config)
+    folder = Path(config.model.path).expanduser()
+    if config.model.path != "embedded" and folder.is_dir():
+        yield lambda: check_model(folder)
+
+
+def check_storage(config: RunConfig) -> None:
+    """Refuse an unknown scheme, and in a Ray job, whose folder vanishes with it, a relative path.
+
+    Raises ConfigError.
+    """
+    uri = config.storage.uri
+    Storage(uri)
+    relative = "://" not in uri and not Path(uri).expanduser().is_absolute()
+    if relative and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        raise ConfigError(
+            f"storage.uri {uri!r} is relative, and a job's folder vanishes with it: "
+            "give an absolute path or a URI"
+        )
