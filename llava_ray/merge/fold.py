@@ -18,7 +18,7 @@ from llava_ray.errors import ArtifactError
 from llava_ray.models.conversation import encode_sample, read_samples
 from llava_ray.models.folder import model_folder, vision_shape, weights_sha256
 from llava_ray.models.images import normalize, open_image, square_pixels
-from llava_ray.models.low_bits import rounded_base
+from llava_ray.models.low_bits import dequantize_base
 from llava_ray.resources.devices import device_name
 from llava_ray.resources.memory import peak_bytes, reset_peaks
 
@@ -118,7 +118,7 @@ def adapted_model(
         base, dtype=torch.float32, device_map={"": device}
     )
     if hqq is not None:
-        rounded_base(model, bits=hqq[0], group_size=hqq[1])
+        dequantize_base(model, bits=hqq[0], group_size=hqq[1])
     for name in (AdapterCheckpoint.projector_file, AdapterCheckpoint.language_model_file):
         if (adapter / name).is_file():
             _load_over(model, adapter / name)

@@ -8,7 +8,7 @@ from tiny_run import small_model
 
 from llava_ray.config.run import TrainConfig
 from llava_ray.errors import ConfigError
-from llava_ray.models.low_bits import round_base, rounded_base
+from llava_ray.models.low_bits import dequantize_base, round_base
 from llava_ray.train import adapt
 
 IDS = torch.arange(5, 25)[None]
@@ -27,7 +27,7 @@ def load(folder: Path) -> torch.nn.Module:
 def test_a_merge_rounds_the_base_as_training_did(folder: Path, bits: int) -> None:
     packed, values, whole = load(folder), load(folder), load(folder)
     round_base(packed, bits=bits, group_size=64)
-    rounded_base(values, bits=bits, group_size=64)
+    dequantize_base(values, bits=bits, group_size=64)
     with torch.no_grad():
         found, expected, exact = (m(input_ids=IDS).logits for m in (packed, values, whole))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
