@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from llava_ray.models import tensors as llava_folder
 from llava_ray.models.folder import EMBEDDED
-from llava_ray.quantize.gguf_writer import write_pair
+from llava_ray.quantize.gguf_writer import write_f32_folder
 
 WEIGHTS = "model.safetensors"
 # Weights large enough that a wrong activation or order of heads shows in the logits.
@@ -52,9 +51,7 @@ def change_config(folder: Path, part: str | None, **values: Any) -> None:
 
 
 def write_f32(merged: Path, out: Path) -> Path:
-    """Write the F32 pair with all that the engine reads beside it."""
+    """Make a folder of the F32 pair and return it."""
     out.mkdir()
-    llava_folder.copy_sidecars(merged, out)
-    shutil.copyfile(merged / "config.json", out / "config.json")
-    write_pair(merged, out / "llava-f32.gguf", out / "mmproj-f32.gguf", precision="f32")
+    write_f32_folder(merged, out)
     return out

@@ -1,11 +1,14 @@
 """What the tests of quantization share: the tiny model's folder, probes and distances."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from llava_ray.artifacts.records import MergedModel
+from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.inference.engine import Engine, Prompt
 from llava_ray.models import tensors as llava_folder
 from llava_ray.models.folder import EMBEDDED
@@ -21,6 +24,21 @@ def quantized(spec: QuantizationSpec, out: Path) -> Path:
     out.mkdir(parents=True)
     spec.quantize(TINY, out, NO_CALIBRATION, "cpu")
     return out
+
+
+def merged_record(store: ArtifactStore) -> MergedModel:
+    """Return the tiny model as a finished artifact."""
+    with store.build(MergedModel, "merged-0", settings={}) as build:
+        shutil.copytree(TINY, build.folder, dirs_exist_ok=True)
+        return build.finish(
+            MergedModel,
+            device="cpu",
+            base_model="embedded",
+            base_model_sha256="0" * 64,
+            max_logit_difference=0.0,
+            mean_logit_difference=0.0,
+            rounded_max_logit_difference=0.0,
+        )
 
 
 def packed_by_awq(out: Path, group: int) -> dict[str, torch.Tensor]:

@@ -6,19 +6,21 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 
-class FileEntry(BaseModel):
-    """Size and hash of one file of an artifact."""
+class Frozen(BaseModel):
+    """What neither changes nor has fields that are unknown."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class FileEntry(Frozen):
+    """Size and hash of one file of an artifact."""
 
     size_bytes: int
     sha256: str
 
 
-class Record(BaseModel):
+class Record(Frozen):
     """What every artifact's manifest holds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: ClassVar[str]
 
@@ -82,13 +84,11 @@ class AdapterCheckpoint(Record):
     peak_memory_bytes: int | None = None
     """Largest of the first worker's: allocated on its GPU, or resident without one."""
     zero_stage: int | None = None
-    """DeepSpeed's, 0 without it; not among the settings, for it shapes no weight."""
+    """DeepSpeed's, 0 without it. No weight depends on it, so it is not among the settings."""
 
 
-class Trial(BaseModel):
+class Trial(Frozen):
     """One row of a sweep."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     number: int
     status: Literal["finished", "stopped early", "diverged", "failed"]
@@ -147,10 +147,9 @@ class Variant(Record):
     """Size as it was expected from the merged model's shapes."""
 
 
-class VariantFailure(BaseModel):
+class VariantFailure(Frozen):
     """Why a variant does not exist; kept apart from the scorecards."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     status: Literal["failed"] = "failed"
 
     slug: str
@@ -180,10 +179,8 @@ class QuantizationRun(Record):
         return sum(self.variant_wall_s.values())
 
 
-class Spread(BaseModel):
+class Spread(Frozen):
     """A repeated measurement."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     median: float
     low: float
@@ -191,10 +188,8 @@ class Spread(BaseModel):
     repeats: int
 
 
-class Generation(BaseModel):
+class Generation(Frozen):
     """What a variant says about one image of the held-out split."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     image: str
     reference: str

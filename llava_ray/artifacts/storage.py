@@ -49,61 +49,36 @@ class Storage:
         scheme, separator, rest = uri.partition("://")
         self.is_local = not separator or scheme in ("file", "local")
         if self.is_local:
-            self.root = str(Path(rest if separator else uri).expanduser().absolute())
-            self.uri = self.root
-            return
+            uri = str(Path(rest if separator else uri).expanduser().absolute())
         self.uri = uri.rstrip("/")
-        self._fs, self.root = _open_filesystem(self.uri)
-
-    def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
-        return Storage, (self.uri,)
+        self._fs, self.root = _open_filesystem(self.uri, self.is_local)
 
     def join(self, relative: str) -> str:
         """Return the URI of a path below the root."""
         return f"{self.uri}/{relative}"
 
-    def local(self, relative: str) -> Path:
-        """Return the path on this machine's disk; only for a local root."""
-        assert self.is_local, f"{self.uri} is not on a local disk"
-        return Path(self.root) / relative
-
     def read_text(self, relative: str) -> str | None:
         """Return a file's text, or None where there is no such file."""
-        if self.is_local:
-            path = self.local(relative)
-            return path.read_text(encoding="utf-8") if path.is_file() else None
-        path_there = f"{self.root}/{relative}"
-        if not self._fs.exists(path_there):
+        try:
+            return str(self._fs.cat_file(f"{self.root}/{relative}").decode("utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        return str(self._fs.cat_file(path_there).decode("utf-8"))
 
     def write_text(self, relative: str, text: str) -> None:
         """Write a file in a folder that is there, over an older one of the name."""
-        if self.is_local:
-            with disk_errors(self.join(relative)):
-                self.local(relative).write_text(text, encoding="utf-8")
-            return
-        self._fs.pipe_file(f"{self.root}/{relative}", text.encode())
+        with disk_errors(self.join(relative)):
+            self._fs.pipe_file(f"{self.root}/{relative}", text.encode())
 
     def list_folders(self, relative: str) -> list[str]:
         """Return the sorted names of the folders directly below a path; hidden ones left out."""
-        if self.is_local:
-            base = self.local(relative)
-            names = [p.name for p in base.iterdir() if p.is_dir()] if base.is_dir() else []
-        else:
-            base_there = f"{self.root}/{relative}"
-            if not self._fs.exists(base_there):
-                return []
-            names = [
-                entry["name"].rstrip("/").rsplit("/", 1)[-1]
-                for entry in self._fs.ls(base_there, detail=True)
-                if entry["type"] == "directory"
-            ]
+        base = f"{self.root}/{relative}"
+        found = self._fs.ls(base, detail=False) if self._fs.isdir(base) else []
+        names = (Path(path).name for path in found if self._fs.isdir(path))
         return sorted(name for name in names if not name.startswith("."))
 
     def staging(self, name: str) -> Path:
         """Make an empty local folder to build an artifact in, on the root's disk if it is local."""
-        base = self.local(".staging") if self.is_local else cache_folder() / "staging"
+        base = Path(self.root) / ".staging" if self.is_local else cache_folder() / "staging"
         folder = base / f"{name}-{os.getpid()}-{os.urandom(4).hex()}"
         with disk_errors(str(base)):
             folder.mkdir(parents=True)
@@ -112,7 +87,7 @@ class Storage:
     def put_folder(self, folder: Path, relative: str, *, last: str) -> None:
         """Move a staged folder to its place; the file named `last` appears after all others."""
         if self.is_local:
-            target = self.local(relative)
+            target = Path(self.root) / relative
             with disk_errors(str(target)):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if target.exists():
@@ -132,11 +107,8 @@ class Storage:
         assert not self.is_local
         with disk_errors(str(target)):
             target.mkdir(parents=True, exist_ok=True)
-            base = f"{self.root}/{relative}".rstrip("/")
-            for there in self._fs.find(base):
-                path = target / there[len(base) :].lstrip("/")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._fs.get_file(there, str(path))
+            source = f"{self.root}/{relative}".rstrip("/")
+            self._fs.get(f"{source}/", f"{target}/", recursive=True)
 
     def remove(self) -> None:
         """Delete everything below the root; for what is temporary."""
@@ -168,9 +140,11 @@ def check_writable(folder: Path, name: str) -> None:
         ) from error
 
 
-def _open_filesystem(uri: str) -> tuple[Any, str]:
+def _open_filesystem(uri: str, is_local: bool) -> tuple[Any, str]:
     import fsspec
 
+    if is_local:
+        return fsspec.filesystem("file"), uri
     scheme = uri.partition("://")[0]
     try:
         filesystem, root = fsspec.core.url_to_fs(uri)

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,45 +33,38 @@ CARD = "README.md"
 R = TypeVar("R", bound=Record)
 
 
+@dataclass(frozen=True)
 class Build:
     """A folder under construction; `finish` seals it."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        record_type: type[Record],
-        artifact_id: str,
-        settings: Mapping[str, Any],
-        parents: Sequence[str],
-    ) -> None:
-        self.folder = storage.staging(artifact_id)
-        self._storage = storage
-        self._record_type = record_type
-        self._id = artifact_id
-        self._settings = dict(settings)
-        self._parents = tuple(parents)
-        self._start = time.monotonic()
+    folder: Path
+    storage: Storage
+    record_type: type[Record]
+    id: str
+    settings: dict[str, Any]
+    parents: tuple[str, ...]
+    start: float = field(default_factory=time.monotonic)
 
     def finish(self, record_type: type[R], *, device: str, **fields: Any) -> R:
         """Hash the files, write the manifest last and move the folder to its place."""
-        assert record_type is self._record_type
-        relative = f"{record_type.kind}/{self._id}"
-        with disk_errors(self._storage.join(relative)):
+        assert record_type is self.record_type
+        relative = f"{record_type.kind}/{self.id}"
+        with disk_errors(self.storage.join(relative)):
             record = record_type(
-                id=self._id,
-                uri=self._storage.join(relative),
-                parents=self._parents,
-                settings=self._settings,
+                id=self.id,
+                uri=self.storage.join(relative),
+                parents=self.parents,
+                settings=self.settings,
                 code_version=__version__,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
-                wall_s=round(time.monotonic() - self._start, 3),
+                wall_s=round(time.monotonic() - self.start, 3),
                 device=device,
                 files=_hash_files(self.folder),
                 **fields,
             )
             # Written last: a manifest on disk means that the whole folder is there.
             (self.folder / MANIFEST).write_text(record.model_dump_json(indent=1), encoding="utf-8")
-        self._storage.put_folder(self.folder, relative, last=MANIFEST)
+        self.storage.put_folder(self.folder, relative, last=MANIFEST)
         logger.info("%s finished in %.1f s: %s", record.id, record.wall_s, record.uri)
         return record
 
@@ -103,12 +97,15 @@ class ArtifactStore:
         parents: Sequence[str] = (),
     ) -> Iterator[Build]:
         """Give a staging folder that vanishes unless `finish` is called."""
-        build = Build(self.storage, record_type, artifact_id, settings, parents)
+        folder = self.storage.staging(artifact_id)
+        build = Build(
+            folder, self.storage, record_type, artifact_id, dict(settings), tuple(parents)
+        )
         try:
             with disk_errors(self.storage.uri):
                 yield build
         finally:
-            shutil.rmtree(build.folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def work_uri(self, artifact_id: str) -> str:
         """Return where an unfinished artifact keeps its checkpoints between runs."""

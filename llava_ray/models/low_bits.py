@@ -4,6 +4,7 @@ Source: HQQ+ (https://mobiusml.github.io/1bit_blog). transformers' HqqConfig rai
 NotImplementedError, so hqq's own layers are put in; peft knows them.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from llava_ray.errors import ConfigError
@@ -16,42 +17,43 @@ def quantize_base(llava: Any, *, bits: int, group_size: int) -> None:
 
     Raises ConfigError when a layer's weights cannot be split into such groups.
     """
-    from hqq.core.quantize import HQQLinear
-
-    for name, weight in _weights(llava):
-        layer = HQQLinear.from_weights(
-            weight, None, _config(name, weight, bits, group_size),
-            compute_dtype=weight.dtype, device=str(weight.device),
-        )  # fmt: skip
+    for name, _, layer in _packed(llava, bits, group_size):
         llava.set_submodule(name, layer)
 
 
 def fake_quantize_base(llava: Any, *, bits: int, group_size: int) -> None:
-    """Replace each such weight by the value that its packed form stands for."""
-    from hqq.core.quantize import Quantizer
-
-    for name, weight in _weights(llava):
-        config = _config(name, weight, bits, group_size)
-        packed, meta = Quantizer.quantize(
-            weight, device=str(weight.device), compute_dtype=weight.dtype,
-            **config["weight_quant_params"],
-        )  # fmt: skip
-        weight.copy_(Quantizer.dequantize(packed, meta).view_as(weight))
+    """Replace each linear weight of the language model by what its HQQLinear multiplies by."""
+    for _, weight, layer in _packed(llava, bits, group_size):
+        weight.copy_(layer.dequantize())
 
 
-def _weights(llava: Any) -> list[tuple[str, Any]]:
-    layers = llava.model.language_model.named_modules(prefix="model.language_model")
-    return [(name, m.weight.data) for name, m in layers if name.rpartition(".")[2] in LINEAR_LAYERS]
+def hqq_linear(name: str, weight: Any, *, bits: int, group_size: int) -> Any:
+    """Return an HQQLinear of a weight [out, in], quantized along its rows.
 
+    Raises ValueError, with the layer's name, where groups do not divide the weight.
+    """
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
-def _config(name: str, weight: Any, bits: int, group_size: int) -> dict[str, Any]:
-    from hqq.core.quantize import BaseQuantizeConfig
-
+    rows, columns = weight.shape
     per_byte = 1 if bits == 3 else 8 // bits
-    if weight.shape[1] % group_size or (weight.numel() // group_size) % per_byte:
-        raise ConfigError(
-            f"train.hqq_group_size={group_size}: {name} is {tuple(weight.shape)}, which such "
-            f"groups at {bits} bits do not divide: use a smaller group"
+    if columns % group_size or (weight.numel() // group_size) % per_byte:
+        raise ValueError(
+            f"{name} is {rows}x{columns}, which groups of {group_size} weights at {bits} bits do "
+            "not divide: use a smaller group"
         )
-    config: dict[str, Any] = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)
-    return config
+    config = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)
+    return HQQLinear.from_weights(
+        weight, None, config, compute_dtype=weight.dtype, device=str(weight.device)
+    )
+
+
+def _packed(llava: Any, bits: int, group_size: int) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, weight and HQQLinear of each linear layer of the language model."""
+    layers = list(llava.model.language_model.named_modules(prefix="model.language_model"))
+    for name, module in layers:
+        if name.rpartition(".")[2] in LINEAR_LAYERS:
+            weight = module.weight.data
+            try:
+                yield name, weight, hqq_linear(name, weight, bits=bits, group_size=group_size)
+            except ValueError as error:
+                raise ConfigError(f"train.hqq_group_size={group_size}: {error}") from error

@@ -89,7 +89,7 @@ def is_linear(module: str, *, vision: bool) -> bool:
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Read the shape of every stored tensor from the headers, by its name in the files."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in _shards(folder):
+    for path in shards(folder):
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
@@ -102,7 +102,7 @@ def tensors(folder: Path, device: str = "cpu") -> Iterator[tuple[str, "torch.Ten
     """Yield every stored tensor with its name in the files."""
     from safetensors import safe_open
 
-    for path in _shards(folder):
+    for path in shards(folder):
         with safe_open(path, framework="pt", device=device) as shard:
             for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
                 yield name, shard.get_tensor(name)
@@ -207,20 +207,24 @@ def storage_dtype(merged: Path) -> "torch.dtype":
     """Return the 2-byte dtype that unquantized weights are stored in: bf16 stays, else fp16."""
     import torch
 
-    tree = json.loads((merged / "config.json").read_text(encoding="utf-8"))
-    stored = tree.get("dtype") or tree.get("torch_dtype")
-    return torch.bfloat16 if stored == "bfloat16" else torch.float16
+    return torch.bfloat16 if _stored_dtype(merged) == "bfloat16" else torch.float16
 
 
-def compute_dtype(stored: "torch.dtype", device: str) -> "torch.dtype":
-    """Return the dtype to run in: the stored one on a GPU, fp32 on a CPU.
+def compute_dtype(folder: Path, device: str) -> "torch.dtype":
+    """Return the dtype to run a folder's model in: the stored one on a GPU, fp32 on a CPU.
 
     PyTorch's fp16 products for a prompt's many rows are about five times slower on CPUs without
     fp16 units than fp32.
     """
     import torch
 
-    return torch.float32 if device == "cpu" else stored
+    dtype: torch.dtype = getattr(torch, "float32" if device == "cpu" else _stored_dtype(folder))
+    return dtype
+
+
+def _stored_dtype(folder: Path) -> str:
+    tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(tree.get("dtype") or tree.get("torch_dtype") or "float16")
 
 
 class ShardWriter:
@@ -270,8 +274,14 @@ class ShardWriter:
         self._pending, self._pending_bytes = {}, 0
 
 
-def empty_model(folder: Path) -> Any:
-    """Build the folder's LlavaForConditionalGeneration with real buffers and no weights yet."""
+def load_model(
+    folder: Path, device: str, quantizes: Callable[[str], bool] = lambda module: False
+) -> tuple[Any, dict[str, dict[str, "torch.Tensor"]]]:
+    """Return the folder's LlavaForConditionalGeneration, and what its packed modules hold.
+
+    The modules of `quantizes` have no weight yet: their stored tensors are in the second value,
+    by the module's name and their own. Raises ArtifactError when a weight is not in the folder.
+    """
     from accelerate import init_empty_weights
     from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -283,38 +293,33 @@ def empty_model(folder: Path) -> Any:
         model: Any = LlavaForConditionalGeneration(config)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval()
-
-
-def fill_model(model: Any, folder: Path, device: str, dtype: "torch.dtype") -> "dict[str, Any]":
-    """Give a model its unquantized weights; return the stored tensors that are no parameters.
-
-    Raises ArtifactError when a parameter has no stored tensor.
-    """
-    from torch import nn
-
-    wanted = {name for name, value in model.named_parameters() if value.is_meta}
-    packed: dict[str, Any] = {}
+    packed: dict[str, dict[str, torch.Tensor]] = {
+        name: {} for name, _ in model.named_modules() if quantizes(name)
+    }
+    for name in packed:
+        model.get_submodule(name).weight = None
+    dtype = compute_dtype(folder, device)
+    wanted, values = {name for name, _ in model.named_parameters()}, {}
     for stored, value in tensors(folder, device):
         name = module_name(stored)
-        if name not in wanted:
-            packed[name] = value
-            continue
-        wanted.remove(name)
-        parent, _, leaf = name.rpartition(".")
-        module = model.get_submodule(parent)
-        setattr(module, leaf, nn.Parameter(value.to(dtype), requires_grad=False))
-    if wanted:
+        module, _, leaf = name.rpartition(".")
+        if name in wanted:
+            values[name] = value.to(dtype)
+        elif module in packed:
+            packed[module][leaf] = value
+    if missing := sorted(wanted - values.keys()):
         raise ArtifactError(
-            f"{folder}: {len(wanted)} weights are missing, first {sorted(wanted)[0]!r}; "
+            f"{folder}: {len(missing)} weights are missing, first {missing[0]!r}; "
             "delete the folder and quantize again"
         )
+    model.load_state_dict(values, strict=False, assign=True)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
-    return packed
+    return model.eval().requires_grad_(False), packed
 
 
-def _shards(folder: Path) -> list[Path]:
+def shards(folder: Path) -> list[Path]:
+    """Return a folder's safetensors by name; raises ArtifactError where there are none."""
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise ArtifactError(f"{folder}: no .safetensors files there; run the stage again")

@@ -31,16 +31,12 @@ def run(config: RunConfig, merged: MergedModel, dataset: DatasetRecord) -> list[
     slugs = tuple(dict.fromkeys(config.quantize.variants))
     jobs = {slug: Job.plan(config, slug, merged, dataset) for slug in slugs}
     store = ArtifactStore(config.storage.uri)
-    outcomes: dict[str, Outcome] = {}
-    for slug, job in jobs.items():
-        found = store.find(Variant, job.artifact_id)
-        if found is not None:
-            logger.info("%s: found, made before", slug)
-            outcomes[slug] = found
-    missing = [job for slug, job in jobs.items() if slug not in outcomes]
-    if missing:
-        outcomes |= _make_all(config, store, missing)
-    return [outcomes[slug] for slug in slugs]
+    found = {slug: store.find(Variant, job.artifact_id) for slug, job in jobs.items()}
+    for slug in (slug for slug, variant in found.items() if variant):
+        logger.info("%s: found, made before", slug)
+    missing = [jobs[slug] for slug, variant in found.items() if not variant]
+    made = _make_all(config, store, missing) if missing else {}
+    return [found[slug] or made[slug] for slug in slugs]
 
 
 def _make_all(config: RunConfig, store: ArtifactStore, jobs: list[Job]) -> dict[str, Outcome]:

@@ -4,12 +4,12 @@ AutoAWQ 0.2.9 runs only beside transformers 4.51, so a process of its own, with 
 (awq_environment.py), does the work. Source: arXiv 2306.00978.
 """
 
-import json
+import pickle
 import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from llava_ray.errors import VariantError
 from llava_ray.models import tensors as llava_folder
@@ -17,9 +17,6 @@ from llava_ray.quantize.awq_environment import autoawq_folder
 from llava_ray.quantize.spec import Calibration, QuantizationSpec, whole_model
 from llava_ray.resources.capacity import Resources
 from llava_ray.resources.crash import run_child
-
-if TYPE_CHECKING:
-    from llava_ray.inference.engine import Engine
 
 _SLUG = re.compile(r"awq-w4-g(32|64|128)(-sym)?(-text)?")
 
@@ -91,49 +88,24 @@ class AwqSpec(QuantizationSpec):
                     f"variant {self.slug!r}: {name} is {shape[0]}x{shape[1]}; rows must divide "
                     f"by {self.group_size} and their number by 32: use a smaller group"
                 )
-        task = {
-            "slug": self.slug,
-            "merged": str(merged.absolute()),
-            "out": str(out.absolute()),
-            "dataset_folder": str(calibration.dataset_folder.absolute()),
-            "num_samples": calibration.num_samples,
-            "system_prompt": calibration.system_prompt,
-            "device": device,
-        }
         with tempfile.TemporaryDirectory() as folder:
-            path, result = Path(folder) / "task.json", Path(folder) / "result.json"
-            path.write_text(json.dumps(task), encoding="utf-8")
+            task, result = Path(folder) / "task.pickle", Path(folder) / "result.pickle"
+            task.write_bytes(pickle.dumps((self, merged, out, calibration, device)))
             crash = run_child(
-                "llava_ray.quantize.awq_calibration", [str(path), str(result)],
+                "llava_ray.quantize.awq_calibration", [str(task), str(result)],
                 name=self.slug, before=autoawq_folder(),
             )[1]  # fmt: skip
             if crash is not None:
                 raise VariantError(f"AutoAWQ's process {crash.describe()}")
-            return llava_folder.Phases(**json.loads(result.read_text(encoding="utf-8")))
+            phases: llava_folder.Phases = pickle.loads(result.read_bytes())
+            return phases
 
     def load(self, folder: Path, device: str) -> Any:
         """Return the model with packed linears; on a CPU the rest is fp32."""
         from llava_ray.quantize.awq_linear import AwqLinear
 
-        model = llava_folder.empty_model(folder)
-        names = [name for name, _ in model.named_modules() if self.quantizes(name)]
-        for name in names:
-            model.get_submodule(name).weight = None
-        dtype = llava_folder.compute_dtype(llava_folder.storage_dtype(folder), device)
-        packed = llava_folder.fill_model(model, folder, device, dtype)
-        for name in names:
-            linear = AwqLinear(
-                packed.pop(f"{name}.qweight"),
-                packed.pop(f"{name}.qzeros"),
-                packed.pop(f"{name}.scales"),
-                bias=model.get_submodule(name).bias,
-            )
+        model, packed = llava_folder.load_model(folder, device, self.quantizes)
+        for name, parts in packed.items():
+            linear = AwqLinear(**parts, bias=model.get_submodule(name).bias)
             model.set_submodule(name, linear)
         return model
-
-    def open_engine(self, folder: Path, *, device: str, slots: int, context: int) -> "Engine":
-        """Load the variant's folder for generation."""
-        from llava_ray.inference.torch.engine import TorchEngine
-
-        model = self.load(folder, device)
-        return TorchEngine(model, folder=folder, device=device, slots=slots, context=context)

@@ -1,6 +1,6 @@
 """What runs in AutoAWQ's own process (transformers 4.51): calibrate, search, pack, write.
 
-python -m llava_ray.quantize.awq_calibration TASK.json RESULT.json
+python -m llava_ray.quantize.awq_calibration TASK.pickle RESULT.pickle
 
 Surprising: AutoAWQ knows only text and drops long samples. Here the decoder is fed embeddings,
 each image's features in place of its tokens, padded to one length; padding counts for nothing.
@@ -8,10 +8,10 @@ each image's features in place of its tokens, padded to one length; padding coun
 
 import json
 import logging
+import pickle
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,9 @@ from awq.quantize.quantizer import AwqQuantizer
 from torch import nn
 
 from llava_ray.console import fail
-from llava_ray.errors import DataError, LlavaRayError, VariantError
+from llava_ray.errors import LlavaRayError, VariantError
 from llava_ray.models import tensors as llava_folder
-from llava_ray.models.conversation import encode_sample, read_samples
 from llava_ray.models.folder import vision_shape
-from llava_ray.models.images import normalize, open_image, square_pixels
 from llava_ray.quantize.awq import AwqSpec
 from llava_ray.quantize.awq_linear import AwqLinear, pack
 from llava_ray.quantize.spec import Calibration
@@ -203,18 +201,14 @@ def _load(merged: Path, dtype: torch.dtype) -> Any:
     config = LlavaConfig.from_dict(old_config(merged))
     with init_empty_weights(include_buffers=False):
         model: Any = LlavaForConditionalGeneration(config)
-    stored_names = {
-        old_name(llava_folder.module_name(name)) for name in llava_folder.weight_shapes(merged)
+    values = {
+        old_name(llava_folder.module_name(name)): value.to(dtype)
+        for name, value in llava_folder.tensors(merged)
     }
-    missing = sorted({name for name, _ in model.named_parameters()} - stored_names)
+    missing = sorted(model.load_state_dict(values, strict=False, assign=True).missing_keys)
     if missing:
         raise VariantError(f"{merged}: {len(missing)} weights are missing, first {missing[0]!r}")
-    for stored, value in llava_folder.tensors(merged):
-        name = old_name(llava_folder.module_name(stored))
-        parent, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(value.to(dtype), requires_grad=False)
-        setattr(model.get_submodule(parent), leaf, parameter)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def old_name(name: str) -> str:
@@ -252,10 +246,6 @@ def _embedded_samples(
     """Return each sample as the decoder's input, [tokens, hidden]."""
     from transformers import PreTrainedTokenizerFast
 
-    folder = calibration.dataset_folder
-    samples = read_samples(folder / "train.json")[: calibration.num_samples]
-    if not samples:
-        raise VariantError(f"variant {spec.slug!r}: no training samples to calibrate on")
     # The class that tokenizer_config.json names may exist only in transformers 5.
     files = {"tokenizer_file": str(merged / "tokenizer.json")}
     tokenizer: Any = PreTrainedTokenizerFast(**files)  # type: ignore[no-untyped-call]
@@ -263,39 +253,22 @@ def _embedded_samples(
     vision = nn.ModuleList([model.vision_tower, model.multi_modal_projector]).to(device)
     embed = model.get_input_embeddings()
     embedded = []
-    for sample in samples:
-        ids, _ = encode_sample(
-            tokenizer,
-            sample,
-            tokens_per_image=shape.tokens_per_image,
-            max_length=_MAX_TOKENS,
-            system=calibration.system_prompt,
-        )
-        tokens = torch.tensor(ids)
+    for sample in calibration.samples():
+        tokens, pixels = calibration.encode(sample, tokenizer, shape, max_tokens=_MAX_TOKENS)
         is_image = tokens == shape.image_token_id
         hidden = embed(tokens.masked_fill(is_image, 0)).to(device)
         if spec.images:
-            path = folder / "images" / sample.image
-            hidden[is_image.to(device)] = _features(model, path, shape.image_size, hidden)
+            hidden[is_image.to(device)] = model.get_image_features(
+                pixel_values=pixels[None].to(hidden),
+                vision_feature_layer=model.config.vision_feature_layer,
+                vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+            )[0]
         else:
             hidden = hidden[~is_image.to(device)]
         embedded.append(hidden)
     vision.cpu()
     logger.info("%d samples, %d tokens to calibrate on", len(embedded), sum(map(len, embedded)))
     return embedded
-
-
-def _features(model: Any, path: Path, size: int, like: torch.Tensor) -> torch.Tensor:
-    """Return an image's features, [tokens per image, hidden]."""
-    pixels = normalize(square_pixels(open_image(path, max_pixels=10**9), size))
-    features: torch.Tensor = model.get_image_features(
-        pixel_values=pixels[None].to(like),
-        vision_feature_layer=model.config.vision_feature_layer,
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-    )
-    if features.shape[0] != 1:
-        raise DataError(f"{path}: {features.shape[0]} images' features for one image")
-    return features[0]
 
 
 def _write(spec: AwqSpec, model: Any, merged: Path, out: Path) -> None:
@@ -324,27 +297,13 @@ def _write_preprocessor_config(out: Path) -> None:
         path.write_text(json.dumps(images, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _main(task_path: Path, result: Path) -> None:
-    task = json.loads(task_path.read_text(encoding="utf-8"))
-    spec = AwqSpec.parse(task["slug"])
-    assert spec is not None
-    calibration = Calibration(
-        dataset_folder=Path(task["dataset_folder"]),
-        num_samples=task["num_samples"],
-        system_prompt=task["system_prompt"],
-    )
-    phases = quantize_with_autoawq(
-        spec, Path(task["merged"]), Path(task["out"]), calibration, task["device"]
-    )
-    result.write_text(json.dumps(asdict(phases)), encoding="utf-8")
-
-
 if __name__ == "__main__":
     # To stdout, which the parent shares; stderr is kept for the reason of a failure.
     logging.basicConfig(
         stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )
+    task, result = (Path(argument) for argument in sys.argv[1:])
     try:
-        _main(Path(sys.argv[1]), Path(sys.argv[2]))
+        result.write_bytes(pickle.dumps(quantize_with_autoawq(*pickle.loads(task.read_bytes()))))
     except LlavaRayError as error:
         fail(error)

@@ -15,8 +15,6 @@ from llava_ray.resources.capacity import Resources
 if TYPE_CHECKING:
     import torch
 
-    from llava_ray.inference.engine import Engine
-
 _SLUG = re.compile(r"bnb-(?:(int8)|(nf4|fp4)(-dq)?)(-vision)?")
 _BLOCK = 64
 _SCALE_BLOCK = 256
@@ -92,13 +90,6 @@ class BnbSpec(QuantizationSpec):
                 if parameter.is_floating_point():
                     parameter.data = parameter.data.float()
         return model.eval()
-
-    def open_engine(self, folder: Path, *, device: str, slots: int, context: int) -> "Engine":
-        """Load the variant's folder for generation."""
-        from llava_ray.inference.torch.engine import TorchEngine
-
-        model = self.load(folder, device)
-        return TorchEngine(model, folder=folder, device=device, slots=slots, context=context)
 
     def _pack_4bit(self, name: str, weight: "torch.Tensor") -> "dict[str, torch.Tensor]":
         from bitsandbytes.functional import quantize_4bit

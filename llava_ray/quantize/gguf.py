@@ -34,7 +34,7 @@ from llava_ray.inference.llama_cpp.types import (
 from llava_ray.models import tensors as llava_folder
 from llava_ray.quantize.gguf_parity import check_parity, check_tokenization
 from llava_ray.quantize.gguf_source import shared_pair
-from llava_ray.quantize.gguf_writer import Checkpoint, write_pair
+from llava_ray.quantize.gguf_writer import lossless_precision, write_f32_folder, write_pair
 from llava_ray.quantize.spec import Calibration, QuantizationSpec, process_memory
 from llava_ray.resources.capacity import Resources
 
@@ -55,7 +55,6 @@ class GgufSpec(QuantizationSpec):
     """One of llama.cpp's file types, such as q4_k_m, for the text model."""
 
     method: ClassVar[str] = "gguf"
-    extra: ClassVar[str | None] = "gguf"
 
     name: str
 
@@ -103,12 +102,10 @@ class GgufSpec(QuantizationSpec):
         mmproj = out / f"mmproj-{'f32' if self.name == 'f32' else 'f16'}.gguf"
         if self.name in PLAIN:
             write_pair(merged, text, mmproj, precision=self.name)
-        with tempfile.TemporaryDirectory(dir=out) as scratch:
-            self._gate(merged, out, Path(scratch))
+        self._gate(merged, out)
         if self.name not in PLAIN:
             importance = self._importance(merged, calibration, device)
-            precision = Checkpoint(merged).lossless_precision()
-            with shared_pair(merged, out.parent, precision) as (source, vision):
+            with shared_pair(merged, out.parent, lossless_precision(merged)) as (source, vision):
                 shutil.copyfile(vision, mmproj)
                 quantize_file(source, text, FILE_TYPES[self.name], importance)
         check_file(text, threads())
@@ -138,19 +135,15 @@ class GgufSpec(QuantizationSpec):
                 f"{block}, so llama.cpp would write other types; use gguf-q8_0 or gguf-q4_0"
             )
 
-    def _gate(self, merged: Path, out: Path, scratch: Path) -> None:
+    def _gate(self, merged: Path, out: Path) -> None:
         """Compare the F32 pair with the merged model: always for f32, else where it is cheap."""
         size_bytes = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
         if self.name == "f32":
             difference = check_parity(merged, out)
         elif size_bytes <= GATED_BYTES:
-            pair = scratch / "f32"
-            pair.mkdir()
-            llava_folder.copy_sidecars(merged, pair)
-            shutil.copyfile(merged / "config.json", pair / "config.json")
-            text, mmproj = pair / "llava-f32.gguf", pair / "mmproj-f32.gguf"
-            write_pair(merged, text, mmproj, precision="f32")
-            difference = check_parity(merged, pair)
+            with tempfile.TemporaryDirectory(dir=out) as pair:
+                write_f32_folder(merged, Path(pair))
+                difference = check_parity(merged, Path(pair))
         else:
             logger.info("%s: parity is checked by gguf-f32 for a model of this size", self.slug)
             return

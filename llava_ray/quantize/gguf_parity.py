@@ -1,6 +1,7 @@
 """Whether a GGUF pair computes what its Hugging Face folder does: logits, and cuts of text."""
 
 import logging
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from llava_ray.errors import VariantError
 from llava_ray.models.conversation import Turn, encode_prompt
+from llava_ray.models.folder import vision_shape
 from llava_ray.models.images import Pixels, normalize
 
 if TYPE_CHECKING:
@@ -43,15 +45,13 @@ def check_parity(merged: Path, pair: Path, *, tolerance: float = TOLERANCE) -> f
     from llava_ray.inference.engine import Prompt
     from llava_ray.inference.llama_cpp.engine import LlamaCppEngine
 
-    engine = LlamaCppEngine(pair, device="cpu", slots=1, context=_context(pair))
-    try:
+    context = vision_shape(pair).tokens_per_image + 256
+    with closing(LlamaCppEngine(pair, device="cpu", slots=1, context=context)) as engine:
         turns = [Turn(QUESTION, num_images=1)]
         ids = encode_prompt(engine.tokenizer, turns, tokens_per_image=engine.tokens_per_image)
         answer = engine.tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
         prompt = Prompt(tuple(ids), (probe_pixels(engine.image_size),))
         found = engine.score(prompt, answer)
-    finally:
-        engine.close()
     difference = float((found - reference_logits(merged, prompt, answer)).abs().max())
     if not difference <= tolerance:
         raise VariantError(
@@ -85,8 +85,7 @@ def probe_pixels(size: int) -> Pixels:
 def check_tokenization(text: Path) -> list[str]:
     """Return those of TEXTS that llama.cpp cuts differently from the tokenizer beside the file.
 
-    They are logged too. The engine is not touched by them, for it passes ids; llama.cpp's own
-    tools are.
+    They are logged too. Only llama.cpp's own tools are touched by them: the engine passes ids.
     """
     from tokenizers import Tokenizer
 
@@ -111,21 +110,11 @@ def llama_tokenize(text: Path, samples: tuple[str, ...]) -> list[list[int]]:
     if not model:
         raise VariantError(f"llama.cpp cannot open {text.name}: {last_error()}")
     try:
-        vocab = llama.llama_model_get_vocab(model)
-        return [_tokenize(llama, vocab, sample.encode()) for sample in samples]
+        vocab, ids, found = llama.llama_model_get_vocab(model), (llama.llama_token * 1024)(), []
+        for sample in map(str.encode, samples):
+            count = llama.llama_tokenize(vocab, sample, len(sample), ids, len(ids), True, True)
+            assert count >= 0, f"{-count} tokens of {len(sample)} bytes"
+            found.append(ids[:count])
+        return found
     finally:
         llama.llama_model_free(model)
-
-
-def _tokenize(llama: Any, vocab: Any, sample: bytes) -> list[int]:
-    room = 2 * len(sample) + 8
-    ids = (llama.llama_token * room)()
-    count = llama.llama_tokenize(vocab, sample, len(sample), ids, room, True, True)
-    assert count >= 0, f"{-count} tokens of {len(sample)} bytes"
-    return list(ids[:count])
-
-
-def _context(pair: Path) -> int:
-    from llava_ray.models.folder import vision_shape
-
-    return vision_shape(pair).tokens_per_image + 256

@@ -27,7 +27,7 @@ def shared_pair(merged: Path, beside: Path, precision: str) -> Iterator[tuple[Pa
     """
     folder = beside / f"gguf-{_key(merged, precision)}"
     in_use, being_written = folder.with_suffix(".use"), folder.with_suffix(".write")
-    with _held_with_others(in_use) as use:
+    with _shared_lock(in_use) as use:
         try:
             # Nobody deletes the second lock while anyone holds the first.
             with being_written.open("w") as writing:
@@ -45,8 +45,8 @@ def shared_pair(merged: Path, beside: Path, precision: str) -> Iterator[tuple[Pa
 
 
 @contextmanager
-def _held_with_others(path: Path) -> Iterator[IO[str]]:
-    """Hold a lock that any number may hold; its last holder may delete it at any time."""
+def _shared_lock(path: Path) -> Iterator[IO[str]]:
+    """Take a lock that many may share; the last of them may delete its file at any time."""
     while True:
         with path.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
@@ -65,8 +65,8 @@ def _is(lock: IO[str], path: Path) -> bool:
 def _key(merged: Path, precision: str) -> str:
     stats = [(path.name, path.stat()) for path in sorted(merged.glob("*.safetensors"))]
     weights = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    told = repr((precision, str(merged.resolve()), weights))
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
+    seen = repr((precision, str(merged.resolve()), weights))
+    return hashlib.sha256(seen.encode()).hexdigest()[:12]
 
 
 def _write(folder: Path, merged: Path, precision: str) -> None:

@@ -6,7 +6,6 @@ of the lowest merge rank. With score = -rank both cut text the same way.
 
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +36,14 @@ llava-hf/llava-1.5-7b-hf would print nothing.
 """
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """Tokens by id, with llama.cpp's scores and types."""
-
-    tokens: list[str]
-    scores: list[float]
-    types: list[int]
-    special_ids: dict[str, int]
-    """By name: bos, eos, unk, pad."""
-    add_bos: bool
-    add_space_prefix: bool
-
-
-def read_vocabulary(folder: Path, size: int) -> Vocabulary:
-    """Read tokenizer.json and pad it to `size`, the rows of the embedding.
+def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
+    """Add tokenizer.json's tokens to a text model's header, padded to `size`, the embedding's rows.
 
     Raises VariantError for a tokenizer that is not Llama's kind: BPE with byte fallback over
     text whose spaces are '▁'.
     """
+    from transformers import AutoTokenizer
+
     tree = _read_tree(folder)
     model = tree["model"]
     tokens = [f"[PAD{index}]" for index in range(size)]
@@ -70,31 +58,22 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
             )
         tokens[index] = added["content"]
         types[index] = int(TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
-    special_ids = _special_ids(folder, {token: index for index, token in enumerate(tokens)})
-    if "unk" in special_ids:
-        types[special_ids["unk"]] = int(TokenType.UNKNOWN)
-    return Vocabulary(
-        tokens=tokens,
-        scores=_scores(tokens, types, model["merges"]),
-        types=types,
-        special_ids=special_ids,
-        add_bos=_adds_bos(folder, special_ids.get("bos")),
-        add_space_prefix=_adds_space(tree),
-    )
-
-
-def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
-    """Add the vocabulary's keys to a text model's header."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+    if ids["unk"] is not None:
+        types[ids["unk"]] = int(TokenType.UNKNOWN)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_scores(vocabulary.scores)
-    writer.add_token_types(vocabulary.types)
-    for name, index in vocabulary.special_ids.items():
-        getattr(writer, f"add_{name}_token_id")(index)
-    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_token_list(tokens)
+    writer.add_token_scores(_scores(tokens, types, model["merges"]))
+    writer.add_token_types(types)
+    for name, index in ids.items():
+        if index is not None:
+            getattr(writer, f"add_{name}_token_id")(index)
+    first = tokenizer("a")["input_ids"][0]
+    writer.add_add_bos_token(first == ids["bos"])
     writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith(SPACE))
     writer.add_chat_template(CHAT_TEMPLATE)
 
 
@@ -137,36 +116,3 @@ def _scores(tokens: list[str], types: list[int], merges: list[Any]) -> list[floa
             unreachable[0],
         )
     return scores
-
-
-def _special_ids(folder: Path, ids: dict[str, int]) -> dict[str, int]:
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found = {}
-    for name in ("bos", "eos", "unk", "pad"):
-        token = config.get(f"{name}_token")
-        text = token["content"] if isinstance(token, dict) else token
-        if text in ids:
-            found[name] = ids[text]
-    return found
-
-
-def _adds_bos(folder: Path, bos: int | None) -> bool:
-    from tokenizers import Tokenizer
-
-    encoded = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a").ids
-    return bos is not None and encoded[:1] == [bos]
-
-
-def _adds_space(tree: dict[str, Any]) -> bool:
-    parts = [tree.get("normalizer"), tree.get("pre_tokenizer")]
-    flat = [step for part in parts if part for step in _steps(part)]
-    return any(
-        (step["type"] == "Prepend" and step["prepend"] == SPACE)
-        or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
-        for step in flat
-    )
-
-
-def _steps(part: dict[str, Any]) -> list[dict[str, Any]]:
-    return part.get("normalizers") or part.get("pretokenizers") or [part]

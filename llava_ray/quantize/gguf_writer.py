@@ -4,35 +4,25 @@ Tensors go from safetensors to GGUF one by one, so memory holds one tensor at a 
 tensor of the folder is written or dropped by a rule; one that is neither ends the conversion.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
 from llava_ray.errors import VariantError
 from llava_ray.models.images import CLIP_MEAN, CLIP_STD
-from llava_ray.models.tensors import module_name
-from llava_ray.quantize.gguf_vocab import read_vocabulary, write_vocabulary
+from llava_ray.models.tensors import copy_sidecars, module_name, shards
+from llava_ray.quantize.gguf_vocab import add_vocabulary
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
-Transform = Callable[["torch.Tensor"], "torch.Tensor"]
-
-_F32, _F16, _BF16 = (
-    GGMLQuantizationType.F32,
-    GGMLQuantizationType.F16,
-    GGMLQuantizationType.BF16,
-)
-PRECISIONS = {"f32": _F32, "f16": _F16, "bf16": _BF16}
-_FILE_TYPE = {
-    _F32: LlamaFileType.ALL_F32,
-    _F16: LlamaFileType.MOSTLY_F16,
-    _BF16: LlamaFileType.MOSTLY_BF16,
-}
+_F32, _F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
+_TORCH_DTYPES = {_F32: "float32", _F16: "float16", GGMLQuantizationType.BF16: "bfloat16"}
 
 _TEXT = {
     "model.language_model.embed_tokens.weight": "token_embd.weight",
@@ -81,45 +71,21 @@ class Entry:
 
     target: str
     source: str
-    transform: Transform | None = None
+    heads: int | None = None
+    """Of a query or key projection, whose rows are reordered."""
 
 
-class Checkpoint:
-    """The safetensors of a folder, by the names of transformers 5's parameters."""
+def write_f32_folder(merged: Path, out: Path) -> None:
+    """Write a folder's F32 pair into an empty one, with all that the engine reads beside it."""
+    copy_sidecars(merged, out)
+    shutil.copyfile(merged / "config.json", out / "config.json")
+    write_pair(merged, out / "llava-f32.gguf", out / "mmproj-f32.gguf", precision="f32")
 
-    def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
 
-        self._where: dict[str, tuple[Any, str]] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            opened: Any = safe_open(path, framework="pt")
-            for key in opened.keys():  # noqa: SIM118 - not a dict
-                self._where[module_name(key)] = (opened, key)
-        if not self._where:
-            raise VariantError(f"no safetensors in {folder}")
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
-
-    def names(self) -> list[str]:
-        """Return all names, sorted."""
-        return sorted(self._where)
-
-    def shape(self, name: str) -> list[int]:
-        """Return a tensor's shape without reading it."""
-        opened, key = self._where[name]
-        return list(opened.get_slice(key).get_shape())
-
-    def read(self, name: str) -> "torch.Tensor":
-        """Read one tensor."""
-        opened, key = self._where[name]
-        tensor: torch.Tensor = opened.get_tensor(key)
-        return tensor
-
-    def lossless_precision(self) -> str:
-        """Return the smallest precision that holds every weight as it is."""
-        found = {opened.get_slice(key).get_dtype() for opened, key in self._where.values()}
-        return {"F16": "f16", "BF16": "bf16"}.get(found.pop(), "f32") if len(found) == 1 else "f32"
+def lossless_precision(merged: Path) -> str:
+    """Return the smallest precision that holds every weight as it is."""
+    found = {stored.get_dtype() for stored in _open(merged).values()}
+    return {"F16": "f16", "BF16": "bf16"}.get(found.pop(), "f32") if len(found) == 1 else "f32"
 
 
 def write_pair(merged: Path, text: Path, mmproj: Path, *, precision: str) -> None:
@@ -132,12 +98,12 @@ def write_pair(merged: Path, text: Path, mmproj: Path, *, precision: str) -> Non
     from transformers import LlavaConfig
 
     config = LlavaConfig.from_pretrained(merged)
-    checkpoint = Checkpoint(merged)
+    checkpoint = _open(merged)
     depth = _vision_depth(config)
     text_entries = _text_entries(config.text_config, checkpoint)
     vision_entries = _vision_entries(depth)
     _account(checkpoint, [*text_entries, *vision_entries], depth)
-    text_type = PRECISIONS[precision]
+    text_type = GGMLQuantizationType[precision.upper()]
     writer = GGUFWriter(str(text), "llama")
     _describe_text(writer, config.text_config, merged, text_type)
     _stream(writer, checkpoint, text_entries, text_type)
@@ -165,20 +131,23 @@ def permute_heads(weight: "torch.Tensor", heads: int) -> "torch.Tensor":
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
-def _text_entries(config: Any, checkpoint: Checkpoint) -> list[Entry]:
+def _open(merged: Path) -> dict[str, Any]:
+    """Open every tensor as a slice of safetensors, by its name as transformers 5's parameter."""
+    from safetensors import safe_open
+
+    files: list[Any] = [safe_open(path, framework="pt") for path in shards(merged)]
+    return {module_name(key): file.get_slice(key) for file in files for key in file.offset_keys()}
+
+
+def _text_entries(config: Any, checkpoint: dict[str, Any]) -> list[Entry]:
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     entries = []
     for source, target in text_targets(config).items():
         # Without an output tensor llama.cpp uses the embedding, as tied weights mean.
         if target == "output.weight" and config.tie_word_embeddings and source not in checkpoint:
             continue
-        count = heads.get(target.split(".")[-2])
-        entries.append(Entry(target, source, _permutation(count) if count else None))
+        entries.append(Entry(target, source, heads.get(target.split(".")[-2])))
     return entries
-
-
-def _permutation(heads: int) -> Transform:
-    return lambda weight: permute_heads(weight, heads)
 
 
 def _vision_entries(depth: int) -> list[Entry]:
@@ -191,13 +160,13 @@ def _vision_entries(depth: int) -> list[Entry]:
     return entries
 
 
-def _account(checkpoint: Checkpoint, entries: list[Entry], depth: int) -> None:
+def _account(checkpoint: dict[str, Any], entries: list[Entry], depth: int) -> None:
     """Raise VariantError unless each tensor is used once or dropped by a rule."""
     wanted = {entry.source for entry in entries}
     missing = sorted(name for name in wanted if name not in checkpoint)
     if missing:
         raise VariantError(f"{len(missing)} tensors are missing: {_some(missing)}")
-    left = [name for name in checkpoint.names() if name not in wanted and not _drop(name, depth)]
+    left = [name for name in sorted(checkpoint) if name not in wanted and not _drop(name, depth)]
     if left:
         raise VariantError(
             f"{len(left)} tensors have no place in llama.cpp's LLaVA: {_some(left)}; "
@@ -244,7 +213,7 @@ def _describe_text(
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     writer.add_type("model")
     writer.add_name("LLaVA")
-    writer.add_file_type(_FILE_TYPE[tensor_type])
+    writer.add_file_type(_file_type(tensor_type))
     writer.add_quantization_version(2)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -258,7 +227,7 @@ def _describe_text(
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    write_vocabulary(writer, read_vocabulary(merged, config.vocab_size))
+    add_vocabulary(writer, merged, config.vocab_size)
 
 
 def _describe_vision(
@@ -271,7 +240,7 @@ def _describe_vision(
         )
     writer.add_type("mmproj")
     writer.add_name("LLaVA")
-    writer.add_file_type(_FILE_TYPE[tensor_type])
+    writer.add_file_type(_file_type(tensor_type))
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type("mlp")
     writer.add_bool("clip.has_llava_projector", True)
@@ -291,72 +260,51 @@ def _describe_vision(
 
 
 def _describe_activation(writer: GGUFWriter, name: str) -> None:
+    known = ("quick_gelu", "gelu", "silu")
+    if name not in known:
+        raise VariantError(f"vision hidden_act {name!r}: llama.cpp's CLIP has {', '.join(known)}")
     # Neither flag means quick_gelu.
-    flags: Mapping[str, tuple[bool, bool]] = {
-        "quick_gelu": (False, False),
-        "gelu": (True, False),
-        "silu": (False, True),
-    }
-    if name not in flags:
-        raise VariantError(f"vision hidden_act {name!r}: llama.cpp's CLIP has {', '.join(flags)}")
-    use_gelu, use_silu = flags[name]
-    writer.add_vision_use_gelu(use_gelu)
-    writer.add_vision_use_silu(use_silu)
+    writer.add_vision_use_gelu(name == "gelu")
+    writer.add_vision_use_silu(name == "silu")
+
+
+def _file_type(kind: GGMLQuantizationType) -> LlamaFileType:
+    return LlamaFileType.ALL_F32 if kind is _F32 else LlamaFileType[f"MOSTLY_{kind.name}"]
 
 
 def _stream(
-    writer: GGUFWriter,
-    checkpoint: Checkpoint,
-    entries: list[Entry],
-    tensor_type: GGMLQuantizationType,
+    writer: GGUFWriter, checkpoint: dict[str, Any], entries: list[Entry], kind: GGMLQuantizationType
 ) -> None:
     """Write header and tensors, holding one tensor at a time."""
-    import numpy as np
-
-    numpy_type: dict[GGMLQuantizationType, np.dtype[Any]] = {
-        _F32: np.dtype("f4"),
-        _F16: np.dtype("f2"),
-        _BF16: np.dtype("u2"),
-    }
-    plan = [(entry, _tensor_type(entry, checkpoint, tensor_type)) for entry in entries]
-    for entry, kind in plan:
-        shape = checkpoint.shape(entry.source)
-        dtype = numpy_type[kind]
-        size_bytes = int(np.prod(shape)) * dtype.itemsize
-        writer.add_tensor_info(entry.target, shape, dtype, size_bytes, raw_dtype=kind)
+    kinds = []
+    for entry in entries:
+        shape = checkpoint[entry.source].get_shape()
+        # llama.cpp adds vectors and positions to F32 activations, and takes them in F32 only.
+        kinds.append(_F32 if len(shape) == 1 or entry.target == "v.position_embd.weight" else kind)
+        size_bytes = math.prod(shape) * GGML_QUANT_SIZES[kinds[-1]][1]
+        # NumPy's dtype is not looked at beside GGUF's.
+        writer.add_tensor_info(entry.target, shape, np.dtype("f4"), size_bytes, kinds[-1])
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for array in _arrays(checkpoint, plan):
-            writer.write_tensor_data(array)
+        for entry, each in zip(entries, kinds, strict=True):
+            writer.write_tensor_data(_bytes_of(entry, checkpoint[entry.source][:], each))
     finally:
         writer.close()
 
 
-def _tensor_type(
-    entry: Entry, checkpoint: Checkpoint, wanted: GGMLQuantizationType
-) -> GGMLQuantizationType:
-    # llama.cpp adds vectors and positions to F32 activations, and takes them in F32 only.
-    one_dimensional = len(checkpoint.shape(entry.source)) == 1
-    return _F32 if one_dimensional or entry.target == "v.position_embd.weight" else wanted
-
-
-def _arrays(
-    checkpoint: Checkpoint, plan: list[tuple[Entry, GGMLQuantizationType]]
-) -> Iterator["np.ndarray[Any, Any]"]:
+def _bytes_of(
+    entry: Entry, source: "torch.Tensor", kind: GGMLQuantizationType
+) -> "np.ndarray[Any, np.dtype[np.uint8]]":
     import torch
 
-    torch_type = {_F32: torch.float32, _F16: torch.float16, _BF16: torch.bfloat16}
-    for entry, kind in plan:
-        source = checkpoint.read(entry.source)
-        tensor = source.to(torch_type[kind])
-        if kind is _F16 and source.dtype is not torch.float16 and not tensor.isfinite().all():
-            raise VariantError(
-                f"{entry.source} has values up to {source.abs().max().item():.3g}, beyond what "
-                "f16 holds; use gguf-bf16 or gguf-f32"
-            )
-        if entry.transform is not None:
-            tensor = entry.transform(tensor)
-        tensor = tensor.contiguous()
-        yield tensor.view(torch.uint16).numpy() if kind is _BF16 else tensor.numpy()
+    tensor = source.to(getattr(torch, _TORCH_DTYPES[kind]))
+    if kind is _F16 and source.dtype is not torch.float16 and not tensor.isfinite().all():
+        raise VariantError(
+            f"{entry.source} has values up to {source.abs().max().item():.3g}, beyond what "
+            "f16 holds; use gguf-bf16 or gguf-f32"
+        )
+    if entry.heads:
+        tensor = permute_heads(tensor, entry.heads)
+    return tensor.contiguous().view(torch.uint8).numpy()

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from llava_ray.errors import VariantError
 from llava_ray.models import tensors as llava_folder
+from llava_ray.models.low_bits import hqq_linear
 from llava_ray.quantize.spec import Calibration, QuantizationSpec, process_memory
 from llava_ray.resources.capacity import Resources
 
 if TYPE_CHECKING:
     import torch
-
-    from llava_ray.inference.engine import Engine
 
 _SLUG = re.compile(r"hqq-w([84321])-g(16|32|64|128|256)(-vision)?")
 _BITS = (8, 4, 3, 2, 1)
@@ -67,6 +66,8 @@ class HqqSpec(QuantizationSpec):
         self, merged: Path, out: Path, calibration: Calibration, device: str
     ) -> llava_folder.Phases:
         """Quantize each linear by itself."""
+        from hqq.core.quantize import BaseQuantizeConfig
+
         return llava_folder.rewrite(
             merged,
             out,
@@ -76,68 +77,28 @@ class HqqSpec(QuantizationSpec):
             quantizes=self.quantizes,
             quantization_config={
                 "quant_method": "hqq",
-                "quant_config": self._config(),
+                "quant_config": BaseQuantizeConfig(self.bits, self.group_size, axis=1),
                 "skip_modules": ["lm_head"] if self.vision else ["lm_head", "vision_tower"],
             },
         )
 
     def load(self, folder: Path, device: str) -> Any:
         """Return the model with HQQ's linears, bit for bit as they were stored."""
-        model = llava_folder.empty_model(folder)
-        names = [name for name, _ in model.named_modules() if self.quantizes(name)]
-        for name in names:
-            # Its weight is packed; its bias, if any, is an ordinary parameter.
-            model.get_submodule(name).weight = None
-        dtype = llava_folder.compute_dtype(llava_folder.storage_dtype(folder), device)
-        packed = llava_folder.fill_model(model, folder, device, dtype)
-        states: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
-        for stored, value in packed.items():
-            name, _, key = stored.rpartition(".")
-            states[name][key] = value
-        for name, state in states.items():
-            bias = model.get_submodule(name).bias
-            model.set_submodule(name, _linear(state, bias, device, dtype))
-        return model
-
-    def open_engine(self, folder: Path, *, device: str, slots: int, context: int) -> "Engine":
-        """Load the variant's folder for generation."""
-        from llava_ray.inference.torch.engine import TorchEngine
-
-        model = self.load(folder, device)
-        return TorchEngine(model, folder=folder, device=device, slots=slots, context=context)
-
-    def _config(self) -> dict[str, Any]:
-        from hqq.core.quantize import BaseQuantizeConfig
-
-        config: dict[str, Any] = BaseQuantizeConfig(
-            nbits=self.bits, group_size=self.group_size, axis=1
-        )
-        return config
-
-    def _pack(self, name: str, weight: "torch.Tensor") -> "dict[str, torch.Tensor]":
         from hqq.core.quantize import HQQLinear
 
-        rows, columns = weight.shape
-        per_byte = 1 if self.bits == 3 else 8 // self.bits
-        if columns % self.group_size or (weight.numel() // self.group_size) % per_byte:
-            raise VariantError(
-                f"variant {self.slug!r}: {name} is {rows}x{columns}, which groups of "
-                f"{self.group_size} weights at {self.bits} bits do not divide: use a smaller group"
+        model, packed = llava_folder.load_model(folder, device, self.quantizes)
+        for name, state in packed.items():
+            linear = HQQLinear(
+                None, None, compute_dtype=model.dtype, device=device, initialize=False
             )
-        linear = HQQLinear.from_weights(
-            weight, None, self._config(), compute_dtype=weight.dtype, device=str(weight.device)
-        )
+            linear.load_state_dict(state)
+            linear.bias = model.get_submodule(name).bias
+            model.set_submodule(name, linear)
+        return model
+
+    def _pack(self, name: str, weight: "torch.Tensor") -> "dict[str, torch.Tensor]":
+        try:
+            linear = hqq_linear(name, weight, bits=self.bits, group_size=self.group_size)
+        except ValueError as error:
+            raise VariantError(f"variant {self.slug!r}: {error}") from error
         return {key: value.data for key, value in linear.state_dict().items()}
-
-
-def _linear(
-    state: "dict[str, torch.Tensor]", bias: Any, device: str, dtype: "torch.dtype"
-) -> "torch.nn.Module":
-    from hqq.core.quantize import HQQLinear
-
-    linear: torch.nn.Module = HQQLinear(
-        None, None, compute_dtype=dtype, device=device, initialize=False
-    )
-    linear.load_state_dict(dict(state))
-    linear.bias = bias
-    return linear

@@ -3,14 +3,11 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from llava_ray.models import tensors as llava_folder
 from llava_ray.quantize.spec import Calibration, QuantizationSpec, process_memory
 from llava_ray.resources.capacity import Resources
-
-if TYPE_CHECKING:
-    from llava_ray.inference.engine import Engine
 
 _SLUG = re.compile(r"none-(fp16|bf16|fp32)")
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -59,17 +56,4 @@ class NoneSpec(QuantizationSpec):
 
     def load(self, folder: Path, device: str) -> Any:
         """Return the model; on a CPU it runs in fp32."""
-        import torch
-
-        model = llava_folder.empty_model(folder)
-        stored = getattr(torch, _DTYPES[self.dtype])
-        dtype = llava_folder.compute_dtype(stored, device)
-        llava_folder.fill_model(model, folder, device, dtype)
-        return model
-
-    def open_engine(self, folder: Path, *, device: str, slots: int, context: int) -> "Engine":
-        """Load the variant's folder for generation."""
-        from llava_ray.inference.torch.engine import TorchEngine
-
-        model = self.load(folder, device)
-        return TorchEngine(model, folder=folder, device=device, slots=slots, context=context)
+        return llava_folder.load_model(folder, device)[0]

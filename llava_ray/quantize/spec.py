@@ -4,12 +4,18 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from llava_ray.errors import VariantError
 from llava_ray.models import tensors as llava_folder
+from llava_ray.models.conversation import Sample, encode_sample, read_samples
+from llava_ray.models.folder import VisionShape
+from llava_ray.models.images import normalize, open_image, square_pixels
 from llava_ray.resources.capacity import Resources
 
 if TYPE_CHECKING:
+    import torch
+
     from llava_ray.inference.engine import Engine
 
 
@@ -34,14 +40,35 @@ class Calibration:
     num_samples: int
     system_prompt: str = ""
 
+    def samples(self) -> list[Sample]:
+        """Return the first samples of the training split; raises VariantError without any."""
+        found = read_samples(self.dataset_folder / "train.json")[: self.num_samples]
+        if not found:
+            raise VariantError("no calibration samples: the data set's train.json is empty")
+        return found
+
+    def encode(
+        self, sample: Sample, tokenizer: Any, vision: VisionShape, *, max_tokens: int
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Return token ids [tokens], cut at the end, and normalized pixels [3, size, size]."""
+        import torch
+
+        ids, _ = encode_sample(
+            tokenizer,
+            sample,
+            tokens_per_image=vision.tokens_per_image,
+            max_length=max_tokens,
+            system=self.system_prompt,
+        )
+        image = open_image(self.dataset_folder / "images" / sample.image, max_pixels=10**9)
+        return torch.tensor(ids), normalize(square_pixels(image, vision.image_size))
+
 
 @dataclass(frozen=True)
 class QuantizationSpec(ABC):
     """One variant, fully described by its slug, such as `hqq-w4-g64`."""
 
     method: ClassVar[str]
-    extra: ClassVar[str | None] = None
-    """The package extra that the method needs."""
     calibrated: ClassVar[bool] = False
     """Whether the result depends on the calibration samples."""
 
@@ -100,6 +127,13 @@ class QuantizationSpec(ABC):
         VariantError where the model's shapes do not allow the scheme.
         """
 
-    @abstractmethod
+    def load(self, folder: Path, device: str) -> Any:
+        """Return the variant's model for PyTorch; on a CPU all that is not packed is fp32."""
+        raise NotImplementedError(f"{self.method} has an engine of its own")
+
     def open_engine(self, folder: Path, *, device: str, slots: int, context: int) -> "Engine":
-        """Load the variant's folder for generation."""
+        """Load the variant's folder for generation; default: what `load` returns, in PyTorch."""
+        from llava_ray.inference.torch.engine import TorchEngine
+
+        model = self.load(folder, device)
+        return TorchEngine(model, folder=folder, device=device, slots=slots, context=context)

@@ -1,7 +1,6 @@
 """Write the report: one HTML file, Markdown, the data as JSON and a model card per variant."""
 
 import json
-import re
 from pathlib import Path
 
 from llava_ray.artifacts.code_digest import code_digest
@@ -20,21 +19,17 @@ def write_report(folder: Path, findings: Findings) -> None:
 
     Raises ArtifactError when a record that a scorecard names is gone.
     """
-    from llava_ray.report.cards import write_card
     from llava_ray.report.content import make_content
     from llava_ray.report.findings import find_origins
-    from llava_ray.report.html import write_html
-    from llava_ray.report.markdown import write_markdown
+    from llava_ray.report.pages import write_card, write_html, write_markdown
 
     origins = find_origins(findings)
     content = make_content(findings, origins)
-    names = []
     for plot in content.plots:
-        names.append(re.sub(r"\W+", "_", plot.title.lower()) + ".png")
-        (folder / names[-1]).write_bytes(plot.png)
+        (folder / plot.file_name).write_bytes(plot.png)
     texts = {
         "report.html": write_html(content),
-        "report.md": write_markdown(content, names),
+        "report.md": write_markdown(content),
         "report.json": json.dumps(
             {
                 "code_digest": code_digest("report"),

@@ -39,6 +39,11 @@ class Plot:
     """Colours are CSS variables: --ink, --line, --card and one per method; text is text."""
     png: bytes
 
+    @property
+    def file_name(self) -> str:
+        """Of the PNG."""
+        return f"{self.title.lower().replace(' ', '_')}.png"
+
 
 @dataclass(frozen=True)
 class _Axis:
@@ -132,32 +137,31 @@ def _label(figure: "Figure", axes: Any, points: Sequence[tuple[Row, float, Any]]
     # Matplotlib's canvas carries no annotations.
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
+    renderer = canvas.get_renderer()
     inside = axes.bbox.expanded(1.04, 1.02)
     centres = [axes.transData.transform((size, value[0])) for _, size, value in points]
     taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in centres]
     for row, size, value in points:
-        best, fewest = None, None
+        winner = row.status == "winner"
+        text = axes.annotate(
+            row.slug, (size, value[0]), (0, 0), textcoords="offset points", fontsize=9.5,
+            weight="bold" if winner else "normal",
+        )  # fmt: skip
         # Beyond the winner's ring.
-        away = 1.6 if row.status == "winner" else 1.0
-        for dx, dy in ((away * dx, away * dy) for dx, dy in _PLACES):
-            text = axes.annotate(
-                row.slug, (size, value[0]), (dx, dy), textcoords="offset points", fontsize=9.5,
-                ha="left" if dx > 0 else "right" if dx < 0 else "center",
-                weight="bold" if row.status == "winner" else "normal",
-            )  # fmt: skip
-            box = text.get_window_extent(canvas.get_renderer())
+        away = 1.6 if winner else 1.0
+        clashes = []
+        for dx, dy in _PLACES:
+            box = _moved(text, away * dx, away * dy).get_window_extent(renderer)
             outside = not (inside.containsx(box.x0) and inside.containsx(box.x1))
-            clashes = sum(box.overlaps(other) for other in taken) + 2 * outside
-            if fewest is None or clashes < fewest:
-                if best is not None:
-                    best.remove()
-                best, fewest = text, clashes
-            else:
-                text.remove()
-            if fewest == 0:
-                break
-        assert best is not None
-        taken.append(best.get_window_extent(canvas.get_renderer()))
+            clashes.append(sum(box.overlaps(other) for other in taken) + 2 * outside)
+        dx, dy = _PLACES[clashes.index(min(clashes))]
+        taken.append(_moved(text, away * dx, away * dy).get_window_extent(renderer))
+
+
+def _moved(text: Any, dx: float, dy: float) -> Any:
+    """Put an annotation so many points from its point, on that side of it."""
+    text.set(position=(dx, dy), ha="left" if dx > 0 else "right" if dx < 0 else "center")
+    return text
 
 
 def _themed(svg: str, axis: _Axis) -> str:

@@ -3,18 +3,14 @@
 import shlex
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
-from llava_ray.artifacts.records import Scorecard, Spread
+from llava_ray.artifacts.records import Frozen, Scorecard, Spread
 from llava_ray.benchmark.fidelity import paired_difference
 from llava_ray.report import article
 from llava_ray.report.findings import Findings, Origins
 
 
-class Row(BaseModel):
+class Row(Frozen):
     """One variant's line; fields without a value were not measured."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     slug: str
     status: str
@@ -47,21 +43,23 @@ class Row(BaseModel):
     article_tokens_per_s: float | None = None
 
 
+_FROM_SCORECARD = (
+    "memory_bytes", "load_s", "prefill_s", "decode_tokens_per_s", "bandwidth_share",
+    "kl_divergence", "top1_agreement", "perplexity", "scores", "device",
+)  # fmt: skip
+
+
 def make_rows(findings: Findings, origins: Origins) -> list[Row]:
     """Return the measured variants by size, then the failed, then the article's others."""
     front = pareto_front(findings.scorecards)
     measured = sorted(findings.scorecards, key=lambda card: (card.variant_bytes, card.slug))
     rows = [_measured(card, findings, origins, front) for card in measured]
     for failure in sorted(findings.failures, key=lambda failure: failure.slug):
-        rows.append(_unmeasured(failure.slug, "failed", failure.reason, findings))
+        rows.append(_row(findings, failure.slug, "failed", failure.reason))
     known = {row.slug for row in rows}
     reason = "not asked for: add it to quantize.variants"
-    rows += [
-        _unmeasured(slug, "not asked for", reason, findings)
-        for slug in article.TABLE
-        if slug not in known
-    ]
-    return rows
+    others = [slug for slug in article.TABLE if slug not in known]
+    return rows + [_row(findings, slug, "not asked for", reason) for slug in others]
 
 
 def pareto_front(cards: tuple[Scorecard, ...]) -> set[str]:
@@ -99,29 +97,19 @@ def _measured(card: Scorecard, findings: Findings, origins: Origins, front: set[
     if card.slug == findings.winner:
         status, reason = "winner", "; ".join(findings.reasons)
     variant = origins.variants[card.slug]
-    return Row(
-        slug=card.slug,
-        status=status,
-        reason=reason,
-        command=command_for(card.slug, findings),
+    return _row(
+        findings,
+        card.slug,
+        status,
+        reason,
         on_front=card.slug in front,
         size_bytes=card.variant_bytes,
         estimated_bytes=variant.estimated_bytes,
         bits_per_weight=variant.bits_per_weight,
         quantize_s=variant.quantize_s,
         quantize_peak_memory_bytes=variant.peak_memory_bytes,
-        memory_bytes=card.memory_bytes,
-        load_s=card.load_s,
-        prefill_s=card.prefill_s,
-        decode_tokens_per_s=card.decode_tokens_per_s,
-        bandwidth_share=card.bandwidth_share,
-        kl_divergence=card.kl_divergence,
         kl_minus_winner=_minus_winner(card.slug, findings, origins),
-        top1_agreement=card.top1_agreement,
-        perplexity=card.perplexity,
-        scores=card.scores,
-        device=card.device,
-        **_article(card.slug),
+        **{name: getattr(card, name) for name in _FROM_SCORECARD},
     )
 
 
@@ -131,13 +119,14 @@ def _minus_winner(slug: str, findings: Findings, origins: Origins) -> Spread | N
     return paired_difference(origins.fidelity[slug], origins.fidelity[findings.winner])
 
 
-def _unmeasured(slug: str, status: str, reason: str, findings: Findings) -> Row:
-    command = command_for(slug, findings)
-    return Row(slug=slug, status=status, reason=reason, command=command, **_article(slug))
-
-
-def _article(slug: str) -> dict[str, Any]:
-    if slug not in article.TABLE:
-        return {}
-    size, rate = article.TABLE[slug]
-    return {"article_size_gb": size, "article_tokens_per_s": rate}
+def _row(findings: Findings, slug: str, status: str, reason: str, **measured: Any) -> Row:
+    size, rate = article.TABLE.get(slug, (None, None))
+    return Row(
+        slug=slug,
+        status=status,
+        reason=reason,
+        command=command_for(slug, findings),
+        article_size_gb=size,
+        article_tokens_per_s=rate,
+        **measured,
+    )

@@ -20,7 +20,7 @@ from llava_ray.artifacts.records import (
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.errors import ConfigError
 
-_TOLD: dict[type[Record], tuple[str, set[str]]] = {
+_STAGES: dict[type[Record], tuple[str, set[str]]] = {
     DatasetRecord: ("prepare", {"num_train", "num_test"}),
     AdapterCheckpoint: (
         "train",
@@ -47,7 +47,7 @@ _TOLD: dict[type[Record], tuple[str, set[str]]] = {
     ChosenVariant: ("choose", {"slug", "against"}),
     DeploymentRecord: ("deploy", {"slug"}),
 }
-"""By record: the stage's name, and which of the record's own fields are told."""
+"""By record: the stage's name, and which of the record's own fields are shown."""
 
 
 def collect(uris: Sequence[str], out: Path, note: str = "", kept_ids: Collection[str] = ()) -> Path:
@@ -60,7 +60,7 @@ def collect(uris: Sequence[str], out: Path, note: str = "", kept_ids: Collection
     rows: list[dict[str, Any]] = []
     report: dict[str, Any] = {}
     for store in map(ArtifactStore, uris):
-        for record_type, (stage, fields) in _TOLD.items():
+        for record_type, (stage, fields) in _STAGES.items():
             for record in store.latest(record_type):
                 rows.append(_row(stage, record, fields))
                 if isinstance(record, ChosenVariant):
@@ -89,8 +89,8 @@ def _kept(out: Path, ids: Collection[str]) -> list[dict[str, Any]]:
 
 def _row(stage: str, record: Record, fields: set[str]) -> dict[str, Any]:
     common = {"stage": stage, "id": record.id, "device": record.device, "wall_s": record.wall_s}
-    told = record.model_dump(mode="json", include=fields)
-    row = {**common, "size_bytes": record.size_bytes, **told}
+    own = record.model_dump(mode="json", include=fields)
+    row = {**common, "size_bytes": record.size_bytes, **own}
     if isinstance(record, Variant):
         row["weight_files"] = {
             name: entry.size_bytes

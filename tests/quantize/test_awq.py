@@ -13,16 +13,11 @@ from llava_ray.inference.torch.kernels.weights import unpack as unpack_weight
 from llava_ray.models import tensors as llava_folder
 from llava_ray.quantize.awq import AwqSpec
 from llava_ray.quantize.awq_linear import AwqLinear, pack, unpack
+from llava_ray.quantize.registry import spec_for
 
 # Written by AutoAWQ 0.2.9: WQLinear_GEMM.from_linear and dequantize_gemm of a random 32x64
 # weight in groups of 32.
 GOLDEN = json.loads((Path(__file__).parent / "awq_golden.json").read_text())
-
-
-def spec(slug: str) -> AwqSpec:
-    found = AwqSpec.parse(slug)
-    assert found is not None
-    return found
 
 
 def golden(name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -66,9 +61,9 @@ def test_a_checkpoint_runs_as_its_dequantized_weights_do(tmp_path: Path) -> None
     rounded = packed_by_awq(tmp_path, 64)
     reference = LlavaForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32).eval()
     for module, value in rounded.items():
-        if spec("awq-w4-g64").quantizes(module):
+        if spec_for("awq-w4-g64").quantizes(module):
             reference.get_submodule(module).weight.data = value
-    model = spec("awq-w4-g64").load(tmp_path, "cpu")
+    model = spec_for("awq-w4-g64").load(tmp_path, "cpu")
     kinds = [type(child).__name__ for child in model.modules()]
     assert kinds.count("AwqLinear") == 6 * 7
     assert torch.allclose(probe_logits(model), probe_logits(reference), atol=1e-5)
@@ -85,14 +80,14 @@ def test_a_checkpoint_runs_as_its_dequantized_weights_do(tmp_path: Path) -> None
 def test_slugs_say_group_zero_point_and_calibration(
     slug: str, group: int, zero_point: bool, images: bool
 ) -> None:
-    assert spec(slug) == AwqSpec(slug, group, zero_point, images)
+    assert spec_for(slug) == AwqSpec(slug, group, zero_point, images)
 
 
 def test_transformers_reads_the_layout_from_the_config() -> None:
     from transformers import AwqConfig
     from transformers.quantizers.auto import AutoQuantizationConfig
 
-    tree = spec("awq-w4-g64-sym").quantization_config()
+    tree = spec_for("awq-w4-g64-sym").quantization_config()
     read = AutoQuantizationConfig.from_dict(dict(tree))
     assert isinstance(read, AwqConfig)
     assert (read.bits, read.group_size, read.zero_point) == (4, 64, True)
@@ -103,12 +98,7 @@ def test_transformers_reads_the_layout_from_the_config() -> None:
         module = llava_folder.module_name(name.removesuffix(".weight"))
         if len(llava_folder.weight_shapes(TINY)[name]) == 2 and "embed" not in module:
             kept = any(part in module for part in skipped)
-            assert kept != spec("awq-w4-g64-sym").quantizes(module), module
-
-
-@pytest.mark.parametrize("slug", ["awq-w3-g128", "awq-w4-g16", "awq-w4-g128-text-sym", "awq"])
-def test_other_slugs_are_not_taken(slug: str) -> None:
-    assert AwqSpec.parse(slug) is None
+            assert kept != spec_for("awq-w4-g64-sym").quantizes(module), module
 
 
 def test_rows_that_groups_do_not_divide_are_refused(tmp_path: Path) -> None:
@@ -117,4 +107,4 @@ def test_rows_that_groups_do_not_divide_are_refused(tmp_path: Path) -> None:
     name = "language_model.model.layers.0.mlp.up_proj.weight"
     save_file({name: torch.zeros(64, 96)}, tmp_path / "model.safetensors")
     with pytest.raises(VariantError, match=r"up_proj\.weight is 64x96; rows must divide by 128"):
-        spec("awq-w4-g128").quantize(tmp_path, tmp_path, NO_CALIBRATION, "cpu")
+        spec_for("awq-w4-g128").quantize(tmp_path, tmp_path, NO_CALIBRATION, "cpu")

@@ -7,22 +7,16 @@ import pytest
 import torch
 from quantize_inputs import TINY, probe_logits, quantized, tensors_of
 
-from llava_ray.quantize.bnb import BnbSpec
+from llava_ray.quantize.registry import spec_for
 
 LINEARS = 6 * 7
-
-
-def spec(slug: str) -> BnbSpec:
-    found = BnbSpec.parse(slug)
-    assert found is not None
-    return found
 
 
 @pytest.mark.parametrize("slug", ["bnb-int8", "bnb-nf4", "bnb-fp4", "bnb-nf4-dq"])
 def test_tensors_are_those_of_transformers(slug: str, tmp_path: Path) -> None:
     from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
-    out = quantized(spec(slug), tmp_path / "out")
+    out = quantized(spec_for(slug), tmp_path / "out")
     four_bit = slug != "bnb-int8"
     config = BitsAndBytesConfig(
         load_in_4bit=four_bit,
@@ -45,9 +39,9 @@ def test_tensors_are_those_of_transformers(slug: str, tmp_path: Path) -> None:
 def test_reload_gives_the_same_logits_as_transformers(slug: str, tmp_path: Path) -> None:
     from transformers import LlavaForConditionalGeneration
 
-    out = quantized(spec(slug), tmp_path / "out")
+    out = quantized(spec_for(slug), tmp_path / "out")
     theirs = LlavaForConditionalGeneration.from_pretrained(out, device_map="cpu").eval()
-    expected, found = probe_logits(theirs), probe_logits(spec(slug).load(out, "cpu"))
+    expected, found = probe_logits(theirs), probe_logits(spec_for(slug).load(out, "cpu"))
     divergence = (expected.exp() * (expected - found)).sum(-1).mean()
     # Theirs runs in fp16, ours in fp32; nf4's own distance to the unquantized model is 0.04.
     assert divergence < 2e-3
@@ -59,25 +53,12 @@ def types_below(module: Any) -> dict[str, int]:
 
 
 def test_only_the_language_model_is_quantized(tmp_path: Path) -> None:
-    model = spec("bnb-nf4").load(quantized(spec("bnb-nf4"), tmp_path / "out"), "cpu")
+    model = spec_for("bnb-nf4").load(quantized(spec_for("bnb-nf4"), tmp_path / "out"), "cpu")
     assert types_below(model) == {"Linear4bit": LINEARS, "Linear": 7 * 6 + 2 + 1}
     assert model.lm_head.weight.dtype == torch.float32
 
 
 def test_vision_is_quantized_when_asked(tmp_path: Path) -> None:
     slug = "bnb-nf4-vision"
-    model = spec(slug).load(quantized(spec(slug), tmp_path / "out"), "cpu")
+    model = spec_for(slug).load(quantized(spec_for(slug), tmp_path / "out"), "cpu")
     assert types_below(model) == {"Linear4bit": LINEARS + 7 * 6 + 2, "Linear": 1}
-
-
-@pytest.mark.parametrize(
-    ("slug", "bits"),
-    [("bnb-int8", 8), ("bnb-nf4", 4.5), ("bnb-fp4", 4.5), ("bnb-nf4-dq", 4.126953125)],
-)
-def test_bits_per_weight_count_the_scales(slug: str, bits: float) -> None:
-    assert spec(slug).bits_per_weight() == bits
-
-
-@pytest.mark.parametrize("slug", ["bnb-int8-dq", "bnb-nf5", "bnb-nf4-", "nf4", "bnb"])
-def test_other_slugs_are_not_taken(slug: str) -> None:
-    assert BnbSpec.parse(slug) is None

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantize_inputs import TINY, engine_logits, kl_divergence, quantized
+from quantize_inputs import TINY, engine_logits, kl_divergence, merged_record, quantized
 
 from llava_ray import quantize
-from llava_ray.artifacts.records import DatasetRecord, MergedModel, Variant
+from llava_ray.artifacts.records import DatasetRecord, Variant
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import RunConfig
+from llava_ray.errors import ConfigError
 from llava_ray.quantize.registry import METHODS, known_slugs, spec_for
 
 # By slug the largest KL divergence from the unquantized model, in nats per token.
@@ -82,7 +83,29 @@ def test_a_known_slug_is_taken_by_one_method(slug: str) -> None:
 
 
 def test_the_default_variants_are_known() -> None:
-    assert {spec_for(slug).slug for slug in RunConfig().quantize.variants} <= set(known_slugs())
+    wanted = {*RunConfig().quantize.variants, "gguf-q2_k", "gguf-f16", "gguf-iq4_xs"}
+    assert wanted <= set(known_slugs())
+
+
+@pytest.mark.parametrize(
+    "slug",
+    ["awq", "awq-w3-g128", "awq-w4-g16", "awq-w4-g128-text-sym",
+     "bnb", "nf4", "bnb-nf4-", "bnb-nf5", "bnb-int8-dq",
+     "gguf-", "gguf-q4", "q4_k_m", "gguf-guessed", "iq2_xxs", "gguf-iq2_xxs-imatrix",
+     "gguf-f16-imatrix"],
+)  # fmt: skip
+def test_other_slugs_are_not_taken(slug: str) -> None:
+    with pytest.raises(ConfigError, match="unknown variant"):
+        spec_for(slug)
+
+
+@pytest.mark.parametrize(
+    ("slug", "bits"),
+    [("bnb-int8", 8), ("bnb-nf4", 4.5), ("bnb-fp4", 4.5), ("bnb-nf4-dq", 4.126953125),
+     ("hqq-w8-g64", 8.5), ("hqq-w3-g64", 3.7), ("hqq-w2-g16", 4), ("hqq-w1-g256", 1.125)],
+)  # fmt: skip
+def test_bits_per_weight_count_scale_and_zero_point(slug: str, bits: float) -> None:
+    assert spec_for(slug).bits_per_weight() == pytest.approx(bits)
 
 
 @pytest.mark.parametrize("slug", LARGEST_KL)
@@ -118,18 +141,7 @@ def test_a_calibrated_variant_is_made_in_its_environment(
     config = RunConfig.model_validate(tree)
     dataset: DatasetRecord = prepare.run(config)
     store = ArtifactStore(config.storage.uri)
-    with store.build(MergedModel, "merged-0", settings={}) as build:
-        shutil.copytree(TINY, build.folder, dirs_exist_ok=True)
-        merged = build.finish(
-            MergedModel,
-            device="cpu",
-            base_model="embedded",
-            base_model_sha256="0" * 64,
-            max_logit_difference=0.0,
-            mean_logit_difference=0.0,
-            rounded_max_logit_difference=0.0,
-        )
-    _, made = quantize.run(config, merged, dataset)
+    _, made = quantize.run(config, merged_record(store), dataset)
     assert isinstance(made, Variant), made
     folder = Path(made.uri)
     (folder / "manifest.json").rename(tmp_path / "manifest.json")

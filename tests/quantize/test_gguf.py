@@ -12,13 +12,14 @@ import pytest
 import torch
 from gguf import GGUFReader
 from gguf_inputs import WEIGHTS, change_config, small_model, write_f32
+from quantize_inputs import NO_CALIBRATION
 from safetensors.torch import load_file, save_file
 
 from llava_ray.errors import VariantError
 from llava_ray.inference.engine import Prompt
 from llava_ray.inference.llama_cpp.types import FILE_TYPES, NEEDS_IMATRIX, PLAIN, expected_bits
 from llava_ray.models.folder import EMBEDDED
-from llava_ray.quantize.gguf import GgufSpec, measured_bits_per_weight, quantize_file
+from llava_ray.quantize.gguf import measured_bits_per_weight, quantize_file
 from llava_ray.quantize.gguf_parity import (
     TEXTS,
     check_parity,
@@ -26,12 +27,10 @@ from llava_ray.quantize.gguf_parity import (
     llama_tokenize,
     probe_pixels,
 )
-from llava_ray.quantize.gguf_writer import Checkpoint, permute_heads, write_pair
-from llava_ray.quantize.spec import Calibration
+from llava_ray.quantize.gguf_writer import lossless_precision, permute_heads, write_pair
+from llava_ray.quantize.registry import spec_for
 
 pytest.importorskip("llama_cpp", reason="needs 'pip install llava_ray[gguf]'")
-
-UNCALIBRATED = Calibration(Path(), 0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,10 +119,10 @@ def test_the_gate_tells_a_wrong_tensor(name: str, copied: Any, pair: Path) -> No
         check_parity(merged, pair)
 
 
-def test_bf16_weights_are_held_bit_for_bit(copied: Any, tmp_path: Path) -> None:
+def test_bf16_weights_are_kept_bit_for_bit(copied: Any, tmp_path: Path) -> None:
     merged, tensors = copied
     save({name: value.bfloat16() for name, value in tensors.items()}, merged)
-    assert Checkpoint(merged).lossless_precision() == "bf16"
+    assert lossless_precision(merged) == "bf16"
     write_pair(merged, tmp_path / "t.gguf", tmp_path / "m.gguf", precision="bf16")
     found = {t.name: t.data for t in GGUFReader(tmp_path / "t.gguf").tensors}
     expected = tensors["language_model.lm_head.weight"].bfloat16()
@@ -154,7 +153,7 @@ def test_clip_above_the_selected_layer_is_left_out(pair: Path) -> None:
 
 
 def test_f16_holds_the_f16_weights_bit_for_bit(small: Path, tmp_path: Path) -> None:
-    assert Checkpoint(small).lossless_precision() == "f16"
+    assert lossless_precision(small) == "f16"
     write_pair(small, tmp_path / "t.gguf", tmp_path / "m.gguf", precision="f16")
     found = {t.name: t.data for t in GGUFReader(tmp_path / "t.gguf").tensors}
     weights = load_file(small / WEIGHTS)
@@ -218,7 +217,7 @@ def test_llama_cpp_cuts_text_as_the_tokenizer_does(pair: Path) -> None:
     assert len(tokenizer_ids[0]) > 5
 
 
-def test_differing_cuts_are_told(pair: Path, tmp_path: Path, caplog: Any) -> None:
+def test_differing_cuts_are_named(pair: Path, tmp_path: Path, caplog: Any) -> None:
     for name in ("llava-f32.gguf", "tokenizer.json"):
         shutil.copy(pair / name, tmp_path)
     path = tmp_path / "tokenizer.json"
@@ -246,9 +245,8 @@ def test_the_types_that_need_a_matrix_do(name: str, pair: Path, tmp_path: Path) 
 
 
 def test_a_variant_runs_and_stays_near_the_model(small: Path, pair: Path, tmp_path: Path) -> None:
-    spec = GgufSpec.parse("gguf-q8_0")
-    assert spec is not None
-    spec.quantize(small, tmp_path, UNCALIBRATED, "cpu")
+    spec = spec_for("gguf-q8_0")
+    spec.quantize(small, tmp_path, NO_CALIBRATION, "cpu")
     assert sorted(p.name for p in tmp_path.glob("*.gguf")) == ["llava-q8_0.gguf", "mmproj-f16.gguf"]
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
     rows = []
@@ -264,9 +262,8 @@ def test_a_variant_runs_and_stays_near_the_model(small: Path, pair: Path, tmp_pa
 
 @pytest.mark.parametrize("slug", ["gguf-f16", "gguf-q4_k_m", "gguf-q2_k"])
 def test_sizes_are_estimated(slug: str, small: Path, tmp_path: Path) -> None:
-    spec = GgufSpec.parse(slug)
-    assert spec is not None
-    spec.quantize(small, tmp_path, UNCALIBRATED, "cpu")
+    spec = spec_for(slug)
+    spec.quantize(small, tmp_path, NO_CALIBRATION, "cpu")
     size = sum(path.stat().st_size for path in tmp_path.glob("*.gguf"))
     assert spec.estimated_bytes(small) == pytest.approx(size, rel=0.15)
 
@@ -274,17 +271,9 @@ def test_sizes_are_estimated(slug: str, small: Path, tmp_path: Path) -> None:
 def test_rows_that_no_block_divides_are_refused(copied: Any, tmp_path: Path) -> None:
     merged, tensors = copied
     save({name: value[..., :96].contiguous() for name, value in tensors.items()}, merged)
-    spec = GgufSpec.parse("gguf-q4_k_m")
-    assert spec is not None
+    spec = spec_for("gguf-q4_k_m")
     with pytest.raises(VariantError, match=r"rows of \[96\] weights do not divide by 256"):
-        spec.quantize(merged, tmp_path / "out", UNCALIBRATED, "cpu")
-
-
-def test_slugs_are_read() -> None:
-    assert all(GgufSpec.parse(slug) is not None for slug in GgufSpec.known_slugs())
-    assert {"gguf-q4_k_m", "gguf-q2_k", "gguf-f16", "gguf-iq4_xs"} <= set(GgufSpec.known_slugs())
-    for slug in ("gguf-q4", "q4_k_m", "gguf-iq2_xxs", "gguf-guessed", "gguf-"):
-        assert GgufSpec.parse(slug) is None
+        spec.quantize(merged, tmp_path / "out", NO_CALIBRATION, "cpu")
 
 
 def test_types_are_those_of_llama_cpp() -> None:

@@ -1,6 +1,5 @@
 """Importance matrices: measured on images and text, and used by llama.cpp."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 from gguf_inputs import small_model
-from PIL import Image
+from tiny_run import squares
 
 from llava_ray.errors import VariantError
 from llava_ray.inference.llama_cpp.types import FILE_TYPES, NEEDS_IMATRIX, expected_bits
-from llava_ray.models.conversation import encode_sample, read_samples
-from llava_ray.models.images import normalize, square_pixels
+from llava_ray.models.folder import vision_shape
 from llava_ray.quantize.gguf import measured_bits_per_weight, quantize_file
-from llava_ray.quantize.gguf_imatrix import GgufImatrixSpec, importance_matrix
+from llava_ray.quantize.gguf_imatrix import importance_matrix
 from llava_ray.quantize.gguf_writer import write_pair
+from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.spec import Calibration
 
 pytest.importorskip("llama_cpp", reason="needs 'pip install llava_ray[gguf]'")
@@ -25,18 +24,8 @@ pytest.importorskip("llama_cpp", reason="needs 'pip install llava_ray[gguf]'")
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
     """Three pictures with captions, of which two count."""
-    folder = tmp_path_factory.mktemp("dataset")
-    (folder / "images").mkdir()
-    rows = []
-    for number, colour in enumerate(((200, 30, 30), (30, 200, 30), (30, 30, 200))):
-        Image.new("RGB", (60, 40), colour).save(folder / "images" / f"{number}.png")
-        turns = [
-            {"from": "human", "value": "<image>\nDescribe this image in detail."},
-            {"from": "gpt", "value": f"A sign with number {number}."},
-        ]
-        rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
-    (folder / "train.json").write_text(json.dumps(rows))
-    return Calibration(folder, num_samples=2)
+    dataset = squares(tmp_path_factory.mktemp("dataset"), num_train=3)
+    return Calibration(Path(dataset.uri), num_samples=2)
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +53,11 @@ def test_the_first_layer_has_the_mean_squares_of_its_normed_inputs(
     model: Any = LlavaForConditionalGeneration.from_pretrained(small, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(small)
     squares, count = torch.zeros(256), 0
-    for sample in read_samples(calibration.dataset_folder / "train.json")[:2]:
-        ids, _ = encode_sample(tokenizer, sample, tokens_per_image=4, max_length=2048)
-        image = Image.open(calibration.dataset_folder / "images" / sample.image)
+    for sample in calibration.samples():
+        ids, pixels = calibration.encode(sample, tokenizer, vision_shape(small), max_tokens=2048)
         with torch.no_grad():
-            hidden = model(
-                input_ids=torch.tensor([ids]),
-                pixel_values=normalize(square_pixels(image, 32))[None],
-                output_hidden_states=True,
-            ).hidden_states[0]
+            inputs = {"input_ids": ids[None], "pixel_values": pixels[None]}
+            hidden = model(**inputs, output_hidden_states=True).hidden_states[0]
             rows = model.model.language_model.layers[0].input_layernorm(hidden)[0]
         squares, count = squares + rows.square().sum(0), count + len(rows)
     for name in ("attn_q", "attn_k", "attn_v"):
@@ -119,8 +104,7 @@ def test_a_matrix_lowers_the_weighed_error(importance: Any, source: Path, tmp_pa
 def test_a_variant_is_made_from_the_calibration_samples(
     small: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
-    spec = GgufImatrixSpec.parse("gguf-iq2_xxs")
-    assert spec is not None
+    spec = spec_for("gguf-iq2_xxs")
     assert spec.calibrated
     spec.quantize(small, tmp_path, calibration, "cpu")
     assert (tmp_path / "llava-iq2_xxs.gguf").is_file()
@@ -130,10 +114,3 @@ def test_no_samples_are_refused(small: Path, tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text("[]")
     with pytest.raises(VariantError, match="no calibration samples"):
         importance_matrix(small, Calibration(tmp_path, 8), "cpu")
-
-
-def test_slugs_are_read() -> None:
-    for slug in GgufImatrixSpec.known_slugs():
-        assert GgufImatrixSpec.parse(slug) is not None
-    for slug in ("gguf-q4_k_m", "gguf-iq2_xxs-imatrix", "gguf-f16-imatrix", "iq2_xxs"):
-        assert GgufImatrixSpec.parse(slug) is None

@@ -7,14 +7,7 @@ import torch
 from quantize_inputs import TINY, kl_divergence, probe_logits, quantized, tensors_of
 
 from llava_ray.errors import VariantError
-from llava_ray.quantize.hqq import HqqSpec
-from llava_ray.quantize.none import NoneSpec
-
-
-def spec(slug: str) -> HqqSpec:
-    found = HqqSpec.parse(slug)
-    assert found is not None
-    return found
+from llava_ray.quantize.registry import spec_for
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
@@ -24,7 +17,7 @@ def test_reload_has_the_bits_that_hqq_made(
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
 
     slug = f"hqq-w{bits}-g64"
-    out = quantized(spec(slug), tmp_path / "out")
+    out = quantized(spec_for(slug), tmp_path / "out")
     weight = tensors_of(TINY)["language_model.model.layers.1.mlp.down_proj.weight"]
     expected = HQQLinear.from_weights(
         weight,
@@ -38,7 +31,7 @@ def test_reload_has_the_bits_that_hqq_made(
         raise AssertionError("quantized again")
 
     monkeypatch.setattr(Quantizer, "quantize", refuse)
-    linear = spec(slug).load(out, "cpu").model.language_model.layers[1].mlp.down_proj
+    linear = spec_for(slug).load(out, "cpu").model.language_model.layers[1].mlp.down_proj
     assert torch.equal(linear.W_q, expected.W_q)
     # Scales and zero points are stored in fp16.
     assert torch.equal(linear.meta["scale"], expected.meta["scale"].half().float())
@@ -47,12 +40,11 @@ def test_reload_has_the_bits_that_hqq_made(
 
 
 def test_fewer_bits_are_further_from_the_baseline(tmp_path: Path) -> None:
-    base = NoneSpec.parse("none-fp16")
-    assert base is not None
+    base = spec_for("none-fp16")
     reference = probe_logits(base.load(quantized(base, tmp_path / "base"), "cpu"))
     distances = []
     for bits in (8, 4, 3, 2, 1):
-        one = spec(f"hqq-w{bits}-g64")
+        one = spec_for(f"hqq-w{bits}-g64")
         model = one.load(quantized(one, tmp_path / one.slug), "cpu")
         distances.append(kl_divergence(reference, probe_logits(model)))
     assert distances == sorted(distances)
@@ -61,16 +53,15 @@ def test_fewer_bits_are_further_from_the_baseline(tmp_path: Path) -> None:
 
 def test_vision_is_quantized_when_asked_and_keeps_its_biases(tmp_path: Path) -> None:
     slug = "hqq-w8-g32-vision"
-    out = quantized(spec(slug), tmp_path / "out")
-    model = spec(slug).load(out, "cpu")
+    out = quantized(spec_for(slug), tmp_path / "out")
+    model = spec_for(slug).load(out, "cpu")
     fc1 = model.model.vision_tower.encoder.layers[0].mlp.fc1
     assert type(fc1).__name__ == "HQQLinear"
     assert torch.equal(
         fc1.bias, tensors_of(TINY)["vision_tower.encoder.layers.0.mlp.fc1.bias"].float()
     )
     assert type(model.lm_head).__name__ == "Linear"
-    base = NoneSpec.parse("none-fp16")
-    assert base is not None
+    base = spec_for("none-fp16")
     reference = probe_logits(base.load(quantized(base, tmp_path / "base"), "cpu"))
     assert kl_divergence(reference, probe_logits(model)) < 1e-3
 
@@ -85,12 +76,4 @@ def test_groups_that_do_not_divide_are_refused(tmp_path: Path) -> None:
     (merged / "config.json").write_text("{}")
     save_file({f"{name}.weight": torch.zeros(6, 96)}, merged / "model.safetensors")
     with pytest.raises(VariantError, match=r"'hqq-w4-g64': model.* is 6x96, .* smaller group"):
-        spec("hqq-w4-g64").quantize(merged, out, None, "cpu")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("slug", "bits"),
-    [("hqq-w8-g64", 8.5), ("hqq-w3-g64", 3.7), ("hqq-w2-g16", 4), ("hqq-w1-g256", 1.125)],
-)
-def test_bits_per_weight_count_scale_and_zero_point(slug: str, bits: float) -> None:
-    assert spec(slug).bits_per_weight() == pytest.approx(bits)
+        spec_for("hqq-w4-g64").quantize(merged, out, None, "cpu")  # type: ignore[arg-type]

@@ -9,20 +9,14 @@ from quantize_inputs import TINY, probe_logits, quantized, tensors_of
 
 from llava_ray.errors import ArtifactError
 from llava_ray.models import tensors as llava_folder
-from llava_ray.quantize.none import NoneSpec
-
-
-def spec(slug: str) -> NoneSpec:
-    found = NoneSpec.parse(slug)
-    assert found is not None
-    return found
+from llava_ray.quantize.registry import spec_for
 
 
 @pytest.mark.parametrize(
     ("slug", "dtype"), [("none-bf16", torch.bfloat16), ("none-fp32", torch.float32)]
 )
 def test_every_weight_is_cast(slug: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    out = quantized(spec(slug), tmp_path / "out")
+    out = quantized(spec_for(slug), tmp_path / "out")
     expected = {name: value.to(dtype) for name, value in tensors_of(TINY).items()}
     written = tensors_of(out)
     assert written.keys() == expected.keys()
@@ -35,9 +29,9 @@ def test_every_weight_is_cast(slug: str, dtype: torch.dtype, tmp_path: Path) -> 
 def test_own_loader_gives_what_transformers_gives(tmp_path: Path) -> None:
     from transformers import LlavaForConditionalGeneration
 
-    out = quantized(spec("none-fp16"), tmp_path / "out")
+    out = quantized(spec_for("none-fp16"), tmp_path / "out")
     theirs = LlavaForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
-    ours = spec("none-fp16").load(out, "cpu")
+    ours = spec_for("none-fp16").load(out, "cpu")
     assert torch.equal(probe_logits(ours), probe_logits(theirs))
 
 
@@ -45,26 +39,26 @@ def test_several_shards_have_an_index_and_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llava_folder, "SHARD_BYTES", 5_000_000)
-    out = quantized(spec("none-fp16"), tmp_path / "out")
+    out = quantized(spec_for("none-fp16"), tmp_path / "out")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = {path.name for path in out.glob("*.safetensors")}
     assert len(files) == 5
     assert set(index["weight_map"].values()) == files
     assert tensors_of(out).keys() == index["weight_map"].keys()
-    whole = quantized(spec("none-fp16"), tmp_path / "whole")
-    ours = probe_logits(spec("none-fp16").load(out, "cpu"), images=False)
-    assert torch.equal(ours, probe_logits(spec("none-fp16").load(whole, "cpu"), images=False))
+    whole = quantized(spec_for("none-fp16"), tmp_path / "whole")
+    ours = probe_logits(spec_for("none-fp16").load(out, "cpu"), images=False)
+    assert torch.equal(ours, probe_logits(spec_for("none-fp16").load(whole, "cpu"), images=False))
 
 
 def test_a_missing_weight_is_named(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    out = quantized(spec("none-fp16"), tmp_path / "out")
+    out = quantized(spec_for("none-fp16"), tmp_path / "out")
     values = tensors_of(out)
     del values["language_model.model.norm.weight"]
     save_file(values, out / "model.safetensors")
     with pytest.raises(ArtifactError, match=r"1 weights are missing.*language_model\.norm"):
-        spec("none-fp16").load(out, "cpu")
+        spec_for("none-fp16").load(out, "cpu")
 
 
 @pytest.mark.parametrize(

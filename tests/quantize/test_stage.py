@@ -2,13 +2,14 @@
 
 import logging
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from quantize_inputs import TINY
+from quantize_inputs import merged_record
+from tiny_run import squares
 
 from llava_ray import quantize
 from llava_ray.artifacts.records import (
@@ -33,25 +34,12 @@ def store(tmp_path: Path) -> ArtifactStore:
 
 @pytest.fixture
 def merged(store: ArtifactStore) -> MergedModel:
-    with store.build(MergedModel, "merged-0", settings={}) as build:
-        shutil.copytree(TINY, build.folder, dirs_exist_ok=True)
-        return build.finish(
-            MergedModel,
-            device="cpu",
-            base_model="embedded",
-            base_model_sha256="0" * 64,
-            max_logit_difference=0.0,
-            mean_logit_difference=0.0,
-            rounded_max_logit_difference=0.0,
-        )
+    return merged_record(store)
 
 
 @pytest.fixture
 def dataset(store: ArtifactStore) -> DatasetRecord:
-    with store.build(DatasetRecord, "dataset-0", settings={}) as build:
-        return build.finish(
-            DatasetRecord, device="cpu", source="test", num_train=0, num_test=0, rejected={}
-        )
+    return squares(Path(store.storage.uri), num_train=1, num_test=1)
 
 
 def configured(store: ArtifactStore, *variants: str) -> RunConfig:
@@ -60,6 +48,14 @@ def configured(store: ArtifactStore, *variants: str) -> RunConfig:
         "quantize": {"variants": ("none-fp16", *variants), "placement_timeout_s": 0},
     }
     return RunConfig.model_validate(tree)
+
+
+@pytest.fixture
+def run(
+    ray_local: None, store: ArtifactStore, merged: MergedModel, dataset: DatasetRecord
+) -> Callable[..., Any]:
+    """Return what makes none-fp16 and the variants of further slugs."""
+    return lambda *slugs: quantize.run(configured(store, *slugs), merged, dataset)
 
 
 def patch_task(monkeypatch: pytest.MonkeyPatch, slug: str, instead: Callable[[], None]) -> None:
@@ -75,15 +71,13 @@ def patch_task(monkeypatch: pytest.MonkeyPatch, slug: str, instead: Callable[[],
 
 
 def test_variants_are_made_once_and_timed(
-    ray_local: None,
-    store: ArtifactStore,
+    run: Callable[..., Any],
     merged: MergedModel,
-    dataset: DatasetRecord,
+    store: ArtifactStore,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    config = configured(store, "bnb-nf4", "hqq-w4-g64")
     with caplog.at_level(logging.INFO, logger="llava_ray"):
-        made = quantize.run(config, merged, dataset)
+        made = run("bnb-nf4", "hqq-w4-g64")
     assert [record.slug for record in made] == ["none-fp16", "bnb-nf4", "hqq-w4-g64"]
     for record in made:
         assert isinstance(record, Variant)
@@ -95,40 +89,30 @@ def test_variants_are_made_once_and_timed(
     (timing,) = store.latest(QuantizationRun)
     assert timing.variant_wall_s == {record.slug: record.wall_s for record in made}
     assert timing.sum_s == pytest.approx(sum(record.wall_s for record in made))
-    again = quantize.run(config, merged, dataset)
-    assert again == made
+    assert run("bnb-nf4", "hqq-w4-g64") == made
 
 
 def test_failures_are_recorded_and_tried_again(
-    ray_local: None,
-    store: ArtifactStore,
-    merged: MergedModel,
-    dataset: DatasetRecord,
-    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[..., Any], store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:
         raise VariantError("variant 'bnb-nf4': shapes do not fit")
 
-    config = configured(store, "bnb-nf4")
     with monkeypatch.context() as patch:
         patch_task(patch, "bnb-nf4", fail)
-        good, bad = quantize.run(config, merged, dataset)
+        good, bad = run("bnb-nf4")
     assert isinstance(good, Variant)
     assert bad == VariantFailure(slug="bnb-nf4", reason="variant 'bnb-nf4': shapes do not fit")
     (timing,) = store.latest(QuantizationRun)
     assert timing.failures == (bad,)
     assert not list((Path(store.storage.uri) / ".staging").iterdir())
-    same, now_good = quantize.run(config, merged, dataset)
+    same, now_good = run("bnb-nf4")
     assert same == good
     assert isinstance(now_good, Variant)
 
 
 def test_a_programming_error_and_a_killed_worker_stop_no_other(
-    ray_local: None,
-    store: ArtifactStore,
-    merged: MergedModel,
-    dataset: DatasetRecord,
-    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -142,8 +126,7 @@ def test_a_programming_error_and_a_killed_worker_stop_no_other(
     patch_task(monkeypatch, "none-bf16", divide)
     patch_task(monkeypatch, "bnb-nf4", die)
     patch_task(monkeypatch, "bnb-fp4", crash)
-    config = configured(store, "none-bf16", "bnb-nf4", "bnb-fp4")
-    good, broken, killed, crashed = quantize.run(config, merged, dataset)
+    good, broken, killed, crashed = run("none-bf16", "bnb-nf4", "bnb-fp4")
     assert isinstance(good, Variant)
     assert isinstance(broken, VariantFailure)
     assert broken.reason == "ZeroDivisionError: division by zero"
@@ -157,17 +140,13 @@ def test_a_programming_error_and_a_killed_worker_stop_no_other(
 
 
 def test_what_no_node_can_run_fails_instead_of_waiting(
-    ray_local: None,
-    store: ArtifactStore,
-    merged: MergedModel,
-    dataset: DatasetRecord,
-    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def too_much(self: NoneSpec, model_bytes: int, *, gpu: bool) -> Resources:
         return Resources(num_gpus=8 if self.dtype == "fp32" else 0)
 
     monkeypatch.setattr(NoneSpec, "resources", too_much)
-    good, bad = quantize.run(configured(store, "none-fp32"), merged, dataset)
+    good, bad = run("none-fp32")
     assert isinstance(good, Variant)
     assert isinstance(bad, VariantFailure)
     assert "no node has 1 CPUs, 8 GPUs" in bad.reason
@@ -175,18 +154,13 @@ def test_what_no_node_can_run_fails_instead_of_waiting(
 
 
 def test_an_environment_that_cannot_be_had_is_a_failure(
-    ray_local: None,
-    store: ArtifactStore,
-    merged: MergedModel,
-    dataset: DatasetRecord,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def out_of_reach() -> None:
         os.environ |= {"LLAVA_RAY_CACHE": str(tmp_path), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
 
     patch_task(monkeypatch, "awq-w4-g128", out_of_reach)
-    good, bad = quantize.run(configured(store, "awq-w4-g128"), merged, dataset)
+    good, bad = run("awq-w4-g128")
     assert isinstance(good, Variant)
     assert isinstance(bad, VariantFailure)
     assert bad.reason.startswith("AutoAWQ's environment could not be set up: ERROR: ")

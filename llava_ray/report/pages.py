@@ -1,0 +1,81 @@
+"""The report as one HTML file and as Markdown, and a model card per variant, from templates."""
+
+import re
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llava_ray.artifacts.records import Scorecard, Variant
+from llava_ray.report import columns as texts
+from llava_ray.report.content import Content
+from llava_ray.report.findings import Origins
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+LIBRARIES = {"none": "transformers", "bnb": "transformers", "awq": "transformers", "gguf": "gguf"}
+
+
+def write_html(content: Content) -> str:
+    """Render the page; whatever comes from captions, models and configs is escaped."""
+    columns = texts.make_columns(content.rows)
+    groups = {name: len(list(of)) for name, of in groupby(column.group for column in columns)}
+    return (
+        _templates()
+        .get_template("report.html.j2")
+        .render(
+            content=content,
+            columns=columns,
+            groups=groups,
+            starts={[column.group for column in columns].index(name) for name in groups},
+            bar_share=lambda column, row: texts.bar_share(column, row, content.rows),
+            measured=[row for row in content.rows if row.size_bytes is not None],
+            missing=[row for row in content.rows if row.size_bytes is None],
+        )
+    )
+
+
+def write_markdown(content: Content) -> str:
+    """Render the same as Markdown; what comes from captions and models cannot break its tables."""
+    columns = texts.make_columns(content.rows)
+    template = _templates().get_template("report.md.j2")
+    return template.render(content=content, columns=columns) + "\n"
+
+
+def write_card(card: Scorecard, variant: Variant, origins: Origins) -> str:
+    """Return README.md for the variant's folder, with the front matter that model hubs read."""
+    base = origins.merged.base_model if origins.merged else ""
+    template = _templates().get_template("card.md.j2")
+    return template.render(
+        card=card,
+        variant=variant,
+        dataset=origins.dataset,
+        base=base,
+        base_on_hub=re.fullmatch(r"[\w.-]+/[\w.-]+", base),
+        library=LIBRARIES.get(variant.method),
+        pair=sorted(name for name in variant.files if name.endswith(".gguf")),
+    )
+
+
+def escape(text: str) -> str:
+    """Make text safe inside a table cell of Markdown and keep it from being markup."""
+    line = " ".join(text.split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#~!])", r"\\\1", line)
+
+
+@cache
+def _templates() -> "Environment":
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: str(name).endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"cell": escape, "number": texts.number, "size": texts.size_text}
+    environment.globals["difference"] = texts.difference
+    return environment
