@@ -107,3 +107,23 @@ def test_the_locks_hold_what_the_project_asks_for_and_no_address() -> None:
         assert text.count("==") <= len(pins) + 2 < text.count("--hash=sha256:")
         for requirement in map(Requirement, [*asked, *more]):
             assert pins[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"PYTHON": "/nonexistent/python"}, "looked at /nonexistent/python"),
+        ({"PYTHON": "/bin/ls"}, "looked at /bin/ls"),
+        ({"LLAVA_RAY_VENV": "/tmp/a folder/venv"}, "path with spaces, /tmp/a folder/venv"),
+    ],
+)
+def test_what_cannot_be_installed_with_is_refused(variables: dict[str, str], said: str) -> None:
+    script = (
+        "source jobs/setup.sh; venv=${LLAVA_RAY_VENV:-/nonexistent/venv}; install_environment dev"
+    )
+    done = subprocess.run(
+        ["bash", "-euc", script], env=os.environ | variables, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and said in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -10,7 +10,6 @@ import json
 import logging
 import pickle
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from awq.models.llava import LlavaAWQForCausalLM
 from awq.quantize.quantizer import AwqQuantizer
 from torch import nn
 
-from llava_ray.console import fail
+from llava_ray.console import Progress, fail
 from llava_ray.errors import LlavaRayError, VariantError
 from llava_ray.models import tensors as llava_folder
 from llava_ray.models.folder import vision_shape
@@ -67,9 +66,7 @@ class _Quantizer(AwqQuantizer):  # type: ignore[misc]
         self, spec: AwqSpec, model: Any, samples: list[torch.Tensor], name: str, device: str
     ) -> None:
         self._samples = samples
-        self._name = name
         self._device = device
-        self._start = time.monotonic()
         self._layers_done = 0
         self.inps: torch.Tensor
         super().__init__(
@@ -86,6 +83,7 @@ class _Quantizer(AwqQuantizer):  # type: ignore[misc]
             duo_scaling=True,
             n_parallel_calib_samples=_ROWS_AT_ONCE,
         )
+        self._progress = Progress(name, len(self.modules), "layers", every_s=10)
 
     def init_quant(
         self, n_samples: int = 0, max_seq_len: int = 0
@@ -127,7 +125,9 @@ class _Quantizer(AwqQuantizer):  # type: ignore[misc]
         self.inps = self._module_forward(self.inps, layer, self.module_kwargs)
         for handle in handles:
             handle.remove()
-        self._say_progress()
+        if self._layers_done:
+            self._progress.at(self._layers_done)
+        self._layers_done += 1
         return {name: torch.cat(parts) * self._real for name, parts in seen.items()}
 
     def _module_forward(
@@ -183,14 +183,6 @@ class _Quantizer(AwqQuantizer):  # type: ignore[misc]
             setattr(module.get_submodule(parent), leaf, packed.cpu())
         # What is done leaves the device: one layer at a time lies there.
         module.cpu()
-
-    def _say_progress(self) -> None:
-        done, total = self._layers_done, len(self.modules)
-        self._layers_done += 1
-        if done and (self._device == "cpu" or done % 4 == 0):
-            each_s = (time.monotonic() - self._start) / done
-            left_s = each_s * (total - done)
-            logger.info("%s: layer %d of %d, about %.0f s left", self._name, done, total, left_s)
 
 
 def _load(merged: Path, dtype: torch.dtype) -> Any:

@@ -5,13 +5,13 @@ model: the mean square of each input of each linear.
 """
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from llava_ray.console import Progress
 from llava_ray.inference.llama_cpp.types import FILE_TYPES, NEEDS_IMATRIX, PLAIN, PREFIX
 from llava_ray.models import tensors as llava_folder
 from llava_ray.models.folder import vision_shape
@@ -87,14 +87,10 @@ def importance_matrix(merged: Path, calibration: Calibration, device: str) -> Im
         module = model.get_submodule(name.removesuffix(".weight"))
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(watch(target))
-    start = last_said = time.monotonic()
+    progress = Progress("importance", len(samples), "samples", every_s=_LOG_EVERY_S)
     for number, sample in enumerate(samples, start=1):
         ids, pixels = calibration.encode(sample, tokenizer, vision, max_tokens=_MAX_TOKENS)
         with torch.no_grad():
             model(input_ids=ids[None].to(device), pixel_values=pixels[None].to(device, dtype))
-        now = time.monotonic()
-        if now - last_said > _LOG_EVERY_S:
-            last_said = now
-            left_s = (now - start) / number * (len(samples) - number)
-            logger.info("importance: %d of %d samples, %.0f s left", number, len(samples), left_s)
+        progress.at(number)
     return {name: (total / rows_seen[name]).cpu().numpy() for name, total in sums.items()}

@@ -100,6 +100,11 @@ def test_a_full_disk_is_one_line() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def test_a_write_that_was_cut_short_is_a_full_disk() -> None:
+    with pytest.raises(ResourceError, match="no space left at /runs"), disk_errors("/runs"):
+        raise OSError("196608 requested and 128896 written")
+
+
 def test_an_unknown_scheme_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="storage.uri 'gopherx://a'"):
         Storage("gopherx://a")

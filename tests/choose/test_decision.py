@@ -90,6 +90,12 @@ def test_nobody_fits_is_one_line_with_every_reason() -> None:
     )
 
 
+def test_with_nothing_measured_but_the_baseline_no_limit_is_to_blame() -> None:
+    failed = [VariantFailure(slug="awq", reason="no package")]
+    with pytest.raises(ConfigError, match="^no variant to choose from beside the baseline: awq"):
+        decide([card(BASELINE)], failed, limits())
+
+
 def test_an_interval_beyond_the_limit_is_said() -> None:
     near = card("a").model_copy(
         update={"kl_divergence": Spread(median=0.09, low=0.05, high=0.14, repeats=4)}

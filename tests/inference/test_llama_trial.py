@@ -88,11 +88,18 @@ def test_the_trial_is_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(llama_trial, "run_child", None)
     assert extra_buffers() == works
     (record,) = (cache / "llama_cpp").glob("*.json")
-    record.write_text("")  # As a full disk leaves it.
+    # As a full disk leaves it, of another version, or changed by hand.
+    for text in ("", "[]", "null", '"x"', '{"fault": 5}', '{"fault": null}', "{}", "\0"):
+        record.write_text(text)
+        llama_trial._fault.cache_clear()
+        with pytest.raises(TypeError):
+            extra_buffers()
+    record.unlink()
+    record.mkdir()
     llama_trial._fault.cache_clear()
     with pytest.raises(TypeError):
         extra_buffers()
-    record.unlink()
+    record.rmdir()
     with pytest.raises(TypeError):
         extra_buffers()
 

@@ -1,0 +1,92 @@
+"""What a config alone shows to be wrong is said before anything is started, all of it at once."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llava_ray import cli, preflight
+from llava_ray.config.run import load_config
+from llava_ray.errors import ConfigError
+from llava_ray.models.folder import EMBEDDED
+
+
+def test_mistakes_of_several_sections_come_together() -> None:
+    config = load_config(
+        None,
+        [
+            "storage.uri=zz://bucket",
+            "quantize.variants=[none-fp16, gguf-q4km]",
+            "sweep.space={lr: {grid: [1]}}",
+            "sweep.objective=foo",
+        ],
+    )
+    with pytest.raises(ConfigError) as caught:
+        preflight.check(config)
+    for part in ("'zz'", "'gguf-q4km': did you mean", "sweep.space.lr", "sweep.objective 'foo'"):
+        assert part in str(caught.value)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut off": lambda folder: cut(folder / "model.safetensors"),
+    "text": lambda folder: (folder / "model.safetensors").write_bytes(b"a" * 100),
+    "empty": lambda folder: (folder / "model.safetensors").write_bytes(b""),
+    "a long header": lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
+    "half a config": lambda folder: (folder / "config.json").write_text("{"),
+    "a list": lambda folder: (folder / "config.json").write_text("[]"),
+    "not UTF-8": lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{"),
+    "no vision": lambda folder: (folder / "config.json").write_text('{"model_type": "llava"}'),
+    "a number": lambda folder: (folder / "config.json").write_text(
+        '{"model_type": "llava", "vision_config": 5}'
+    ),
+    "an index of nothing": lambda folder: (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "gone.safetensors"}}'
+    ),
+    "no index": lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_model_is_one_line(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED, folder)
+    config = load_config(None, [f"model.path={folder}"])
+    preflight.check(config)
+    DAMAGES[damage](folder)
+    with pytest.raises(ConfigError, match="^model.path ") as caught:
+        preflight.check(config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/llava_ray"])
+def test_storage_and_cache_that_cannot_be_written_are_one_line(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / place
+
+    def refused(*overrides: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            cli.run_job("test", lambda config: None, overrides)
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    assert refused(f"storage.uri={folder}").startswith(f"error: storage.uri '{folder}': no files")
+    monkeypatch.setenv("LLAVA_RAY_CACHE", str(folder))
+    assert refused(f"storage.uri={tmp_path}/runs").startswith("error: LLAVA_RAY_CACHE: no files")
+
+
+def test_an_empty_place_is_refused() -> None:
+    with pytest.raises(ConfigError, match="storage.uri='': give text that is not empty"):
+        load_config(None, ["storage.uri="])
+    with pytest.raises(ConfigError, match="quantize.variants='gguf-q4_k_m': give a list"):
+        load_config(None, ["quantize.variants=gguf-q4_k_m"])
+    with pytest.raises(ConfigError, match="min_replicas=5 is above max_replicas=2"):
+        load_config(None, ["serve.min_replicas=5", "serve.max_replicas=2"])
