@@ -115,6 +115,8 @@ def attention_gb_per_s(batch: int, length: int) -> float:
 
 
 def _seconds(run: Callable[[], Any]) -> float:
+    # It launches on a stream of its own, which does not wait for the tensors' first values.
+    torch.cuda.synchronize()
     milliseconds: float = do_bench_cudagraph(run, rep=50, return_mode="median")
     return milliseconds / 1000
 

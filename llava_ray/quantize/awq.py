@@ -4,10 +4,10 @@ AutoAWQ 0.2.9 runs only beside transformers 4.51, so a process of its own, with 
 (awq_environment.py), does the work. Source: arXiv 2306.00978.
 """
 
-import pickle
+import json
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -89,16 +89,18 @@ class AwqSpec(QuantizationSpec):
                     f"by {self.group_size} and their number by 32: use a smaller group"
                 )
         with tempfile.TemporaryDirectory() as folder:
-            task, result = Path(folder) / "task.pickle", Path(folder) / "result.pickle"
-            task.write_bytes(pickle.dumps((self, merged, out, calibration, device)))
+            task, result = Path(folder) / "task.json", Path(folder) / "result.json"
+            settings = asdict(calibration) | {
+                "slug": self.slug, "merged": merged, "out": out, "device": device,
+            }  # fmt: skip
+            task.write_text(json.dumps(settings, default=str), encoding="utf-8")
             crash = run_child(
                 "llava_ray.quantize.awq_calibration", [str(task), str(result)],
                 name=self.slug, before=autoawq_folder(),
             )[1]  # fmt: skip
             if crash is not None:
                 raise VariantError(f"AutoAWQ's process {crash.describe()}")
-            phases: llava_folder.Phases = pickle.loads(result.read_bytes())
-            return phases
+            return llava_folder.Phases(**json.loads(result.read_text(encoding="utf-8")))
 
     def load(self, folder: Path, device: str) -> Any:
         """Return the model with packed linears; on a CPU the rest is fp32."""

@@ -1,6 +1,6 @@
 """What runs in AutoAWQ's own process (transformers 4.51): calibrate, search, pack, write.
 
-python -m llava_ray.quantize.awq_calibration TASK.pickle RESULT.pickle
+python -m llava_ray.quantize.awq_calibration TASK.json RESULT.json
 
 Surprising: AutoAWQ knows only text and drops long samples. Here the decoder is fed embeddings,
 each image's features in place of its tokens, padded to one length; padding counts for nothing.
@@ -8,9 +8,9 @@ each image's features in place of its tokens, padded to one length; padding coun
 
 import json
 import logging
-import pickle
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -289,13 +289,25 @@ def _write_preprocessor_config(out: Path) -> None:
         path.write_text(json.dumps(images, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def main(task: Path, result: Path) -> None:
+    """Quantize as a task file says, and write the phases to the result file."""
+    settings = json.loads(task.read_text(encoding="utf-8"))
+    spec = AwqSpec.parse(settings["slug"])
+    assert spec is not None
+    calibration = Calibration(
+        Path(settings["dataset_folder"]), settings["num_samples"], settings["system_prompt"]
+    )
+    merged, out = Path(settings["merged"]), Path(settings["out"])
+    phases = quantize_with_autoawq(spec, merged, out, calibration, settings["device"])
+    result.write_text(json.dumps(asdict(phases)), encoding="utf-8")
+
+
 if __name__ == "__main__":
     # To stdout, which the parent shares; stderr is kept for the reason of a failure.
     logging.basicConfig(
         stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )
-    task, result = (Path(argument) for argument in sys.argv[1:])
     try:
-        result.write_bytes(pickle.dumps(quantize_with_autoawq(*pickle.loads(task.read_bytes()))))
+        main(*(Path(argument) for argument in sys.argv[1:]))
     except LlavaRayError as error:
         fail(error)

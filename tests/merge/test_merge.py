@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_run import config_for, small_model, squares
 
 from llava_ray import merge
@@ -84,6 +85,6 @@ def test_another_base_is_refused(
 ) -> None:
     root, _, adapter = made
     other = small_model(tmp_path / "other")
-    (other / "second.safetensors").write_bytes(b"")
+    save_file({"second": torch.zeros(1)}, other / "second.safetensors")
     with pytest.raises(ArtifactError, match="was trained on"):
         merge.run(config_for(root / "store", other, "merge.dtype=bf16"), adapter)

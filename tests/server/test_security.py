@@ -376,7 +376,7 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
 
 def test_no_code_of_a_model_is_run_and_nothing_is_unpickled() -> None:
     root = Path(llava_ray.__file__).parent
-    for folder in ("serving", "quantize", "deploy"):
+    for folder in ("server", "quantize", "deploy", "models", "artifacts"):
         for path in (root / folder).rglob("*.py"):
             text = path.read_text(encoding="utf-8")
             for call in ("trust_remote_code=", "torch.load(", "pickle.load", "import pickle"):
