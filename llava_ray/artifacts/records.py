@@ -157,11 +157,14 @@ class VariantFailure(Frozen):
 
 
 def missing_line(failures: Mapping[str, str], total: int) -> str:
-    """Say in one line which variants failed, by their reasons; empty where none did."""
+    """Say in one line which variants failed and why; empty where none did."""
     if not failures:
         return ""
-    first, reason = next(iter(failures.items()))
-    return f"{len(failures)} of {total} variants failed: {', '.join(failures)}; {first}: {reason}"
+    by_reason: dict[str, list[str]] = {}
+    for slug, reason in failures.items():
+        by_reason.setdefault(reason, []).append(slug)
+    parts = "; ".join(f"{', '.join(slugs)}: {reason}" for reason, slugs in by_reason.items())
+    return f"{len(failures)} of {total} variants failed: {parts}"
 
 
 class QuantizationRun(Record):
@@ -256,7 +259,7 @@ class ChosenVariant(Record):
 
     @property
     def missing(self) -> str:
-        """Which variants failed, in one line; empty where none did."""
+        """Which variants failed and why, in one line; empty where none did."""
         return missing_line(self.settings["failures"], len(self.against) + 1)
 
 

@@ -44,7 +44,7 @@ def test_what_is_missing_is_said_first(
     chosen: ChosenVariant, html: str, markdown: str, tmp_path: Path
 ) -> None:
     total = len(SHAPES) + len(FAILURES)
-    assert chosen.missing.startswith(f"1 of {total} variants failed: awq-w4-g128; awq-w4-g128: ")
+    assert chosen.missing.startswith(f"1 of {total} variants failed: awq-w4-g128: ")
     assert markdown.splitlines()[0].startswith(f"**1 of {total} variants failed: awq-w4-g128")
     body = html.split("<main>")[1]
     assert body.strip().startswith(f'<p class="missing" role="alert">1 of {total} variants failed')
