@@ -11,7 +11,8 @@ from llava_ray.errors import ConfigError
 from llava_ray.merge import merge_memory_bytes
 from llava_ray.models import tensors as llava_folder
 from llava_ray.models.folder import EMBEDDED, WEIGHTS_INDEX, check_model, vision_shape
-from llava_ray.prepare.tables import SCENE_TEXT, SUFFIXES
+from llava_ray.prepare.readers import readers
+from llava_ray.prepare.sources import SCENE_TEXT
 from llava_ray.quantize.registry import spec_for
 from llava_ray.resources.capacity import Resources
 
@@ -112,7 +113,7 @@ def _source(config: RunConfig) -> str:
     if path.is_file():
         size = path.stat().st_size / 1e6
         return f"{path} has {size:,.1f} MB, and the size of its images is unknown"
-    if path.suffix in SUFFIXES:
+    if path.suffix in readers():
         return f"size unknown: {path} is not on this machine"
     return f"size unknown: {source} is read when the stage starts"
 

@@ -12,6 +12,7 @@ from llava_ray.config.run import load_config
 from llava_ray.errors import ConfigError
 from llava_ray.models.shapes import LLAVA_7B
 from llava_ray.models.sizes import Sizes
+from llava_ray.prepare.readers import readers
 from llava_ray.report import article
 from llava_ray.train.estimate import default_load, estimate
 
@@ -28,6 +29,8 @@ def fill(text: str, results: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         name = match[2]
+        if name == "forms":
+            return f"{match[1]}{_forms()}\n{match[4]}"
         if name not in TABLES:
             raise ConfigError(f"README asks for table {name!r}: there are {', '.join(TABLES)}")
         file, make = TABLES[name]
@@ -102,6 +105,16 @@ def _columns(rows: Sequence[Any], *columns: Column) -> str:
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _forms() -> str:
+    """Return the forms of data that the readers know."""
+    rows = [[f"`{suffix}`", reader.form] for suffix, reader in readers().items()]
+    hub = [
+        "a Hugging Face id",
+        "a data set of the hub with images, or their file names, and captions",
+    ]
+    return _table(["data.source", "what it holds"], [*rows, hub]).replace("---:", "---")
 
 
 def _decode(tree: Any) -> str:

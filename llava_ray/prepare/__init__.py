@@ -19,8 +19,9 @@ from llava_ray.errors import ConfigError, DataError
 from llava_ray.models.conversation import IMAGE_TOKEN
 from llava_ray.prepare.pictures import StoredRow, hash_image_files, store_images
 from llava_ray.prepare.rows import Rejection, RowReader
+from llava_ray.prepare.sources import SCENE_TEXT, open_file, open_table
 from llava_ray.prepare.split import split_rows
-from llava_ray.prepare.tables import SCENE_TEXT, Table, open_file, open_table
+from llava_ray.prepare.table import Table
 
 logger = logging.getLogger(__name__)
 

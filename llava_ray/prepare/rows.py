@@ -11,7 +11,7 @@ from typing import Any
 from llava_ray.config.run import DataConfig
 from llava_ray.errors import DataError
 from llava_ray.models.conversation import IMAGE_TOKEN
-from llava_ray.prepare.tables import BrokenRow, Cells, Table
+from llava_ray.prepare.table import BrokenRow, Cells, Table
 
 CONVERSATIONS = "conversations"
 

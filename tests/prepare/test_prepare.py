@@ -219,7 +219,7 @@ def test_other_files_and_folders_are_refused(
     tmp_path: Path, config: Callable[..., RunConfig]
 ) -> None:
     (tmp_path / "c.csv").write_text("filename,caption_condensed\n")
-    with pytest.raises(ConfigError, match=r"only .parquet, .jsonl, .json"):
+    with pytest.raises(ConfigError, match=r"only \.jsonl, \.json, \.parquet files are read"):
         prepare.run(config(tmp_path / "c.csv"))
     write_jsonl(tmp_path / "c.jsonl", [])
     with pytest.raises(ConfigError, match=r"is a folder: .* such as c.jsonl"):

@@ -12,7 +12,7 @@ from llava_ray import prepare
 from llava_ray.artifacts.store import local_folder
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError, DataError
-from llava_ray.prepare.tables import open_hub
+from llava_ray.prepare.sources import open_hub
 
 
 def captions(record: Any) -> dict[str, str]:

@@ -1,0 +1,46 @@
+"""JSON lines."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llava_ray.artifacts.store import sha256_of
+from llava_ray.errors import DataError
+from llava_ray.prepare.readers import Reader
+from llava_ray.prepare.table import BrokenRow, Cells, Table
+
+
+def _open_jsonl(path: Path) -> Table:
+    columns: dict[str, None] = {}
+    num_rows = 0
+    with path.open("rb") as stream:
+        for line in stream:
+            if not line.strip():
+                continue
+            num_rows += 1
+            cells = _cells(line)
+            if isinstance(cells, dict):
+                columns |= dict.fromkeys(cells)
+    if num_rows and not columns:
+        raise DataError(f"data.source {str(path)!r}: no line of it is a JSON object")
+
+    def read(columns: Sequence[str]) -> Iterator[Cells | BrokenRow]:
+        with path.open("rb") as stream:
+            for line in stream:
+                if line.strip():
+                    yield _cells(line)
+
+    return Table(tuple(columns), num_rows, sha256_of(path), read, path.parent)
+
+
+def _cells(line: bytes) -> Cells | BrokenRow:
+    try:
+        cells = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return BrokenRow(f"not JSON ({error})")
+    if not isinstance(cells, dict):
+        return BrokenRow(f"a JSON {type(cells).__name__}, not an object")
+    return cells
+
+
+READER = Reader(".jsonl", "an object a line, with an image's file name and a caption", _open_jsonl)

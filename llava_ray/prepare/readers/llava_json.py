@@ -1,0 +1,33 @@
+"""LLaVA's own JSON, a list of conversations."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llava_ray.artifacts.store import sha256_of
+from llava_ray.errors import DataError
+from llava_ray.prepare.readers import Reader
+from llava_ray.prepare.table import BrokenRow, Cells, Table
+
+
+def _open_json(path: Path) -> Table:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"data.source {str(path)!r}: not JSON ({error})") from error
+    if not isinstance(rows, list):
+        raise DataError(
+            f"data.source {str(path)!r}: holds a {type(rows).__name__}, not a list of rows "
+            "with id, image and conversations"
+        )
+    columns = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
+
+    def read(_: Sequence[str]) -> Iterator[Cells | BrokenRow]:
+        for row in rows:
+            good = isinstance(row, dict)
+            yield row if good else BrokenRow(f"a {type(row).__name__}, not an object")
+
+    return Table(tuple(columns), len(rows), sha256_of(path), read, path.parent)
+
+
+READER = Reader(".json", "LLaVA's list of `id`, `image` and `conversations`", _open_json)

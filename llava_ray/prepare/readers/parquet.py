@@ -1,0 +1,38 @@
+"""Parquet."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llava_ray.artifacts.store import sha256_of
+from llava_ray.errors import DataError
+from llava_ray.prepare.readers import Reader
+from llava_ray.prepare.table import BATCH_ROWS, Cells, Table, binary_columns
+
+
+def _open_parquet(path: Path) -> Table:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"data.source {str(path)!r}: not parquet ({reason})") from error
+
+    def read(columns: Sequence[str]) -> Iterator[Cells]:
+        with parquet.ParquetFile(path) as opened:
+            for batch in opened.iter_batches(BATCH_ROWS, columns=list(columns)):
+                yield from batch.to_pylist()
+
+    with file:
+        return Table(
+            columns=tuple(file.schema_arrow.names),
+            num_rows=file.metadata.num_rows,
+            sha256=sha256_of(path),
+            read=read,
+            folder=path.parent,
+            binary_columns=binary_columns(file.schema_arrow),
+        )
+
+
+READER = Reader(".parquet", "a table with images, or their file names, and captions", _open_parquet)
