@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source jobs/setup.sh
 
-install_environment dev
+install_environment "dev-linux-$(uname -m)"
 export PATH="$venv/bin:$PATH"
 ruff format --check .
 ruff check .
