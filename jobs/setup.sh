@@ -106,8 +106,8 @@ install_environment() {  # $1: the name of a file in jobs/requirements, without 
     wait $build || { tail -n 30 "$work/log" >&2; die "llama-cpp-python could not be compiled; the reason stands above"; }
     compile=$(cat "$work/seconds")
     start=$SECONDS
-    "$venv/bin/pip" install -q --no-index --no-deps --no-compile "$work"/*.whl \
-        && "$venv/bin/pip" install -q --no-index --no-deps --no-build-isolation -e . \
+    "$venv/bin/uv" pip install -q --python "$venv/bin/python" --offline --no-deps --no-build-isolation "$work"/*.whl -e . 2>/dev/null \
+        || "$venv/bin/pip" install -q --no-index --no-deps --no-build-isolation "$work"/*.whl -e . \
         || die "the installation failed; its reason stands above"
     rm -r "$work"
     trap - EXIT

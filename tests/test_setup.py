@@ -119,7 +119,8 @@ def test_the_locks_hold_what_the_project_asks_for_and_no_address() -> None:
 )
 def test_what_cannot_be_installed_with_is_refused(variables: dict[str, str], said: str) -> None:
     script = (
-        "source jobs/setup.sh; venv=${LLAVA_RAY_VENV:-/nonexistent/venv}; install_environment dev-linux-$(uname -m)"
+        "source jobs/setup.sh; venv=${LLAVA_RAY_VENV:-/nonexistent/venv};"
+        "install_environment dev-linux-$(uname -m)"
     )
     done = subprocess.run(
         ["bash", "-euc", script], env=os.environ | variables, capture_output=True, text=True

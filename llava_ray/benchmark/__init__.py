@@ -124,12 +124,14 @@ def _measure_all(
     from llava_ray.benchmark.measure import measure
 
     progress = Progress("benchmark", len(missing), "variants")
+    # PyTorch's variants take longest on a CPU, so llama.cpp's fill the end.
+    ordered = sorted(missing, key=lambda variant: variant.method == "gguf")
     results: dict[str, Scorecard | VariantFailure] = {}
     tasks = [
         _task(plan, measure, variant.slug, plan, variant, baseline, dataset, reference)
-        for variant in missing
+        for variant in ordered
     ]
-    slugs = {task.name: variant.slug for task, variant in zip(tasks, missing, strict=True)}
+    slugs = {task.name: variant.slug for task, variant in zip(tasks, ordered, strict=True)}
     most = plan.config.max_parallel or _side_by_side(plan, missing)
     for task, outcome in run_tasks(tasks, at_once=most):
         slug = slugs[task.name]
