@@ -1,5 +1,6 @@
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -81,12 +82,29 @@ def test_answers_together_are_those_given_alone(ahead: bool) -> None:
     assert engine.held == {}
 
 
+class GatedEngine(TableEngine):
+    """Decodes nothing until its gate is opened."""
+
+    def __init__(self) -> None:
+        super().__init__(slots=1, context=200)
+        self.gate = threading.Event()
+
+    def decode(self, slots: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
+        assert self.gate.wait(60)
+        return super().decode(slots, tokens)
+
+
 def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
-    engine = TableEngine(slots=1, context=200)
+    engine = GatedEngine()
 
     async def work(scheduler: Scheduler) -> list[object]:
         sampling = SamplingParams(max_tokens=100, ignore_eos=True)
-        calls = (_answer(scheduler, _prompt(i), sampling) for i in range(5))
+        calls = [
+            asyncio.create_task(_answer(scheduler, _prompt(i), sampling, 60)) for i in range(5)
+        ]
+        while not all(call.done() for call in calls[3:]):
+            await asyncio.sleep(0.01)
+        engine.gate.set()
         return await asyncio.gather(*calls, return_exceptions=True)
 
     results = _with(engine, work, max_waiting=2)
