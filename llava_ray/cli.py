@@ -98,7 +98,7 @@ def run_job(
     A LlavaRayError ends the process with one line on stderr and exit code 2; `--dry-run` prints
     the merged config and the resources that would be asked for, and returns None.
     """
-    args = _parser(description).parse_args(argv)
+    args = argument_parser(description).parse_args(argv)
     set_up_logging()
     try:
         config = load_config(args.config, args.overrides)
@@ -144,7 +144,7 @@ def connect() -> None:
         ) from error
 
 
-def _parser(description: str | None) -> argparse.ArgumentParser:
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", type=Path, help="YAML such as jobs/configs/quickstart.yaml")
     parser.add_argument(

@@ -9,6 +9,7 @@ from llava_ray.artifacts.storage import Storage
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
 from llava_ray.models.folder import check_model
+from llava_ray.prepare.sources import check_source
 from llava_ray.quantize.registry import spec_for
 from llava_ray.sweep.space import check_space
 from llava_ray.trial_score import scorer_for
@@ -33,18 +34,25 @@ def _checks(config: RunConfig) -> Iterator[Callable[[], object]]:
     if config.sweep.space:
         yield lambda: check_space(config)
         yield lambda: scorer_for(config)
+    yield lambda: check_source(config.data.source)
     folder = Path(config.model.path).expanduser()
     if config.model.path != "embedded" and folder.is_dir():
         yield lambda: check_model(folder)
 
 
 def check_storage(config: RunConfig) -> None:
-    """Refuse an unknown scheme, and in a Ray job, whose folder vanishes with it, a relative path.
+    """Refuse an unknown scheme, what can be no folder, and a relative path in a Ray job.
 
-    Raises ConfigError.
+    A job's folder vanishes with it. Raises ConfigError.
     """
     uri = config.storage.uri
-    Storage(uri)
+    storage = Storage(uri)
+    if storage.is_local:
+        there = next(
+            path for path in (Path(storage.root), *Path(storage.root).parents) if path.exists()
+        )
+        if not there.is_dir():
+            raise ConfigError(f"storage.uri {uri!r}: {there} is no folder; give another path")
     relative = "://" not in uri and not Path(uri).expanduser().is_absolute()
     if relative and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         raise ConfigError(

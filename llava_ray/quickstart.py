@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_ray import preflight
 from llava_ray.cluster.local import up
+from llava_ray.config.run import load_config
 from llava_ray.errors import ResourceError
 from llava_ray.shipped import shipped
 
@@ -33,11 +35,15 @@ def run(argv: Sequence[str]) -> int:
     followed again. Raises ConfigError for a config that is not valid, ResourceError where Ray does
     not start.
     """
+    from llava_ray.cli import argument_parser
+
     if {"-h", "--help"} & set(argv):
         print(_HELP)
         return 0
     if "--config" not in argv:
         argv = ["--config", str(shipped("jobs/configs/quickstart.yaml")), *argv]
+    arguments = argument_parser(None).parse_args(argv)
+    preflight.check(load_config(arguments.config, arguments.overrides))
     os.environ["RAY_AUTH_MODE"] = "token"  # Ray reads it when it is imported.
     head = up(shipped("cluster/local.yaml"))
     print(f"Ray runs at {head.address}, jobs go to {head.dashboard}", flush=True)

@@ -20,11 +20,18 @@ def test_mistakes_of_several_sections_come_together() -> None:
             "quantize.variants=[none-fp16, gguf-q4km]",
             "sweep.space={lr: {grid: [1]}}",
             "sweep.objective=foo",
+            "data.source=scenetext",
         ],
     )
     with pytest.raises(ConfigError) as caught:
         preflight.check(config)
-    for part in ("'zz'", "'gguf-q4km': did you mean", "sweep.space.lr", "sweep.objective 'foo'"):
+    for part in (
+        "'zz'",
+        "'gguf-q4km': did you mean",
+        "sweep.space.lr",
+        "sweep.objective 'foo'",
+        "mean 'scene-text'",
+    ):
         assert part in str(caught.value)
 
 
@@ -38,6 +45,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "empty": lambda folder: (folder / "model.safetensors").write_bytes(b""),
     "a long header": lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64),
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "an empty tokenizer": lambda folder: (folder / "tokenizer.json").write_text(""),
+    "half a processor": lambda folder: (folder / "preprocessor_config.json").write_text("{"),
     "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
     "half a config": lambda folder: (folder / "config.json").write_text("{"),
     "a list": lambda folder: (folder / "config.json").write_text("[]"),
@@ -78,7 +87,7 @@ def test_storage_and_cache_that_cannot_be_written_are_one_line(
         assert end.value.code == 2
         return capsys.readouterr().err
 
-    assert refused(f"storage.uri={folder}").startswith(f"error: storage.uri '{folder}': no files")
+    assert refused(f"storage.uri={folder}").startswith(f"error: storage.uri '{folder}': ")
     monkeypatch.setenv("LLAVA_RAY_CACHE", str(folder))
     assert refused(f"storage.uri={tmp_path}/runs").startswith("error: LLAVA_RAY_CACHE: no files")
 

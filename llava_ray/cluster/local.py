@@ -67,6 +67,8 @@ def up(path: Path) -> Head:
     """
     tree = read_cluster(path)
     commands = _commands(path, tree)
+    folder = _folder(tree)
+    check_writable(folder, "LLAVA_RAY_CACHE")
     found = running(path)
     if found:
         return found
@@ -76,8 +78,6 @@ def up(path: Path) -> Head:
             "elsewhere"
         )
     ports = _check_ports(commands)
-    folder = _folder(tree)
-    check_writable(folder, "LLAVA_RAY_CACHE")
     with disk_errors(str(folder)):
         head = Head(
             cluster_id=secrets.token_hex(8),

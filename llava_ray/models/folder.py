@@ -53,6 +53,14 @@ def check_model(folder: Path) -> None:
     vision_shape(folder)
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise ConfigError(f"model.path {str(folder)!r}: no {' or '.join(_TOKENIZERS)} there")
+    for path in folder.glob("*.json"):
+        try:
+            json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"model.path {str(folder)!r}: {path.name} is no JSON ({error}); copy or download "
+                "the model again"
+            ) from error
     check_weights(folder)
 
 

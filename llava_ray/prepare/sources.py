@@ -28,13 +28,19 @@ def open_table(config: DataConfig) -> Table:
             f"data.source {config.source!r} is a folder: name the file in it"
             + (f", such as {inside[0]}" if inside else f" (it has no {_suffixes()})")
         )
-    if near := difflib.get_close_matches(config.source, [SCENE_TEXT], cutoff=0.7):
-        raise ConfigError(f"data.source {config.source!r}: did you mean {near[0]!r}?")
+    check_source(config.source)
     if "://" in config.source:
         raise ConfigError(f"data.source {config.source!r}: give a path on disk or a hub id")
     if path.suffix in readers() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source):
         raise DataError(f"data.source {config.source!r}: no such file (looked in {Path.cwd()})")
     return open_hub(config.source, config.split)
+
+
+def check_source(source: str) -> None:
+    """Raise ConfigError for a name that is nearly, but not quite, the generated data's."""
+    near = difflib.get_close_matches(source, [SCENE_TEXT], cutoff=0.7)
+    if near and source != SCENE_TEXT and not Path(source).exists():
+        raise ConfigError(f"data.source {source!r}: did you mean {near[0]!r}?")
 
 
 def open_file(path: Path) -> Table:
