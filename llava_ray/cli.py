@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from llava_ray import preflight
 from llava_ray.artifacts.storage import Storage, cache_folder, check_writable
 from llava_ray.config.run import RunConfig, load_config, to_yaml
 from llava_ray.console import fail, set_up_logging
@@ -102,6 +101,9 @@ def run_job(
     set_up_logging()
     try:
         config = load_config(args.config, args.overrides)
+        # Imported here: the stages that it asks know large libraries.
+        from llava_ray import preflight
+
         preflight.check(config)
         if args.dry_run:
             from llava_ray.dry_run import describe_requests

@@ -34,7 +34,7 @@ def set_up_logging() -> None:
 class Progress:
     """Logs how far work is, and about how long the rest takes at its pace so far."""
 
-    def __init__(self, what: str, total: float, unit: str, *, every_s: float = 0) -> None:
+    def __init__(self, what: str, total: float, unit: str, *, every_s: float = 10) -> None:
         """every_s: the least time between two lines."""
         self.total = total
         self._what, self._unit, self._every_s = what, unit, every_s

@@ -149,7 +149,6 @@ class Product:
         else:
             config = zero.zero_config(train, "bf16" if gpu else "fp32", gpu=gpu)
             self.engine = zero.make_engine(loss, groups, config)
-        self.engine.train()
 
     def recompute(self, checkpointing: Checkpointing) -> None:
         """Choose what backward computes again, by the product's config key."""

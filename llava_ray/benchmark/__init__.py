@@ -123,7 +123,7 @@ def _measure_all(
     """Measure variants side by side, timings apart; a failure stays with its variant."""
     from llava_ray.benchmark.measure import measure
 
-    progress = Progress("benchmark", len(missing), "variants")
+    progress = Progress("benchmark", len(missing), "variants", every_s=0)
     # PyTorch's variants take longest on a CPU, so llama.cpp's fill the end.
     ordered = sorted(missing, key=lambda variant: variant.method == "gguf")
     results: dict[str, Scorecard | VariantFailure] = {}

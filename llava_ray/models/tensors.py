@@ -5,7 +5,6 @@ or `model.language_model.*`; modules carry the latter. `module_name` maps both t
 """
 
 import json
-import logging
 import re
 import shutil
 import time
@@ -16,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_ray.console import Progress
 from llava_ray.errors import ArtifactError
 
 if TYPE_CHECKING:
     import torch
-
-logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 4 * 2**30
 
@@ -122,9 +120,8 @@ def rewrite(
 
     The result is complete: config, tokenizer and processor files lie beside the safetensors.
     """
-    total = len(weight_shapes(merged))
-    writer = ShardWriter(out)
-    phases, watch, last_said = Phases(), Stopwatch(), time.monotonic()
+    progress = Progress(out.name, len(weight_shapes(merged)), "tensors")
+    writer, phases, watch = ShardWriter(out), Phases(), Stopwatch()
     for number, (name, value) in enumerate(_read_ahead(merged, device), start=1):
         phases.read_s += watch.lap()
         stem = name.removesuffix(".weight")
@@ -137,9 +134,7 @@ def rewrite(
         phases.quantize_s += watch.lap()
         writer.add(stored)
         phases.write_s += watch.lap()
-        if time.monotonic() - last_said > 10:
-            last_said = time.monotonic()
-            logger.info("%s: %d of %d tensors written", out.name, number, total)
+        progress.at(number)
     writer.finish()
     copy_sidecars(merged, out)
     write_config(merged, out, dtype=dtype, quantization_config=quantization_config)

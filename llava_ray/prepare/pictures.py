@@ -14,7 +14,6 @@ from llava_ray.models.images import open_image
 from llava_ray.prepare.rows import Rejection, Row, RowProblem
 
 HASHED_BYTES = 64 * 1024
-LOG_EVERY_S = 10.0
 _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"BM": ".bmp"}
 
 
@@ -59,7 +58,7 @@ def store_images(
             yield waiting.popleft().result()
 
     threads = min(16, os.cpu_count() or 1)
-    progress = Progress("prepare", num_rows, "rows", every_s=LOG_EVERY_S)
+    progress = Progress("prepare", num_rows, "rows")
     with ThreadPoolExecutor(threads) as pool:
         for done, result in enumerate(checked(), 1):
             progress.at(done)

@@ -48,7 +48,7 @@ def _make_all(config: RunConfig, store: ArtifactStore, jobs: list[Job]) -> dict[
         QuantizationRun, run_id, settings=settings, parents=[jobs[0].merged.id]
     ) as build:
         outcomes: dict[str, Outcome] = {}
-        progress = Progress("quantize", len(jobs), "variants")
+        progress = Progress("quantize", len(jobs), "variants", every_s=0)
         for outcome in _outcomes(config, jobs):
             outcomes[outcome.slug] = outcome
             if isinstance(outcome, VariantFailure):

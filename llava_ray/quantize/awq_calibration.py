@@ -83,7 +83,7 @@ class _Quantizer(AwqQuantizer):  # type: ignore[misc]
             duo_scaling=True,
             n_parallel_calib_samples=_ROWS_AT_ONCE,
         )
-        self._progress = Progress(name, len(self.modules), "layers", every_s=10)
+        self._progress = Progress(name, len(self.modules), "layers")
 
     def init_quant(
         self, n_samples: int = 0, max_seq_len: int = 0

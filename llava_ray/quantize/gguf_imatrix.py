@@ -4,7 +4,6 @@ llama.cpp's own tool sees text only. What it measures is measured here by hooks 
 model: the mean square of each input of each linear.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +19,8 @@ from llava_ray.quantize.gguf_writer import text_targets
 from llava_ray.quantize.spec import Calibration, whole_model
 from llava_ray.resources.capacity import Resources
 
-logger = logging.getLogger(__name__)
-
 _SUFFIX = "-imatrix"
 _MAX_TOKENS = 2048
-_LOG_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ def importance_matrix(merged: Path, calibration: Calibration, device: str) -> Im
         module = model.get_submodule(name.removesuffix(".weight"))
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(watch(target))
-    progress = Progress("importance", len(samples), "samples", every_s=_LOG_EVERY_S)
+    progress = Progress("importance", len(samples), "samples")
     for number, sample in enumerate(samples, start=1):
         ids, pixels = calibration.encode(sample, tokenizer, vision, max_tokens=_MAX_TOKENS)
         with torch.no_grad():

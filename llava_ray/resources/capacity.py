@@ -60,8 +60,9 @@ def free_nodes() -> list[Resources]:
     totals = {node["NodeID"]: node["Resources"] for node in alive if node["Alive"]}
     free = {id: {key: has.get(key, 0.0) for key in _COUNTED} for id, has in totals.items()}
     for node_id, taken in _taken_by_replicas():
-        for key in _COUNTED if node_id in free else ():
-            free[node_id][key] -= taken.get(key, 0.0)
+        if node_id in free:
+            for key in _COUNTED:
+                free[node_id][key] -= taken.get(key, 0.0)
     for key in ("CPU", "GPU"):
         most = max((has.get(key, 0.0) for has in totals.values()), default=0.0)
         if most >= 1 and all(node[key] < 1 for node in free.values()):

@@ -175,7 +175,7 @@ def _progress() -> Any:
 
     class TrialProgress(Callback):
         def __init__(self) -> None:
-            self._done, self._progress = 0, Progress("sweep", 0, "trials")
+            self._done, self._progress = 0, Progress("sweep", 0, "trials", every_s=0)
 
         def on_trial_complete(
             self, iteration: int, trials: list[Any], trial: Any, **_: Any

@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOG_EVERY_S = 10.0
-
 
 class WorkerTask(BaseModel):
     """All that a worker needs to know."""
@@ -158,9 +156,7 @@ class Loop:
         save_every = self.train.checkpoint_every_steps or max(1, self.total_steps // 10)
         eval_every = self.train.eval_every_steps
         first = self.state.samples
-        progress = Progress(
-            "train", self.state.total_samples - first, "samples", every_s=_LOG_EVERY_S
-        )
+        progress = Progress("train", self.state.total_samples - first, "samples")
         while self.state.samples < self.state.total_samples:
             lap = time.monotonic()
             values = self._step(batches)
