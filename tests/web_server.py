@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import uvicorn
+from local_engine import LocalEngine
 from PIL import Image
 
 from llava_ray.inference.engine import Engine
-from llava_ray.server.backend import LocalBackend, ModelCard
+from llava_ray.server.backend import Backend, ModelCard
 from llava_ray.server.endpoint import Endpoint
 from llava_ray.server.guard import key_digest
+from llava_ray.server.metrics import Recorder
 from llava_ray.server.settings import AppArgs, ModelArgs
 
 
@@ -23,7 +25,7 @@ from llava_ray.server.settings import AppArgs, ModelArgs
 class Running:
     url: str
     endpoint: Endpoint
-    backends: tuple[LocalBackend, ...]
+    engines: tuple[LocalEngine, ...]
 
 
 def card_for(engine: Engine, name: str) -> ModelCard:
@@ -32,11 +34,11 @@ def card_for(engine: Engine, name: str) -> ModelCard:
         slug=name,
         digest="sha256:" + "0" * 64,
         created=0,
-        variant_uri="nowhere",
         image_size=engine.image_size,
         tokens_per_image=engine.tokens_per_image,
         eos_token_id=engine.eos_token_id,
         context=engine.context,
+        slots=engine.slots,
         scorecard={"perplexity": 2.5},
     )
 
@@ -52,10 +54,11 @@ def serving(
 ) -> Iterator[Running]:
     """Serve engines until the block ends."""
     args = app_args(tuple(engines), **changes)
-    backends = tuple(
-        LocalBackend(engine, card_for(engine, name), max_waiting=args.max_queued_requests)
-        for name, engine in engines.items()
-    )
+    local = tuple(map(LocalEngine, engines.values()))
+    backends = [
+        Backend(card_for(engine, name), engine.tokenizer, answering, Recorder(name))
+        for (name, engine), answering in zip(engines.items(), local, strict=True)
+    ]
     endpoint = Endpoint(backends, args)
     app = endpoint.app([key_digest(key)] if key else [])
     # With the protocol named, asyncio turns Nagle's algorithm off on what is accepted.
@@ -68,18 +71,18 @@ def serving(
     )
 
     async def main() -> None:
-        for backend in backends:
-            backend.scheduler.start()
+        for engine in local:
+            engine.scheduler.start()
         await server.serve([listener])
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
     try:
         port = listener.getsockname()[1]
-        yield Running(f"http://127.0.0.1:{port}", endpoint, backends)
+        yield Running(f"http://127.0.0.1:{port}", endpoint, local)
     finally:
-        for backend in backends:
-            backend.scheduler.close()
+        for engine in local:
+            engine.scheduler.close()
         server.should_exit = True
         thread.join(10)
         listener.close()

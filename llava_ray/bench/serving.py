@@ -20,13 +20,14 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import aiohttp
 import numpy as np
 
 from llava_ray import __version__
-from llava_ray.artifacts.store import ArtifactStore
+from llava_ray.artifacts.records import Variant
+from llava_ray.artifacts.store import ArtifactStore, read_record
 from llava_ray.bench import results
 from llava_ray.bench.quantize import embedded_variant
 from llava_ray.inference.engine import Prompt
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLIENTS = (1, 8, 64)
+Proxy = Literal["python", "haproxy"]
+PROXIES: tuple[Proxy, ...] = ("python", "haproxy")
 
 _SLUG = "none-fp32"
 _QUESTION = "What does the sign say?"
@@ -82,29 +85,43 @@ def run(
     """Measure and write the result as JSON. Starts and ends a Ray of its own.
 
     Without a variant the embedded model is served on the CPU: the served engine and the bare one
-    get one CPU thread each, and only one of them works at a time; the ingress, Serve's proxy and
-    the load generator share what other CPUs there are. A variant's two engines share the GPUs.
+    get one CPU thread each, and only one of them works at a time; the replica's HTTP, Serve's
+    proxy and the load generator share what other CPUs there are. A variant's engines share GPUs.
     """
-    import ray
     import torch
-    from ray import serve
-
-    from llava_ray.deploy.application import start_serve
-    from llava_ray.server.application import build
 
     gpus = min(1.0, torch.cuda.device_count() / 2) if variant_uri else 0.0
     with tempfile.TemporaryDirectory() as folder:
         uri = variant_uri or embedded_variant(ArtifactStore(folder), _SLUG).uri
-        args = _app_args(uri, gpus)
-        ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-        try:
-            bare = ray.remote(num_cpus=1, num_gpus=gpus)(BareEngine).remote(args)
-            start_serve(args.host, port, args.request_timeout_s)
-            serve.run(build(args), name="bench", route_prefix="/")
-            results.write(out, "serving", _measure(bare, f"http://{args.host}:{port}", rounds))
-        finally:
-            serve.shutdown()  # type: ignore[no-untyped-call]
-            ray.shutdown()
+        loads = {kind: _behind(kind, _app_args(uri, gpus), port, rounds) for kind in PROXIES}
+    about = {
+        "device": f"{device_name('cuda' if gpus else 'cpu')}, {os.cpu_count()} CPUs",
+        "variant": read_record(Variant, uri).slug if variant_uri else _SLUG,
+        "code_version": __version__,
+        "tokens_per_answer": _TOKENS,
+    }
+    results.write(out, "serving", {**about, "proxies": loads})
+
+
+def _behind(kind: Proxy, args: "AppArgs", port: int, rounds: int | None) -> dict[str, Any]:
+    """Measure behind one of Serve's proxies."""
+    import ray
+    from ray import serve
+
+    from llava_ray.config.run import ServeConfig
+    from llava_ray.deploy import proxy
+    from llava_ray.server.application import build
+
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    try:
+        gpus = args.gpus_per_replica
+        bare = ray.remote(num_cpus=1, num_gpus=gpus)(BareEngine).remote(args)
+        proxy.start(ServeConfig(host=args.host, port=port, proxy=kind))
+        serve.run(build(args), name="bench", route_prefix="/")
+        return _measure(bare, f"http://{args.host}:{port}", rounds)
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
 
 
 def _app_args(variant_uri: str, gpus: float) -> "AppArgs":
@@ -112,7 +129,8 @@ def _app_args(variant_uri: str, gpus: float) -> "AppArgs":
     from llava_ray.server.settings import AppArgs, ModelArgs
 
     return AppArgs(
-        models=(ModelArgs(variant_uri=variant_uri, name="bench", gpus_per_replica=gpus),),
+        models=(ModelArgs(variant_uri=variant_uri, name="bench"),),
+        gpus_per_replica=gpus,
         host="127.0.0.1",
         context=1024 if gpus else 512,
         max_concurrent_requests=_SLOTS,
@@ -125,18 +143,21 @@ class BareEngine:
     """The served scheduler and its engine, in a process of their own: no HTTP, no text."""
 
     def __init__(self, args: "AppArgs") -> None:
-        from llava_ray.inference.metrics import Recorder
         from llava_ray.server.loading import open_variant
+        from llava_ray.server.settings import EngineArgs
 
-        self._engine, self._card = open_variant(args.models[0], args)
-        recorder = Recorder(model="bench", replica="bare", device=self._engine.device)
-        self._scheduler = Scheduler(self._engine, max_waiting=_SLOTS, recorder=recorder)
+        self._engine = open_variant(
+            EngineArgs(
+                name="bare",
+                variant_uri=args.models[0].variant_uri,
+                device="cuda" if args.gpus_per_replica else "cpu",
+                slots=_SLOTS,
+                context=args.context,
+                kept_prefixes=args.kept_prefixes,
+            )
+        )
+        self._scheduler = Scheduler(self._engine)
         self._scheduler.start()
-
-    def about(self) -> dict[str, str]:
-        """Say what is measured, and on what."""
-        device = f"{device_name(self._engine.device)}, {os.cpu_count()} CPUs"
-        return {"device": device, "variant": self._card.slug}
 
     def load(self, count: int, clients: int) -> list[Timeline]:
         """Answer `count` prompts from `clients` closed loops."""
@@ -161,7 +182,7 @@ def closed_loop(
     def ask(client: Hashable) -> None:
         if left[client]:
             times[client] = [time.perf_counter()]
-            scheduler.submit(left[client].popleft(), sampling, _TIMEOUT_S, outlet, client)
+            scheduler.submit(left[client].popleft(), sampling, outlet, client)
 
     for client in left:
         ask(client)
@@ -266,12 +287,7 @@ def _measure(bare: Any, url: str, rounds: int | None) -> dict[str, Any]:
         found = {"rounds": repeats, "requests_per_round": count}
         loads[str(clients)] = compare(sides["bare"], sides["served"]) | found
         logger.info("%d clients: %s", clients, json.dumps(loads[str(clients)]))
-    return {
-        **ray.get(bare.about.remote()),
-        "code_version": __version__,
-        "tokens_per_answer": _TOKENS,
-        "clients": loads,
-    }
+    return loads
 
 
 def compare(

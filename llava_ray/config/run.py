@@ -157,11 +157,16 @@ class ServeConfig(Section):
     context: Count = Field(default=2048)
     """Tokens of one conversation; memory grows with it times max_concurrent_requests."""
     max_concurrent_requests: Count = Field(default=16)
-    """The requests that one replica answers at a time."""
+    """The requests that one replica answers at a time; fewer where its memory has no room."""
     max_queued_requests: Count = Field(default=64)
-    """More are refused with 429."""
+    """Those that wait in one replica; more are refused with 429."""
     max_new_tokens: Count = Field(default=1024)
     request_timeout_s: Positive = Field(default=120)
+    step_timeout_s: Positive = Field(default=120)
+    """An engine that takes no step for so long is started again."""
+    proxy: Literal["python", "haproxy"] = Field(default="python")
+    """What takes HTTP in: Ray Serve's own proxy, or HAProxy, which is faster but also binds pages
+    about itself to all interfaces: a firewall has to close their ports."""
     max_image_bytes: Count = Field(default=10_000_000)
     max_image_pixels: Count = Field(default=40_000_000)
     max_images: Count = Field(default=1)

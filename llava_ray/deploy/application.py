@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 from llava_ray.artifacts.records import ChosenVariant, Scorecard
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import RunConfig
-from llava_ray.deploy import front
+from llava_ray.deploy import proxy
 from llava_ray.errors import ConfigError, ResourceError
-from llava_ray.server.crashes import engine_name, last_crash
 from llava_ray.server.settings import AppArgs, CanaryArgs, ModelArgs
 
 if TYPE_CHECKING:
@@ -68,7 +67,11 @@ def ensure_served(target: Target) -> str:
         return device
     from llava_ray.server.application import build
 
-    application = build(_app_args(target, gpus))
+    args = _app_args(target, gpus)
+    slots = _slots(args)
+    if slots < args.max_concurrent_requests:
+        logger.info("serve.max_concurrent_requests: memory has room for %d", slots)
+    application = build(args.model_copy(update={"max_concurrent_requests": slots}))
     _start_serve(target)
     _run_application(application)
     _wait_until_running(target)
@@ -89,20 +92,10 @@ def _app_args(target: Target, gpus: float) -> AppArgs:
             raise ConfigError(
                 f"serve.beside: no variant {slug!r} beside the winner; there: {others}"
             )
-    count = 1 + len(serve.beside)
-    surge = _fit_beside(count * serve.cpus_per_replica, count * gpus)
 
     def model(slug: str, uri: str, name: str) -> ModelArgs:
-        return ModelArgs(
-            variant_uri=uri,
-            name=name,
-            scorecard_uri=cards[slug].uri if slug in cards else None,
-            min_replicas=serve.min_replicas,
-            max_replicas=max(serve.min_replicas, serve.max_replicas),
-            cpus_per_replica=serve.cpus_per_replica,
-            gpus_per_replica=gpus,
-            surge=surge,
-        )
+        scorecard_uri = cards[slug].uri if slug in cards else None
+        return ModelArgs(variant_uri=uri, name=name, scorecard_uri=scorecard_uri)
 
     canary = None
     if serve.canary is not None:
@@ -115,21 +108,46 @@ def _app_args(target: Target, gpus: float) -> AppArgs:
         canary=canary,
         deployment_id=target.deployment_id,
         system_prompt=target.config.model.system_prompt,
+        gpus_per_replica=gpus,
+        surge=_fit_beside(serve.cpus_per_replica, gpus),
         **serve.model_dump(
-            include=set(AppArgs.model_fields) & set(type(serve).model_fields) - {"canary"}
+            include=set(AppArgs.model_fields)
+            & set(type(serve).model_fields) - {"canary", "gpus_per_replica"}
         ),
     )
 
 
+def _slots(args: AppArgs) -> int:
+    """Return the answers that one replica can work on at a time, as far as nodes that are up tell.
+
+    Raises ResourceError where its memory has no room for one.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from llava_ray.server import memory
+
+    device, kind = ("cuda", "GPU") if args.gpus_per_replica else ("cpu", "CPU")
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    fitting = [node for node in nodes if node["Alive"] and node["Resources"].get(kind)]
+    if not fitting:
+        return args.max_concurrent_requests
+    ask = ray.remote(num_cpus=0)(memory.memory_bytes).options(
+        scheduling_strategy=NodeAffinitySchedulingStrategy(fitting[0]["NodeID"], soft=False)
+    )
+    _, total = ray.get(ask.remote(device))
+    return memory.slots_that_fit(args, total)
+
+
 def _gpus_per_replica(config: RunConfig) -> float:
-    """Return the GPUs of one replica; variants side by side share one by default.
+    """Return the GPUs of one replica, whose variants share them.
 
     Raises ResourceError when the cluster has not what the replicas need.
     """
     import ray
 
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    replicas = config.serve.min_replicas * (1 + len(config.serve.beside))
+    replicas = config.serve.min_replicas
     wanted = config.serve.gpus_per_replica
     gpus = wanted if wanted is not None else min(1.0, cluster.get("GPU", 0) / replicas)
     for name, each in (("CPU", config.serve.cpus_per_replica), ("GPU", gpus)):
@@ -187,18 +205,7 @@ def _start_serve(target: Target) -> None:
                 f"port {port} of {host} cannot be had ({error.strerror}): set serve.port to a free "
                 "one or end what listens there"
             ) from error
-    start_serve(host, port, target.config.serve.request_timeout_s)
-
-
-def start_serve(host: str, port: int, request_timeout_s: float) -> None:
-    """Start Serve's controller and what listens for it on the head node."""
-    from ray import serve
-
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": host, "port": port},
-        controller_options={"runtime_env": {"env_vars": front.environment(2 * request_timeout_s)}},
-    )
+    proxy.start(target.config.serve)
 
 
 def _serve_is_up() -> bool:
@@ -228,17 +235,13 @@ def _run_application(application: "Application") -> None:
 
 
 def _wait_until_running(target: Target) -> None:
-    start, started_at = time.monotonic(), time.time()
-    logged = start
+    start = logged = time.monotonic()
     while (state := _application_state())[0] != "RUNNING":
         status, message = state
         waited = time.monotonic() - start
         if status in ("DEPLOY_FAILED", "UNHEALTHY") or waited > _START_TIMEOUT_S:
-            names = (target.model_name, *target.config.serve.beside)
-            crashes = [f"{n} {c}" for n in names if (c := last_crash(engine_name(n), started_at))]
             raise ResourceError(
-                f"{target.chosen.slug} is not served after {waited:.0f} s ({status}): "
-                f"{'; '.join(crashes) or message}"
+                f"{target.chosen.slug} is not served after {waited:.0f} s ({status}): {message}"
             )
         if time.monotonic() - logged > _LOG_EVERY_S:
             logged = time.monotonic()

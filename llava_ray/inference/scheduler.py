@@ -7,22 +7,17 @@ stall those that are being answered.
 import asyncio
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from llava_ray.errors import DataError, LlavaRayError, ResourceError
+from llava_ray.errors import DataError, ResourceError
 from llava_ray.inference.engine import Engine, Prompt
 from llava_ray.inference.generate import FinishReason, budget, decodes_ahead
-from llava_ray.inference.metrics import Recorder
 from llava_ray.inference.request_errors import (
     ApiError,
     BadRequest,
-    DeadlineExceeded,
-    Overloaded,
     Unavailable,
 )
 from llava_ray.inference.sampling import Row, Sampled, SamplingParams, Step, sample
@@ -56,18 +51,15 @@ class Answer:
 
     prompt: Prompt
     sampling: SamplingParams
-    deadline: float
     outlet: Outlet
     key: Hashable
     """What names it to the outlet."""
-    arrived: float
     row: Row = field(init=False)
     cancelled: bool = False
     slot: int | None = None
     left: int = 0
     """Tokens that may still be asked of the engine."""
     emitted: int = 0
-    last_token_at: float = 0.0
     over: bool = False
 
     def __post_init__(self) -> None:
@@ -86,12 +78,12 @@ class _Batch:
 class Scheduler:
     """Batch requests continuously over an engine's slots."""
 
-    def __init__(self, engine: Engine, *, max_waiting: int, recorder: Recorder) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.failure: BaseException | None = None
         """What broke the engine, if anything did; all later requests are refused."""
-        self._engine = engine
-        self._max_waiting = max_waiting
-        self._recorder = recorder
+        self.steps = 0
+        """Prefills and decode steps that have ended."""
+        self.engine = engine
         self._ahead = decodes_ahead(engine)
         self._wake = threading.Condition()
         self._waiting: deque[Answer] = deque()
@@ -113,57 +105,29 @@ class Scheduler:
             self._closing = True
             self._wake.notify()
         self._thread.join()
-        self._engine.close()
+        self.engine.close()
 
-    def check(self) -> None:
-        """Raise Unavailable when the engine's thread has ended."""
-        if self.failure is not None or self._closing:
-            raise Unavailable("the engine has stopped; another replica takes its place")
-
-    async def stream(
-        self, prompt: Prompt, sampling: SamplingParams, timeout_s: float
-    ) -> AsyncGenerator[Chunk, None]:
-        """Yield an answer's tokens as they come; leaving the iteration frees the slot.
-
-        Raises Overloaded when the queue is full, DeadlineExceeded, Unavailable when the engine
-        broke, BadRequest when the engine refuses the prompt.
-        """
-        loop = asyncio.get_running_loop()
-        inbox: asyncio.Queue[Item] = asyncio.Queue()
-
-        def put(items: list[tuple[Hashable, Item]]) -> None:
-            # The loop closes first where a process is ending.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_put_all, inbox, [item for _, item in items])
-
-        answer = self.submit(prompt, sampling, timeout_s, put)
-        try:
-            async with aclosing(chunks_from(inbox)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-        finally:
-            self.cancel(answer)
+    @property
+    def load(self) -> tuple[int, int]:
+        """Requests that wait, and that are being answered."""
+        return len(self._waiting), len(self._active) + self._prefilling
 
     def submit(
         self,
         prompt: Prompt,
         sampling: SamplingParams,
-        timeout_s: float,
         outlet: Outlet,
         key: Hashable = None,
     ) -> Answer:
         """Queue a request; the outlet gets its tokens with its key, then how it ended.
 
-        Raises Overloaded when the queue is full and Unavailable when the engine broke.
+        Raises Unavailable when the engine broke.
         """
-        now = time.monotonic()
-        answer = Answer(prompt, sampling, now + timeout_s, outlet, key, now)
+        answer = Answer(prompt, sampling, outlet, key)
         with self._wake:
-            self.check()
-            if len(self._waiting) >= self._max_waiting + self._free_slots():
-                raise Overloaded(f"{len(self._waiting)} requests wait already: try again later")
+            if self.failure is not None or self._closing:
+                raise Unavailable("the engine has stopped")
             self._waiting.append(answer)
-            self._recorder.waiting(len(self._waiting))
             self._wake.notify()
         return answer
 
@@ -176,15 +140,16 @@ class Scheduler:
             self._wake.notify()
 
     def _free_slots(self) -> int:
-        return self._engine.slots - len(self._active) - self._prefilling
+        return self.engine.slots - len(self._active) - self._prefilling
 
     def _run(self) -> None:
         try:
             while self._await_work():
-                self._drop_dead()
+                self._drop_cancelled()
                 self._admit()
                 self._advance()
                 self._deliver()
+                self.steps += 1
         except Exception as error:
             logger.exception("the engine broke")
             self.failure = error
@@ -196,20 +161,11 @@ class Scheduler:
                 self._wake.wait()
             return not self._closing
 
-    def _drop_dead(self) -> None:
-        """Free what was cancelled or is past its deadline."""
-        now = time.monotonic()
+    def _drop_cancelled(self) -> None:
         with self._wake:
-            waiting, self._waiting = self._waiting, deque()
-            for answer in waiting:
-                if not answer.cancelled and answer.deadline > now:
-                    self._waiting.append(answer)
-                else:
-                    self._end(answer, DeadlineExceeded("the deadline passed in the queue"))
-            self._recorder.waiting(len(self._waiting))
-        for answer in list(self._active):
-            if answer.cancelled or answer.deadline <= now:
-                self._end(answer, DeadlineExceeded("the deadline passed before the answer ended"))
+            self._waiting = deque(each for each in self._waiting if not each.cancelled)
+        for answer in [each for each in self._active if each.cancelled]:
+            self._end(answer, "stop")
 
     def _admit(self) -> None:
         """Prefill waiting prompts: one, or as many as fit where nothing else is under way."""
@@ -219,10 +175,10 @@ class Scheduler:
                 if not self._waiting:
                     return
                 answer = self._waiting.popleft()
-                self._recorder.waiting(len(self._waiting))
                 self._prefilling = 1
             self._prefill(answer)
             self._prefilling = 0
+            self.steps += 1
             if not alone:
                 return
             # A burst's first tokens do not wait for its last prompt.
@@ -230,9 +186,9 @@ class Scheduler:
             self._deliver()
 
     def _prefill(self, answer: Answer) -> None:
-        answer.left = budget(self._engine, answer.prompt, answer.sampling)
+        answer.left = budget(self.engine, answer.prompt, answer.sampling)
         try:
-            answer.slot, logits = self._engine.prefill(answer.prompt)
+            answer.slot, logits = self.engine.prefill(answer.prompt)
         except DataError as error:
             self._end(answer, BadRequest(str(error), "messages", "context_length_exceeded"))
         except ResourceError as error:
@@ -247,7 +203,6 @@ class Scheduler:
         else:
             self._prefill_failures = 0
             self._active.append(answer)
-            self._recorder.active(len(self._active), len(answer.prompt.input_ids))
             if answer.left == 0:
                 self._end(answer, "length")
                 return
@@ -280,7 +235,7 @@ class Scheduler:
         if not answers:
             return None
         slots = [a.slot for a in answers if a.slot is not None]
-        logits = self._engine.decode(slots, tokens[0] if len(tokens) == 1 else _join(tokens))
+        logits = self.engine.decode(slots, tokens[0] if len(tokens) == 1 else _join(tokens))
         for answer in answers:
             answer.left -= 1
         return _Batch(sample(logits, [a.row for a in answers]), answers)
@@ -295,27 +250,19 @@ class Scheduler:
                     self._emit(answer, step)
 
     def _emit(self, answer: Answer, step: Step) -> None:
-        if step.token_id == self._engine.eos_token_id and not answer.sampling.ignore_eos:
+        if step.token_id == self.engine.eos_token_id and not answer.sampling.ignore_eos:
             self._end(answer, "stop")
             return
-        now = time.monotonic()
-        if answer.emitted:
-            self._recorder.token(now - answer.last_token_at)
-        else:
-            self._recorder.first_token(now - answer.arrived)
-        answer.last_token_at = now
         answer.emitted += 1
         self._outbox.append((answer, step))
-        if answer.emitted == budget(self._engine, answer.prompt, answer.sampling):
+        if answer.emitted == budget(self.engine, answer.prompt, answer.sampling):
             self._end(answer, "length")
 
     def _end(self, answer: Answer, outcome: FinishReason | ApiError) -> None:
         answer.over = True
         if answer.slot is not None:
-            self._engine.release(answer.slot)
+            self.engine.release(answer.slot)
             self._active.remove(answer)
-            self._recorder.active(len(self._active), 0)
-        self._recorder.ended("cancelled" if answer.cancelled else _name(outcome))
         if not answer.cancelled:
             self._outbox.append((answer, outcome))
 
@@ -358,16 +305,7 @@ async def chunks_from(inbox: "asyncio.Queue[Item]") -> AsyncGenerator[Chunk, Non
         return
 
 
-def _put_all(inbox: "asyncio.Queue[Item]", items: Sequence[Item]) -> None:
-    for item in items:
-        inbox.put_nowait(item)
-
-
 def _join(tokens: "Sequence[torch.Tensor]") -> "torch.Tensor":
     import torch
 
     return torch.cat(list(tokens))
-
-
-def _name(outcome: FinishReason | LlavaRayError) -> str:
-    return outcome if isinstance(outcome, str) else type(outcome).__name__

@@ -1,17 +1,19 @@
-"""What the web layer asks of an engine, be it in this process or in a Serve replica."""
+"""A served model, as the web layer sees it."""
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
-from typing import Any
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
 from llava_ray.artifacts.records import Scorecard, Variant
-from llava_ray.inference.engine import Engine, Prompt
-from llava_ray.inference.metrics import Recorder
+from llava_ray.inference.engine import Prompt
+from llava_ray.inference.process.messages import Opened
 from llava_ray.inference.sampling import SamplingParams
-from llava_ray.inference.scheduler import Chunk, Scheduler
+from llava_ray.inference.scheduler import Chunk
+from llava_ray.server.metrics import Recorder
 
 
 class ModelCard(BaseModel):
@@ -25,20 +27,39 @@ class ModelCard(BaseModel):
     """Over the SHA-256 of all of the variant's files."""
     created: int
     """Seconds since 1970."""
-    variant_uri: str
     image_size: int
     tokens_per_image: int
     eos_token_id: int
     context: int
+    slots: int
+    """Answers that are worked on at a time."""
     scorecard: dict[str, Any] | None = None
 
 
-class Backend(ABC):
+class Answering(Protocol):
+    """What answers prompts: an `EngineProcess`."""
+
+    def stream(
+        self, prompt: Prompt, sampling: SamplingParams, timeout_s: float
+    ) -> AsyncGenerator[Chunk, None]:
+        """Yield an answer's tokens; leaving the iteration stops the engine.
+
+        Stop strings are the caller's to find. Raises ApiError.
+        """
+
+    def check(self) -> None:
+        """Raise ApiError when no request can be answered."""
+
+
+@dataclass(frozen=True)
+class Backend:
     """A served model."""
 
     card: ModelCard
     tokenizer: Any
     """The Hugging Face tokenizer of the variant's folder."""
+    engine: Answering
+    recorder: Recorder
 
     @property
     def image_size(self) -> int:
@@ -50,74 +71,28 @@ class Backend(ABC):
         """Tokens that one image takes."""
         return self.card.tokens_per_image
 
-    @abstractmethod
-    def stream(
-        self, prompt: Prompt, sampling: SamplingParams, timeout_s: float
-    ) -> AsyncGenerator[Chunk, None]:
-        """Yield an answer's tokens; leaving the iteration stops the engine.
-
-        Stop strings are the caller's to find. Raises ApiError.
-        """
-
-    @abstractmethod
-    async def metrics(self) -> list[bytes]:
-        """Return each replica's series in Prometheus's text format."""
-
-    @abstractmethod
-    async def check(self) -> None:
-        """Raise ApiError when no request can be answered."""
-
-
-class LocalBackend(Backend):
-    """An engine in this process."""
-
-    def __init__(
-        self, engine: Engine, card: ModelCard, *, max_waiting: int, replica: str = "local"
-    ) -> None:
-        self.card = card
-        self.tokenizer = engine.tokenizer
-        self._recorder = Recorder(model=card.name, replica=replica, device=engine.device)
-        self.scheduler = Scheduler(engine, max_waiting=max_waiting, recorder=self._recorder)
-
-    def stream(
-        self, prompt: Prompt, sampling: SamplingParams, timeout_s: float
-    ) -> AsyncGenerator[Chunk, None]:
-        """Yield an answer's tokens."""
-        return self.scheduler.stream(prompt, sampling, timeout_s)
-
-    async def metrics(self) -> list[bytes]:
-        """Return the engine's series."""
-        return [self._recorder.exposition()]
-
-    async def check(self) -> None:
-        """Raise Unavailable when the engine broke."""
-        self.scheduler.check()
-
 
 def make_card(
-    variant: Variant, engine: Engine, *, name: str | None, scorecard: Scorecard | None
+    variant: Variant, opened: Opened, *, name: str, scorecard: Scorecard | None
 ) -> ModelCard:
     """Describe a loaded variant."""
-    from datetime import datetime
-
     entries = sorted((path, entry.sha256) for path, entry in variant.files.items())
     digest = hashlib.sha256("".join(f"{sha} {path}\n" for path, sha in entries).encode())
     return ModelCard(
-        name=name or variant.slug,
+        name=name,
         slug=variant.slug,
         digest=f"sha256:{digest.hexdigest()}",
         created=int(datetime.fromisoformat(variant.created).timestamp()),
-        variant_uri=variant.uri,
-        image_size=engine.image_size,
-        tokens_per_image=engine.tokens_per_image,
-        eos_token_id=engine.eos_token_id,
-        context=engine.context,
-        scorecard=None if scorecard is None else shown_scorecard(scorecard),
+        image_size=opened.image_size,
+        tokens_per_image=opened.tokens_per_image,
+        eos_token_id=opened.eos_token_id,
+        context=opened.context,
+        slots=opened.slots,
+        scorecard=None if scorecard is None else _summary(scorecard),
     )
 
 
-def shown_scorecard(scorecard: Scorecard) -> dict[str, Any]:
-    """Return the measurements that clients see; generations and paths are left out."""
+def _summary(scorecard: Scorecard) -> dict[str, Any]:
     return scorecard.model_dump(
         mode="json",
         include={

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from ray.serve import metrics
 
 from llava_ray.inference.engine import Prompt
-from llava_ray.inference.metrics import exposition_of
 from llava_ray.inference.request_errors import ApiError
 from llava_ray.inference.sampling import SamplingParams
 from llava_ray.server.backend import Backend
@@ -33,19 +32,16 @@ class Canary:
         self._share = share
         self._random = random.Random()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._registry = CollectorRegistry()
-        self._outcomes = Counter(
+        self._outcomes = metrics.Counter(
             "llava_ray_canary_answers",
             "Answers of the canary, by whether they equal those given",
-            ["model", "outcome"],
-            registry=self._registry,
+            tag_keys=("model", "outcome"),  # type: ignore[arg-type]
         )
-        self._agreement = Histogram(
+        self._agreement = metrics.Histogram(
             "llava_ray_canary_agreement",
             "Share of an answer's tokens before the canary's first that differs",
-            ["model"],
-            buckets=(0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.999, 1),
-            registry=self._registry,
+            boundaries=[0.001, 0.1, 0.25, 0.5, 0.75, 0.9, 0.999, 1],
+            tag_keys=("model",),
         )
 
     def wants(self) -> bool:
@@ -70,10 +66,6 @@ class Canary:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def exposition(self) -> bytes:
-        """Return the comparison's series in Prometheus's text format."""
-        return exposition_of(self._registry)
-
     async def _compare(
         self,
         prompt: Prompt,
@@ -86,17 +78,18 @@ class Canary:
             answer = await self._answer(prompt, replace(sampling, max_tokens=limit), timeout_s)
         except ApiError as error:
             logger.warning("canary %s failed: %s", self.name, error)
-            self._outcomes.labels(self.name, "failed").inc()
+            self._outcomes.inc(1, {"model": self.name, "outcome": "failed"})
             return
         agreed = agreement(given, answer)
-        self._outcomes.labels(self.name, "equal" if agreed == 1 else "different").inc()
-        self._agreement.labels(self.name).observe(agreed)
+        outcome = "equal" if agreed == 1 else "different"
+        self._outcomes.inc(1, {"model": self.name, "outcome": outcome})
+        self._agreement.observe(agreed, {"model": self.name})
 
     async def _answer(
         self, prompt: Prompt, sampling: SamplingParams, timeout_s: float
     ) -> tuple[int, ...]:
         ids: tuple[int, ...] = ()
-        async with aclosing(self._backend.stream(prompt, sampling, timeout_s)) as chunks:
+        async with aclosing(self._backend.engine.stream(prompt, sampling, timeout_s)) as chunks:
             async for chunk in chunks:
                 ids += tuple(step.token_id for step in chunk.steps)
         return ids

@@ -15,7 +15,6 @@ from starlette.responses import HTMLResponse, JSONResponse
 
 from llava_ray.errors import ConfigError
 from llava_ray.inference.engine import Prompt
-from llava_ray.inference.metrics import CONTENT_TYPE, merge_expositions
 from llava_ray.inference.prompts import make_prompt
 from llava_ray.inference.request_errors import (
     ApiError,
@@ -39,6 +38,7 @@ from llava_ray.server.chat import (
 )
 from llava_ray.server.fetch import ImageFetcher
 from llava_ray.server.guard import Guard
+from llava_ray.server.metrics import CONTENT_TYPE, scrape
 from llava_ray.server.page import PAGE, PAGE_POLICY
 from llava_ray.server.replies import Choice, Delta, Reply, model_object
 from llava_ray.server.settings import AppArgs
@@ -64,6 +64,8 @@ class Endpoint:
         self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
         self._canary = _make_canary(backends, args)
         self._under_way = 0
+        slots = sum(backend.card.slots for backend in backends)
+        self._capacity = slots + args.max_queued_requests
 
     def app(self, key_digests: Sequence[str]) -> FastAPI:
         """Build the ASGI application; no keys means that only this machine may ask."""
@@ -95,15 +97,12 @@ class Endpoint:
     async def health(self) -> dict[str, str]:
         """Say whether every model can answer."""
         for backend in self._backends.values():
-            await backend.check()
+            backend.engine.check()
         return {"status": "ok"}
 
     async def metrics(self) -> Response:
         """Return all replicas' series."""
-        found = [text for b in self._backends.values() for text in await b.metrics()]
-        if self._canary is not None:
-            found.append(self._canary.exposition())
-        return Response(merge_expositions(found), media_type=CONTENT_TYPE)
+        return Response(await scrape(), media_type=CONTENT_TYPE)
 
     async def page(self) -> Response:
         """Return the page that one drops an image on."""
@@ -126,7 +125,7 @@ class Endpoint:
 
     def _enter(self) -> Callable[[], None]:
         """Count a request in before its body is read; return what counts it out."""
-        if self._under_way >= self.args.capacity:
+        if self._under_way >= self._capacity:
             raise Overloaded(f"{self._under_way} requests are under way: try again later")
         self._under_way += 1
 
@@ -261,7 +260,8 @@ async def _choose(
     backend: Backend, prompt: Prompt, sampling: SamplingParams, choice: Choice, timeout_s: float
 ) -> AsyncGenerator[Delta, None]:
     """Yield one choice's deltas; a stop string ends the engine's work on it."""
-    async with aclosing(backend.stream(prompt, sampling, timeout_s)) as chunks:
+    answer = backend.engine.stream(prompt, sampling, timeout_s)
+    async with aclosing(backend.recorder.record(len(prompt.input_ids), answer)) as chunks:
         async for chunk in chunks:
             yield choice.add(chunk)
             if choice.finish_reason is not None:

@@ -1,16 +1,23 @@
 """From a variant's URI to a loaded engine, having checked every byte of it first."""
 
+import json
 import logging
+import os
+import socket
+import sys
 import time
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from llava_ray.artifacts.records import Scorecard, Variant
-from llava_ray.artifacts.store import CARD, MANIFEST, local_folder, read_record, sha256_of, verify
+from llava_ray.artifacts.records import Variant
+from llava_ray.artifacts.store import CARD, MANIFEST, local_folder, read_record, verify
+from llava_ray.console import set_up_logging
 from llava_ray.errors import ArtifactError
 from llava_ray.inference.engine import Engine
+from llava_ray.inference.process.child import serve_engine
 from llava_ray.quantize.registry import spec_for
-from llava_ray.server.backend import ModelCard, make_card
-from llava_ray.server.settings import AppArgs, ModelArgs
+from llava_ray.resources.crash import crash_recorded
+from llava_ray.server.settings import EngineArgs
 
 logger = logging.getLogger(__name__)
 
@@ -19,28 +26,39 @@ _ALLOWED = {".safetensors", ".gguf", *_TEXT}
 """Weights that hold numbers only, and text; no pickle, no code."""
 
 
-def open_variant(model: ModelArgs, args: AppArgs) -> tuple[Engine, ModelCard]:
+def main() -> None:
+    """Run as the process of an engine: `python -m llava_ray.server.loading ENGINE_ARGS FD`."""
+    args = EngineArgs.model_validate_json(sys.argv[1])
+    set_up_logging()
+    with crash_recorded(f"{args.name}-{os.getpid()}"):
+        serve_engine(lambda: open_variant(args), socket.socket(fileno=int(sys.argv[2])))
+
+
+def find_variant(uri: str) -> tuple[Variant, Path]:
+    """Return a variant's record and its folder on this machine, its files not checked yet."""
+    variant = read_record(Variant, uri)
+    return variant, local_folder(variant)
+
+
+def open_variant(args: EngineArgs) -> Engine:
     """Check a variant's files against its manifest and load it.
 
     Raises ArtifactError when a file differs, or is of a kind that could run code.
     """
     start = time.monotonic()
-    variant, folder = verified_variant(model.variant_uri)
-    device = "cuda" if model.gpus_per_replica > 0 else "cpu"
+    variant, folder = verified_variant(args.variant_uri)
     engine = spec_for(variant.slug).open_engine(
         folder,
-        device=device,
-        slots=args.max_concurrent_requests,
-        context=min(args.context, _model_context(folder)),
+        device=args.device,
+        slots=args.slots,
+        context=min(args.context, text_config(folder).get("max_position_embeddings", 2**31)),
     )
     engine.warm_up()
     if args.kept_prefixes:
         engine.keep_prefixes(args.kept_prefixes)
-    card_uri = model.scorecard_uri
-    scorecard = read_record(Scorecard, card_uri) if card_uri else None
     took = time.monotonic() - start
-    logger.info("%s: loaded on %s in %.1f s", variant.slug, device, took)
-    return engine, make_card(variant, engine, name=model.name, scorecard=scorecard)
+    logger.info("%s: loaded on %s in %.1f s", variant.slug, args.device, took)
+    return engine
 
 
 def verified_variant(uri: str) -> tuple[Variant, Path]:
@@ -48,8 +66,7 @@ def verified_variant(uri: str) -> tuple[Variant, Path]:
 
     Raises ArtifactError when a file differs, or is of a kind that could run code.
     """
-    variant = read_record(Variant, uri)
-    folder = local_folder(variant)
+    variant, folder = find_variant(uri)
     verify(variant, folder)
     # What the manifest does not name was not checked, so it must not be there to be loaded.
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
@@ -64,21 +81,11 @@ def verified_variant(uri: str) -> tuple[Variant, Path]:
     return variant, folder
 
 
-def tokenizer_folder(uri: str) -> Path:
-    """Return a variant's folder, its text files hashed: what the ingress needs of it.
-
-    Raises ArtifactError when a file differs from the manifest.
-    """
-    variant = read_record(Variant, uri)
-    folder = local_folder(variant)
-    for name, entry in variant.files.items():
-        if PurePosixPath(name).suffix in _TEXT and sha256_of(folder / name) != entry.sha256:
-            raise ArtifactError(f"{variant.id}: {name} differs from the manifest at {folder}")
-    return folder
+def text_config(folder: Path) -> dict[str, Any]:
+    """Return the language model's part of a variant's config.json."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return dict(config["text_config"])
 
 
-def _model_context(folder: Path) -> int:
-    import json
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return int(config["text_config"].get("max_position_embeddings", 2**31))
+if __name__ == "__main__":
+    main()

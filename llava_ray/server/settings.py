@@ -2,6 +2,7 @@
 
 import os
 from ipaddress import ip_address
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,12 +18,6 @@ class ModelArgs(Section):
     """What clients put into `model`; default: the variant's slug."""
     scorecard_uri: str | None = Field(default=None)
     """Folder of its scorecard, shown in /v1/models."""
-    min_replicas: Count = Field(default=1)
-    max_replicas: Count = Field(default=1)
-    cpus_per_replica: Positive = Field(default=1)
-    gpus_per_replica: float = Field(default=0, ge=0)
-    surge: bool = Field(default=False)
-    """An upgrade starts new replicas before it stops the old; needs room for both."""
 
     @field_validator("variant_uri")
     @classmethod
@@ -31,6 +26,18 @@ class ModelArgs(Section):
         if "$" in expanded:
             raise ValueError(f"{uri!r}: the environment variable is not set on the cluster")
         return expanded
+
+
+class EngineArgs(Section):
+    """What an engine's process opens."""
+
+    name: str
+    """What logs and the file of a crash call it."""
+    variant_uri: str
+    device: Literal["cpu", "cuda"]
+    slots: Count
+    context: Count
+    kept_prefixes: int = Field(ge=0)
 
 
 class CanaryArgs(Section):
@@ -49,6 +56,13 @@ class AppArgs(Section):
     canary: CanaryArgs | None = Field(default=None)
     deployment_id: str = Field(default="")
     """Shown in /v1/models, so that two deployments of the same differ."""
+    min_replicas: Count = Field(default=1)
+    max_replicas: Count = Field(default=1)
+    cpus_per_replica: Positive = Field(default=1)
+    gpus_per_replica: float = Field(default=0, ge=0)
+    """All models of a replica share them."""
+    surge: bool = Field(default=False)
+    """An upgrade starts new replicas before it stops the old; needs room for both."""
     host: str = Field(default="0.0.0.0")
     """Where the proxy listens; on a loopback address no API key is needed."""
     api_key_env: str = Field(default="LLAVA_RAY_API_KEY")
@@ -58,11 +72,13 @@ class AppArgs(Section):
     context: Count = Field(default=2048)
     """Tokens of one conversation, its images included; less where the model has less."""
     max_concurrent_requests: Count = Field(default=16)
-    """Answers that one replica works on at a time."""
+    """Answers of each model that one replica works on at a time; fewer where memory is short."""
     max_queued_requests: Count = Field(default=64)
-    """Requests that wait for a replica; more are refused with 429."""
+    """Requests that wait in a replica; more are refused with 429."""
     max_new_tokens: Count = Field(default=1024)
     request_timeout_s: Positive = Field(default=120)
+    step_timeout_s: Positive = Field(default=120)
+    """An engine that takes no step for so long is started again."""
     max_choices: Count = Field(default=8)
     """Largest `n`."""
     max_messages: Count = Field(default=64)
@@ -86,9 +102,8 @@ class AppArgs(Section):
 
     @property
     def capacity(self) -> int:
-        """Requests that are worked on or wait, over all replicas."""
-        replicas = sum(model.max_replicas for model in self.models)
-        return replicas * self.max_concurrent_requests + self.max_queued_requests
+        """Requests that one replica works on or lets wait."""
+        return len(self.models) * self.max_concurrent_requests + self.max_queued_requests
 
     @property
     def max_body_bytes(self) -> int:

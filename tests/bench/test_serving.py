@@ -8,7 +8,6 @@ from table_engine import TableEngine
 from web_server import data_url, serving
 
 from llava_ray.bench.serving import Timeline, closed_loop, compare, drive, summarize
-from llava_ray.inference.metrics import Recorder
 from llava_ray.inference.prompts import make_prompt
 from llava_ray.inference.request_errors import BadRequest
 from llava_ray.inference.scheduler import Scheduler
@@ -31,7 +30,7 @@ def _body(**changes: object) -> bytes:
 def test_the_bare_engine_answers_all_clients_in_closed_loops() -> None:
     engine = TableEngine(slots=4)
     prompts = [make_prompt(engine, f"What is {i}?") for i in range(12)]
-    scheduler = Scheduler(engine, max_waiting=3, recorder=Recorder(model="m", replica="r"))
+    scheduler = Scheduler(engine)
     scheduler.start()
     try:
         done = closed_loop(scheduler, prompts, clients=3, tokens=5)
@@ -45,7 +44,7 @@ def test_the_bare_engine_answers_all_clients_in_closed_loops() -> None:
 
 def test_a_refused_prompt_ends_the_measurement() -> None:
     engine = TableEngine(context=4)
-    scheduler = Scheduler(engine, max_waiting=1, recorder=Recorder(model="m", replica="r"))
+    scheduler = Scheduler(engine)
     scheduler.start()
     try:
         with pytest.raises(BadRequest, match="context holds 4"):

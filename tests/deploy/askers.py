@@ -6,13 +6,21 @@ import openai
 from openai import OpenAI
 
 
+def replica_pids() -> list[int]:
+    return _pids("ServeReplica:llava_ray:replica")
+
+
 def engine_pids() -> list[int]:
+    return _pids("llava_ray.server.loading")
+
+
+def _pids(name: str) -> list[int]:
     import psutil
 
     return sorted(
         process.pid
         for process in psutil.Process().children(recursive=True)
-        if "ServeReplica:llava_ray:engine" in " ".join(process.cmdline())
+        if name in " ".join(process.cmdline())
     )
 
 

@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 import shlex
+import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from askers import engine_pids
 from free_port import free_port
 from openai import OpenAI
 from served_variant import make_chosen
@@ -21,14 +25,15 @@ from llava_ray.errors import ConfigError, ResourceError
 from llava_ray.resources.capacity import free_nodes
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+@pytest.fixture(scope="module", params=["python", "haproxy"])
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     root = tmp_path_factory.mktemp("deploy")
     return RunConfig.model_validate(
         {
             "storage": {"uri": str(root / "runs")},
             "serve": {
                 "port": free_port(),
+                "proxy": request.param,
                 "cpus_per_replica": 0.5,
                 "max_concurrent_requests": 2,
                 "max_new_tokens": 250,
@@ -62,7 +67,7 @@ def served(ray_local: None, config: RunConfig, chosen: ChosenVariant) -> Iterato
 
 
 def test_stages_do_not_count_on_what_the_replica_holds(served: DeploymentRecord) -> None:
-    assert [node.num_cpus for node in free_nodes()] == [2 - 0.5]
+    assert free_nodes()[0].num_cpus == 2 - 0.5
 
 
 def test_the_curl_line_answers_about_an_image(served: DeploymentRecord) -> None:
@@ -94,19 +99,40 @@ def test_models_show_the_variants_digest_and_scorecard(served: DeploymentRecord)
     assert model.scorecard["top1_agreement"] == 0.99
 
 
-def test_metrics_of_all_replicas_come_from_the_ingress(served: DeploymentRecord) -> None:
+def _series(served: DeploymentRecord, name: str, label: str = "") -> list[float]:
     import httpx
 
     text = httpx.get(served.url.removesuffix("/v1") + "/metrics").text
-    assert 'llava_ray_prompt_tokens_total{model="none-fp32"' in text
-    assert 'llava_ray_queue_requests{model="none-fp32",replica="ingress"} 0.0' in text
-    assert text.count("# HELP llava_ray_queue_requests ") == 1
-    assert text.count("# HELP llava_ray_time_to_first_token_seconds ") == 1
+    lines = [line for line in text.splitlines() if line.startswith(f"ray_llava_ray_{name}{{")]
+    return [float(line.split()[-1]) for line in lines if label in line]
+
+
+def _await(condition: Callable[[], bool]) -> None:
+    """Ray hands metrics on every few seconds."""
+    deadline = time.monotonic() + 40
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+
+
+def test_metrics_come_from_every_nodes_ray(served: DeploymentRecord) -> None:
+    _await(lambda: sum(_series(served, "prompt_tokens_total", 'model="none-fp32"')) > 196)
+    assert sum(_series(served, "time_to_first_token_seconds_count")) >= 1
+    _await(lambda: max(_series(served, "memory_bytes", 'kind="resident"'), default=0) > 1e8)
+    _await(lambda: 0 in _series(served, "waiting_requests"))
+
+
+def test_the_dashboard_asks_for_series_that_there_are(served: DeploymentRecord) -> None:
+    dashboard = (Path(__file__).parents[2] / "cluster" / "grafana.json").read_text()
+    asked = set(re.findall(r"ray_llava_ray_\w+", dashboard))
+    assert len(asked) >= 8
+    # These have a series once they have happened.
+    rare = {"ray_llava_ray_engine_restarts_total", "ray_llava_ray_canary_agreement_bucket"}
+    for name in asked - rare:
+        _await(lambda name=name: bool(_series(served, name.removeprefix("ray_llava_ray_"))))
 
 
 def test_a_client_that_hangs_up_stops_the_engine(served: DeploymentRecord) -> None:
-    import httpx
-
     with OpenAI(base_url=served.url, api_key="unused") as client:
         stream = client.chat.completions.create(
             model="none-fp32",
@@ -117,37 +143,46 @@ def test_a_client_that_hangs_up_stops_the_engine(served: DeploymentRecord) -> No
         )
         next(iter(stream))
         stream.close()
-    for _ in range(100):
-        text = httpx.get(served.url.removesuffix("/v1") + "/metrics").text
-        found = [line for line in text.splitlines() if 'outcome="cancelled"' in line]
-        if found:
-            break
-        time.sleep(0.1)
-    assert found and float(found[0].split()[-1]) == 1
-    active = [line for line in text.splitlines() if line.startswith("llava_ray_active_requests")]
-    assert [float(line.split()[-1]) for line in active] == [0]
+    _await(lambda: sum(_series(served, "requests_total", 'outcome="cancelled"')) >= 1)
+    _await(lambda: _series(served, "active_requests") == [0])
 
 
-def test_nobody_is_told_the_routes(served: DeploymentRecord) -> None:
+def test_health_answers_while_the_engine_does_not(served: DeploymentRecord) -> None:
+    """A stopped engine is ended, started again, and takes what had not begun."""
     import httpx
 
-    assert httpx.get(served.url.removesuffix("/v1") + "/-/routes").status_code == 404
+    root = served.url.removesuffix("/v1")
+    (engine,) = engine_pids()
+    os.kill(engine, signal.SIGSTOP)
+    with ThreadPoolExecutor() as pool, OpenAI(base_url=served.url, api_key="unused") as client:
+        asked = json.loads((Path(served.uri) / "request.json").read_text()) | {"max_tokens": 8}
+        answer = pool.submit(client.chat.completions.create, **asked)
+        was_bad = False
+        while not answer.done():
+            start = time.monotonic()
+            was_bad |= httpx.get(f"{root}/health").status_code == 503
+            assert time.monotonic() - start < 2
+            time.sleep(0.1)
+    assert answer.result().choices[0].message.content
+    assert was_bad and engine not in engine_pids()
+    assert httpx.get(f"{root}/health").status_code == 200
 
 
-def test_haproxy_takes_the_requests_in_and_listens_on_loopback_only(
-    served: DeploymentRecord,
-) -> None:
+def test_only_haproxy_listens_beyond_loopback(served: DeploymentRecord, config: RunConfig) -> None:
     import psutil
 
-    listening = {
-        (connection.laddr.ip, connection.laddr.port)
-        for process in psutil.Process().children(recursive=True)
-        if process.name() == "haproxy"
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert ("127.0.0.1", int(served.url.removesuffix("/v1").rpartition(":")[2])) in listening
-    assert {address for address, _ in listening} == {"127.0.0.1"}
+    def listening(name: str) -> set[tuple[str, int]]:
+        return {
+            (connection.laddr.ip, connection.laddr.port)
+            for process in psutil.Process().children(recursive=True)
+            if name in " ".join(process.cmdline())
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+
+    name = "haproxy" if config.serve.proxy == "haproxy" else "ProxyActor"
+    assert ("127.0.0.1", config.serve.port) in listening(name)
+    assert listening("llava_ray.server.loading") == set()
 
 
 def test_a_second_call_reuses_the_deployment(

@@ -1,14 +1,12 @@
 """serve/app.py and serve/config.yaml, without a cluster."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
 from llava_ray.errors import ConfigError
-from llava_ray.server.autoscaling import ANSWERS
 from llava_ray.server.guard import key_digest
 from llava_ray.server.settings import AppArgs, is_loopback
 
@@ -49,33 +47,19 @@ def test_serve_validates_the_arguments_of_build() -> None:
         call_user_app_builder_with_args_if_necessary(build, {"no_such_key": 1})
 
 
-def test_build_binds_an_ingress_and_an_engine_per_model() -> None:
+def test_build_binds_one_deployment_for_all_models() -> None:
     from serve.app import build
 
-    models = [
-        {"variant_uri": "a", "name": "a", "gpus_per_replica": 0.5},
-        {"variant_uri": "b", "name": "b", "max_replicas": 3},
-    ]
-    application = build(_args(models=models, host="127.0.0.1"))
-    ingress = application._bound_deployment
-    assert ingress.name == "ingress"
-    engines = [engine._bound_deployment for engine in ingress.init_args[2]]
-    assert [engine.name for engine in engines] == ["engine-0", "engine-1"]
-    assert engines[0].ray_actor_options["num_gpus"] == 0.5
-    assert engines[1]._deployment_config.autoscaling_config.max_replicas == 3
-    assert engines[1]._deployment_config.max_queued_requests == 64
-
-
-def test_serve_scales_by_the_answers_that_replicas_report() -> None:
-    from serve.app import build
-
-    (engine,) = build(_args(host="127.0.0.1"))._bound_deployment.init_args[2]
-    config = engine._bound_deployment._deployment_config.autoscaling_config
-    policy = config.policy.get_policy()
-    report = {ANSWERS: {"first": 12.0, "second": 8.0}, "other": {"first": 99.0}}
-    context = SimpleNamespace(aggregated_metrics=report, config=config)
-    assert policy(context) == (20 / 8, {})
-    assert policy(SimpleNamespace(aggregated_metrics={}, config=config)) == (0, {})
+    models = [{"variant_uri": "a", "name": "a"}, {"variant_uri": "b", "name": "b"}]
+    limits = {"max_concurrent_requests": 16, "max_queued_requests": 64}
+    application = build(
+        _args(models=models, host="127.0.0.1", gpus_per_replica=0.5, max_replicas=3, **limits)
+    )
+    deployment = application._bound_deployment
+    assert deployment.ray_actor_options["num_gpus"] == 0.5
+    config = deployment._deployment_config
+    assert config.autoscaling_config.max_replicas == 3
+    assert config.max_ongoing_requests > 2 * 16 + 64, "what waits counts for autoscaling"
 
 
 def test_an_open_host_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 import json
 import time
+from collections import Counter
 
 import httpx
 import pytest
@@ -24,41 +25,47 @@ def _ask(server: Running, **fields: object) -> str:
     return answer.text
 
 
-def _series(server: Running, start: str) -> list[str]:
-    text = httpx.get(f"{server.url}/metrics").text
-    return [line for line in text.splitlines() if line.startswith(start)]
+@pytest.fixture
+def outcomes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """What the comparisons' counter was told."""
+    told: Counter[str] = Counter()
+
+    def inc(counter: object, value: float, tags: dict[str, str]) -> None:
+        if "outcome" in tags and tags["model"] == "new":
+            told[tags["outcome"]] += int(value)
+
+    monkeypatch.setattr("ray.serve.metrics.Counter.inc", inc)
+    return told
 
 
-def _await_outcomes(server: Running, count: float) -> dict[str, float]:
+def _await_outcomes(outcomes: Counter[str], *kinds: str) -> None:
     for _ in range(100):
-        lines = _series(server, "llava_ray_canary_answers_total")
-        found = {
-            line.split('outcome="')[1].split('"')[0]: float(line.split()[-1]) for line in lines
-        }
-        if sum(found.values()) >= count:
-            return found
+        if outcomes == Counter(kinds):
+            return
         time.sleep(0.05)
-    raise AssertionError(found)
+    raise AssertionError(outcomes)
 
 
-def test_an_equal_newcomer_agrees_on_every_request() -> None:
+def test_an_equal_newcomer_agrees_on_every_request(outcomes: Counter[str]) -> None:
     engines = {"old": TableEngine(), "new": TableEngine()}
     with serving(engines, canary={"model": "new", "share": 1.0}) as running:
         _ask(running)
-        _await_outcomes(running, 1)
+        _await_outcomes(outcomes, "equal")
         assert "[DONE]" in _ask(running, stream=True, temperature=0.7)
-        _await_outcomes(running, 2)
+        _await_outcomes(outcomes, *["equal"] * 2)
         _ask(running, stop=["a"])
-        assert _await_outcomes(running, 3) == {"equal": 3.0}
+        _await_outcomes(outcomes, *["equal"] * 3)
     assert engines["new"].prefills == 3
 
 
-def test_another_newcomer_is_seen_to_differ_and_clients_do_not_notice() -> None:
+def test_another_newcomer_is_seen_to_differ_and_clients_do_not_notice(
+    outcomes: Counter[str],
+) -> None:
     engines = {"old": TableEngine(), "new": TableEngine(letters="xyz")}
     with serving(engines, canary={"model": "new", "share": 1.0}) as running:
         answer = json.loads(_ask(running))["choices"][0]["message"]["content"]
         assert not set("xyz") & set(answer)
-        assert _await_outcomes(running, 1) == {"different": 1.0}
+        _await_outcomes(outcomes, "different")
         _ask(running, model="new")
         time.sleep(0.2)
         assert engines["new"].prefills == 2, "what asks the newcomer itself is not compared"

@@ -242,7 +242,7 @@ def test_the_client_comes_back_after_429(engine: TableEngine) -> None:
         serving({"tiny": slow}, max_queued_requests=1, max_concurrent_requests=1) as running,
         OpenAI(base_url=f"{running.url}/v1", api_key="unused", max_retries=0) as client,
     ):
-        running.endpoint._under_way = running.endpoint.args.capacity
+        running.endpoint._under_way = 2
         with pytest.raises(openai.RateLimitError) as caught:
             client.chat.completions.create(model="tiny", messages=_ask())
         headers = caught.value.response.headers

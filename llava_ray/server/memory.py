@@ -1,0 +1,104 @@
+"""How many answers at a time a replica's memory has room for, beside its models' weights.
+
+The deploy stage computes limits by it before anything starts, and each replica checks it against
+what is free.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from llava_ray.artifacts.records import Variant
+from llava_ray.errors import ResourceError
+from llava_ray.server.loading import find_variant, text_config
+from llava_ray.server.settings import AppArgs
+
+_GIB = 1024**3
+_RESERVE = {"cuda": 3 * _GIB // 2, "cpu": _GIB}
+"""Of each model's process: libraries, the device's context, workspace of a prefill."""
+_USABLE = 0.95
+"""The allocator's unused pieces take the rest."""
+_READ_GPU = "import torch; print(*torch.cuda.mem_get_info())"
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one served model takes."""
+
+    slug: str
+    weights: int
+    """Bytes of its weights and of its process."""
+    per_slot: int
+    """Bytes of the KV cache of one answer."""
+
+
+def footprint(variant: Variant, folder: Path, *, device: str, context: int) -> Footprint:
+    """Compute what a variant takes on a device (`cpu` or `cuda`), from its record and shapes."""
+    # PyTorch computes in fp32 on a CPU, and unpacks all weights for it.
+    unpacked = device == "cpu" and variant.method != "gguf"
+    bits = variant.bits_per_weight
+    text = text_config(folder)
+    heads = text["num_attention_heads"]
+    head_dim = text.get("head_dim") or text["hidden_size"] // heads
+    values = 2 * text["num_hidden_layers"] * text.get("num_key_value_heads", heads) * head_dim
+    tokens = min(context, text.get("max_position_embeddings", context))
+    return Footprint(
+        slug=variant.slug,
+        weights=int(variant.size_bytes * (32 / bits if unpacked else 1)) + _RESERVE[device],
+        per_slot=values * tokens * (4 if unpacked or bits == 32 else 2),
+    )
+
+
+def slots_within(footprints: Sequence[Footprint], memory_bytes: float, wanted: int) -> int:
+    """Return the answers of each model that memory has room for at a time, `wanted` at most.
+
+    Raises ResourceError with the numbers where it is less than one.
+    """
+    weights = sum(each.weights for each in footprints)
+    per_slot = sum(each.per_slot for each in footprints)
+    found = min(wanted, int((memory_bytes * _USABLE - weights) // per_slot))
+    if found < 1:
+        names = ", ".join(each.slug for each in footprints)
+        raise ResourceError(
+            f"{names}: {memory_bytes / 1e9:.1f} GB of memory can be had, and weights and workspace "
+            f"take {weights / 1e9:.1f} GB and one answer {per_slot / 1e9:.1f}: lower "
+            "serve.context, serve fewer variants or use a larger device"
+        )
+    return found
+
+
+def slots_that_fit(args: AppArgs, there: int | None = None) -> int:
+    """Return the answers of each model that a replica works on at a time.
+
+    there: bytes of the device that it will have; default: what is free on this machine. Raises
+    ResourceError where there is no room for one.
+    """
+    device = "cuda" if args.gpus_per_replica else "cpu"
+    footprints = []
+    for model in args.models:
+        variant, folder = find_variant(model.variant_uri)
+        footprints.append(footprint(variant, folder, device=device, context=args.context))
+    free, total = memory_bytes(device) if there is None else (there, there)
+    share = min(1.0, args.gpus_per_replica or 1.0)
+    return slots_within(footprints, min(free, total * share), args.max_concurrent_requests)
+
+
+def memory_bytes(device: str) -> tuple[int, int]:
+    """Return what is free and what there is, of this machine or of its first visible GPU."""
+    if device == "cuda":
+        # In a process of its own, since a CUDA context would stay in this one.
+        done = subprocess.run(
+            [sys.executable, "-c", _READ_GPU], capture_output=True, text=True, check=True
+        )
+        free, total = map(int, done.stdout.split())
+        return free, total
+    found = psutil.virtual_memory()
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        total = min(found.total, int(text))
+        return min(found.available, total - int(used.read_text())), total
+    return found.available, found.total
