@@ -169,7 +169,8 @@ class ServeConfig(Section):
     about itself to all interfaces: a firewall has to close their ports."""
     max_image_bytes: Count = Field(default=10_000_000)
     max_image_pixels: Count = Field(default=40_000_000)
-    max_images: Count = Field(default=1)
+    max_images: Count = Field(default=8)
+    """Of one request, as far as the context goes."""
     image_hosts: tuple[str, ...] = Field(default=())
     """Hosts whose image URLs are fetched; default: images come as data URLs only."""
     beside: tuple[str, ...] = Field(default=())

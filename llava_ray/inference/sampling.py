@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from llava_ray.inference.grammar import Matcher
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -29,6 +31,8 @@ class SamplingParams:
     """How many alternatives each step lists; None computes no log probabilities."""
     ignore_eos: bool = False
     """Go on to `max_tokens` whatever the model says, for timing."""
+    grammar: str | None = None
+    """What the answer has to keep to, from `grammar.json_grammar`."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,10 @@ class Step:
 
 @dataclass
 class Row:
-    """One sequence of a batch: its parameters and its random numbers."""
+    """One sequence of a batch: its parameters, its random numbers and where its grammar is."""
 
     sampling: SamplingParams
+    matcher: "Matcher | None" = None
     _random: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
@@ -92,6 +97,7 @@ def sample(logits: "torch.Tensor", rows: Sequence[Row]) -> Sampled:
     import torch
 
     params = [row.sampling for row in rows]
+    model_logits, logits = logits, _allowed(logits, rows)
     tokens = logits.argmax(dim=-1)
     if any(p.temperature > 0 for p in params):
         # Rows at temperature 0 keep their argmax; 1 only spares them a division by zero.
@@ -106,7 +112,22 @@ def sample(logits: "torch.Tensor", rows: Sequence[Row]) -> Sampled:
         drawn = _draw(logits / temperature, top_p if nucleus else None, uniform)
         greedy = torch.tensor([p.temperature == 0 for p in params]).to(logits.device)
         tokens = torch.where(greedy, tokens, drawn)
-    return Sampled(tokens, logits, rows)
+    return Sampled(tokens, model_logits, rows)
+
+
+def _allowed(logits: "torch.Tensor", rows: Sequence[Row]) -> "torch.Tensor":
+    """Return the logits, without those tokens that a row's grammar does not allow."""
+    import torch
+
+    if not any(row.matcher for row in rows):
+        return logits
+    masks = [
+        torch.from_numpy(row.matcher.allowed())
+        if row.matcher
+        else torch.ones(logits.shape[1], dtype=torch.bool)
+        for row in rows
+    ]
+    return logits.masked_fill(~torch.stack(masks).to(logits.device), -torch.inf)
 
 
 def _draw(

@@ -9,12 +9,13 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llava_ray.errors import DataError, ResourceError
 from llava_ray.inference.engine import Engine, Prompt
 from llava_ray.inference.generate import FinishReason, budget, decodes_ahead
+from llava_ray.inference.grammar import Matchers
 from llava_ray.inference.request_errors import (
     ApiError,
     BadRequest,
@@ -54,16 +55,13 @@ class Answer:
     outlet: Outlet
     key: Hashable
     """What names it to the outlet."""
-    row: Row = field(init=False)
+    row: Row
     cancelled: bool = False
     slot: int | None = None
     left: int = 0
     """Tokens that may still be asked of the engine."""
     emitted: int = 0
     over: bool = False
-
-    def __post_init__(self) -> None:
-        self.row = Row(self.sampling)
 
 
 @dataclass
@@ -85,6 +83,9 @@ class Scheduler:
         """Prefills and decode steps that have ended."""
         self.engine = engine
         self._ahead = decodes_ahead(engine)
+        self._matchers = Matchers(
+            engine.tokenizer, vocab_size=engine.vocab_size, eos_token_id=engine.eos_token_id
+        )
         self._wake = threading.Condition()
         self._waiting: deque[Answer] = deque()
         self._closing = False
@@ -121,9 +122,13 @@ class Scheduler:
     ) -> Answer:
         """Queue a request; the outlet gets its tokens with its key, then how it ended.
 
-        Raises Unavailable when the engine broke.
+        Raises Unavailable when the engine broke, BadRequest for a grammar that is too large.
         """
-        answer = Answer(prompt, sampling, outlet, key)
+        try:
+            matcher = self._matchers.start(sampling.grammar) if sampling.grammar else None
+        except DataError as error:
+            raise BadRequest(f"response_format: {error}", "response_format") from error
+        answer = Answer(prompt, sampling, outlet, key, Row(sampling, matcher))
         with self._wake:
             if self.failure is not None or self._closing:
                 raise Unavailable("the engine has stopped")
@@ -238,6 +243,9 @@ class Scheduler:
         logits = self.engine.decode(slots, tokens[0] if len(tokens) == 1 else _join(tokens))
         for answer in answers:
             answer.left -= 1
+        if any(answer.row.matcher for answer in answers):
+            # What may come next hangs on what has come.
+            self._read(batches)
         return _Batch(sample(logits, [a.row for a in answers]), answers)
 
     def _read(self, batches: Sequence[_Batch]) -> None:
@@ -255,6 +263,11 @@ class Scheduler:
             return
         answer.emitted += 1
         self._outbox.append((answer, step))
+        if (matcher := answer.row.matcher) is not None:
+            matcher.accept(step.token_id)
+            if matcher.complete:
+                self._end(answer, "stop")
+                return
         if answer.emitted == budget(self.engine, answer.prompt, answer.sampling):
             self._end(answer, "length")
 

@@ -2,15 +2,16 @@
 
 import base64
 import binascii
-import re
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llava_ray.errors import DataError
+from llava_ray.inference.grammar import json_grammar
 from llava_ray.inference.request_errors import ApiError, BadRequest, TooLarge
 from llava_ray.inference.sampling import SamplingParams
 from llava_ray.models.conversation import Turn, protect
@@ -25,7 +26,20 @@ Fetch = Callable[[str], Awaitable[bytes]]
 
 
 class _Part(BaseModel):
+    """A part of a request; clients send fields that they do not use as null or empty."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unused(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {
+            name: value
+            for name, value in fields.items()
+            if value is not None and (name in cls.model_fields or value not in ("", [], {}))
+        }
 
 
 class TextPart(_Part):
@@ -49,25 +63,49 @@ class ImagePart(_Part):
     type: Literal["image_url"]
     image_url: ImageUrl
 
+    @field_validator("image_url", mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
+
 
 class Message(_Part):
     """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] = Field(
+        default_factory=list
+    )
     name: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
     def text(self) -> str:
         """Return the text parts, one a line."""
-        if isinstance(self.content, str):
-            return self.content
         return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
 
     def image_urls(self) -> list[str]:
         """Return the images in their order."""
-        if isinstance(self.content, str):
-            return []
         return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
+
+
+class JsonSchema(_Part):
+    """A schema that the answer has to keep to, whatever `strict` says."""
+
+    name: str = ""
+    description: str = ""
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool = True
+
+
+class ResponseFormat(_Part):
+    """Free text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class StreamOptions(_Part):
@@ -78,22 +116,24 @@ class StreamOptions(_Part):
     """Accepted and ignored."""
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(_Part):
     """OpenAI's chat completions request, as far as this model can follow it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     model: str
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    """0 is greedy."""
     n: int | None = Field(default=None, ge=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = Field(default=None)
     stream: bool | None = Field(default=None)
     stream_options: StreamOptions | None = Field(default=None)
+    response_format: ResponseFormat | None = Field(default=None)
     logprobs: bool | None = Field(default=None)
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     ignore_eos: bool | None = Field(default=None)
@@ -112,7 +152,6 @@ class ChatRequest(BaseModel):
     logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
     tools: list[Any] | None = Field(default=None, max_length=0)
     tool_choice: Literal["none", "auto"] | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
     modalities: list[Literal["text"]] | None = None
 
     def stops(self) -> tuple[str, ...]:
@@ -155,26 +194,42 @@ def parse_request(body: bytes, args: AppArgs) -> ChatRequest:
     return request
 
 
-def sampling_params(request: ChatRequest, args: AppArgs, choice: int) -> SamplingParams:
-    """Return how one of the choices is drawn; each has a seed of its own.
+def sampling_params(request: ChatRequest, args: AppArgs) -> list[SamplingParams]:
+    """Return how each of the choices is drawn; each has a seed of its own.
 
-    Raises BadRequest when more tokens are asked for than the server allows.
+    Raises BadRequest for a schema that answers cannot be kept to.
     """
-    named = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-    asked = getattr(request, named)
-    if asked is not None and asked > args.max_new_tokens:
-        raise BadRequest(
-            f"{named}={asked}: at most {args.max_new_tokens} tokens are generated", named
-        )
-    return SamplingParams(
-        max_tokens=args.max_new_tokens if asked is None else asked,
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        seed=None if request.seed is None else request.seed + choice,
+    asked = request.max_completion_tokens or request.max_tokens or args.max_new_tokens
+    top_p = 1.0 if request.top_p is None else request.top_p
+    temperature = 1.0 if request.temperature is None else request.temperature
+    first = SamplingParams(
+        max_tokens=min(asked, args.max_new_tokens),
+        temperature=temperature if top_p > 0 else 0.0,
+        top_p=top_p or 1.0,
+        seed=request.seed,
         stop=request.stops(),
         ignore_eos=bool(request.ignore_eos),
         top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        grammar=_grammar(request.response_format),
     )
+    if request.seed is None:
+        return [first] * (request.n or 1)
+    return [replace(first, seed=request.seed + index) for index in range(request.n or 1)]
+
+
+def _grammar(wanted: ResponseFormat | None) -> str | None:
+    if wanted is None or wanted.type == "text":
+        return None
+    schema: dict[str, Any] = {"type": "object"}
+    if wanted.type == "json_schema":
+        if wanted.json_schema is None:
+            raise BadRequest("response_format: json_schema is missing", "response_format")
+        schema = wanted.json_schema.schema_
+    try:
+        return json_grammar(schema)
+    except DataError as error:
+        where = "response_format.json_schema.schema"
+        raise BadRequest(f"{where}: answers cannot be kept to it: {error}", where) from error
 
 
 def read_conversation(messages: Sequence[Message], args: AppArgs) -> Conversation:
@@ -224,8 +279,10 @@ async def read_image_bytes(url: str, args: AppArgs, fetch: Fetch) -> bytes:
         raise _bad_image("an image's data URL reads data:image/jpeg;base64,...")
     if len(payload) > args.max_image_bytes * 4 // 3 + 4:
         raise TooLarge(f"an image has more than {args.max_image_bytes} bytes", "messages")
+    # Some clients break lines, leave the padding out or encode it for a URL.
+    letters = "".join(unquote(payload).split()).rstrip("=")
     try:
-        return base64.b64decode(re.sub(r"%3[Dd]", "=", payload), validate=True)
+        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise _bad_image(f"an image's base64 is broken: {error}") from error
 
@@ -258,7 +315,13 @@ def _join(first: Turn, second: Turn) -> Turn:
 def _explain(error: ValidationError) -> ApiError:
     """Turn pydantic's first complaint into OpenAI's words."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    param = ".".join(str(part) for part in first["loc"]) or None
+    # pydantic names a part's kind as if it were a field.
+    location = [
+        str(part)
+        for before, part in zip(("", *first["loc"]), first["loc"], strict=False)
+        if not (isinstance(before, int) and part in ("text", "image_url"))
+    ]
+    param = ".".join(location) or None
     if first["type"] == "json_invalid":
         return BadRequest(f"the body is not JSON ({first['msg']})")
     if first["type"] == "extra_forbidden":

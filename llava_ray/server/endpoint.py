@@ -141,7 +141,10 @@ class Endpoint:
         if canary is not None and parsed.seed is None:
             # Both models have to draw the same random numbers.
             parsed = parsed.model_copy(update={"seed": random.getrandbits(32)})
-        samplings = [sampling_params(parsed, self.args, i) for i in range(parsed.n or 1)]
+        if parsed.response_format is None:
+            samplings = sampling_params(parsed, self.args)
+        else:  # A schema takes its time to be compiled.
+            samplings = await asyncio.to_thread(sampling_params, parsed, self.args)
         return await until_disconnect(
             request.receive, self._answer(parsed, backend, samplings, canary, leave)
         )

@@ -82,8 +82,8 @@ class AppArgs(Section):
     max_choices: Count = Field(default=8)
     """Largest `n`."""
     max_messages: Count = Field(default=64)
-    max_images: Count = Field(default=1)
-    """The limit of one request."""
+    max_images: Count = Field(default=8)
+    """The limit of one request, as far as the context goes."""
     max_image_bytes: Count = Field(default=10_000_000)
     max_image_pixels: Count = Field(default=40_000_000)
     image_hosts: tuple[str, ...] = Field(default=())

@@ -186,7 +186,7 @@ def test_hostile_images_are_refused(
 
 def test_more_images_than_allowed_are_refused(open_server: Running) -> None:
     body = chat_body(data_url())
-    body["messages"][0]["content"] *= 2
+    body["messages"][0]["content"] *= 9
     assert _post(open_server, body).json()["error"]["code"] == "too_many_images"
 
 

@@ -95,7 +95,11 @@ class _Server:
         size = scheduler.engine.image_size
         images = (np.frombuffer(i, np.uint8).reshape(size, size, 3) for i in ask.images)
         prompt = Prompt(ask.input_ids, tuple(images))
-        answer = scheduler.submit(prompt, ask.sampling, self._deliver, ask.number)
+        try:
+            answer = scheduler.submit(prompt, ask.sampling, self._deliver, ask.number)
+        except ApiError as error:
+            self.send(Tokens([Part(ask.number, [], error=error.plain())]))
+            return
         self._answers[ask.number] = answer
         if answer.over:  # It may have ended before it was noted.
             self._answers.pop(ask.number, None)
