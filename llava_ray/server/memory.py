@@ -6,9 +6,10 @@ what is free.
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -36,16 +37,18 @@ class Footprint:
     """Bytes of the KV cache of one answer."""
 
 
-def footprint(variant: Variant, folder: Path, *, device: str, context: int) -> Footprint:
+def footprint(
+    variant: Variant, text_config: Mapping[str, Any], *, device: str, context: int
+) -> Footprint:
     """Compute what a variant takes on a device (`cpu` or `cuda`), from its record and shapes."""
     # PyTorch computes in fp32 on a CPU, and unpacks all weights for it.
     unpacked = device == "cpu" and variant.method != "gguf"
     bits = variant.bits_per_weight
-    text = text_config(folder)
-    heads = text["num_attention_heads"]
-    head_dim = text.get("head_dim") or text["hidden_size"] // heads
-    values = 2 * text["num_hidden_layers"] * text.get("num_key_value_heads", heads) * head_dim
-    tokens = min(context, text.get("max_position_embeddings", context))
+    heads = text_config["num_attention_heads"]
+    head_dim = text_config.get("head_dim") or text_config["hidden_size"] // heads
+    kv_heads = text_config.get("num_key_value_heads", heads)
+    values = 2 * text_config["num_hidden_layers"] * kv_heads * head_dim
+    tokens = min(context, text_config.get("max_position_embeddings", context))
     return Footprint(
         slug=variant.slug,
         weights=int(variant.size_bytes * (32 / bits if unpacked else 1)) + _RESERVE[device],
@@ -81,7 +84,8 @@ def slots_that_fit(args: AppArgs, there: int | None = None) -> int:
     footprints = []
     for model in args.models:
         variant, folder = find_variant(model.variant_uri)
-        footprints.append(footprint(variant, folder, device=device, context=args.context))
+        text = text_config(folder)
+        footprints.append(footprint(variant, text, device=device, context=args.context))
     free, total = memory_bytes(device) if there is None else (there, there)
     share = min(1.0, args.gpus_per_replica or 1.0)
     return slots_within(footprints, min(free, total * share), args.max_concurrent_requests)

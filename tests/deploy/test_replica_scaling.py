@@ -24,11 +24,15 @@ _PATIENCE_S = 150
 
 def _replicas_that_answered(url: str) -> int:
     text = httpx.get(url.removesuffix("/v1") + "/metrics", timeout=30).text
-    lines = [line for line in text.splitlines() if line.startswith("llava_ray_generated_tokens")]
+    name = "ray_llava_ray_generated_tokens_total{"
+    lines = [line for line in text.splitlines() if line.startswith(name)]
     return sum(float(line.split()[-1]) > 0 for line in lines)
 
 
-def test_load_brings_a_second_replica_that_shares_it(ray_local: None, tmp_path: object) -> None:
+@pytest.mark.parametrize("proxy", ["python", "haproxy"])
+def test_requests_that_wait_bring_a_second_replica_that_shares_them(
+    ray_local: None, tmp_path: object, proxy: str
+) -> None:
     from ray import serve
 
     config = RunConfig.model_validate(
@@ -36,10 +40,11 @@ def test_load_brings_a_second_replica_that_shares_it(ray_local: None, tmp_path: 
             "storage": {"uri": str(tmp_path)},
             "serve": {
                 "port": free_port(),
+                "proxy": proxy,
                 "cpus_per_replica": 0.25,
                 "min_replicas": 1,
                 "max_replicas": 2,
-                "max_concurrent_requests": 2,
+                "max_concurrent_requests": 1,
                 "context": 512,
             },
         }
@@ -54,7 +59,11 @@ def test_load_brings_a_second_replica_that_shares_it(ray_local: None, tmp_path: 
         start = time.monotonic()
         while _replicas_that_answered(record.url) < 2:
             assert time.monotonic() - start < _PATIENCE_S, f"{len(engine_pids())} replicas"
+            health = time.monotonic()
+            assert httpx.get(record.url.removesuffix("/v1") + "/health").status_code == 200
+            assert time.monotonic() - health < 2, "health waits behind no chat"
             time.sleep(1)
+        print(f"{proxy}: the second replica answered after {time.monotonic() - start:.0f} s")
     finally:
         over.set()
         for asker in askers:
