@@ -20,25 +20,30 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import aiohttp
 import numpy as np
+import ray
+import torch
+from PIL import Image, ImageDraw
+from ray import serve
 
 from llava_ray import __version__
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.bench import results
 from llava_ray.bench.quantize import embedded_variant
+from llava_ray.deploy.application import start_serve
 from llava_ray.inference.engine import Prompt
+from llava_ray.inference.metrics import Recorder
+from llava_ray.inference.prompts import make_prompt
 from llava_ray.inference.request_errors import ApiError
 from llava_ray.inference.sampling import SamplingParams, Step
 from llava_ray.inference.scheduler import Item, Scheduler
 from llava_ray.resources.devices import device_name
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from llava_ray.server.settings import AppArgs
+from llava_ray.server.application import build
+from llava_ray.server.loading import open_variant
+from llava_ray.server.settings import AppArgs, ModelArgs
 
 logger = logging.getLogger(__name__)
 
@@ -85,17 +90,17 @@ def run(
     get one CPU thread each, and only one of them works at a time; the ingress, Serve's proxy and
     the load generator share what other CPUs there are. A variant's two engines share the GPUs.
     """
-    import ray
-    import torch
-    from ray import serve
-
-    from llava_ray.deploy.application import start_serve
-    from llava_ray.server.application import build
-
     gpus = min(1.0, torch.cuda.device_count() / 2) if variant_uri else 0.0
     with tempfile.TemporaryDirectory() as folder:
         uri = variant_uri or embedded_variant(ArtifactStore(folder), _SLUG).uri
-        args = _app_args(uri, gpus)
+        args = AppArgs(
+            models=(ModelArgs(variant_uri=uri, name="bench", gpus_per_replica=gpus),),
+            host="127.0.0.1",
+            context=1024 if gpus else 512,
+            max_concurrent_requests=_SLOTS,
+            # Each request is another image's; a prefix kept for one would help neither side.
+            kept_prefixes=0,
+        )
         ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
         try:
             bare = ray.remote(num_cpus=1, num_gpus=gpus)(BareEngine).remote(args)
@@ -107,27 +112,10 @@ def run(
             ray.shutdown()
 
 
-def _app_args(variant_uri: str, gpus: float) -> "AppArgs":
-    """Return what both engines open, each with that many GPUs."""
-    from llava_ray.server.settings import AppArgs, ModelArgs
-
-    return AppArgs(
-        models=(ModelArgs(variant_uri=variant_uri, name="bench", gpus_per_replica=gpus),),
-        host="127.0.0.1",
-        context=1024 if gpus else 512,
-        max_concurrent_requests=_SLOTS,
-        # Each request is another image's; a prefix kept for one would help neither side.
-        kept_prefixes=0,
-    )
-
-
 class BareEngine:
     """The served scheduler and its engine, in a process of their own: no HTTP, no text."""
 
-    def __init__(self, args: "AppArgs") -> None:
-        from llava_ray.inference.metrics import Recorder
-        from llava_ray.server.loading import open_variant
-
+    def __init__(self, args: AppArgs) -> None:
         self._engine, self._card = open_variant(args.models[0], args)
         recorder = Recorder(model="bench", replica="bare", device=self._engine.device)
         self._scheduler = Scheduler(self._engine, max_waiting=_SLOTS, recorder=recorder)
@@ -140,8 +128,6 @@ class BareEngine:
 
     def load(self, count: int, clients: int) -> list[Timeline]:
         """Answer `count` prompts from `clients` closed loops."""
-        from llava_ray.inference.prompts import make_prompt
-
         prompts = [make_prompt(self._engine, _QUESTION, [_image(i)]) for i in range(count)]
         return closed_loop(self._scheduler, prompts, clients=clients, tokens=_TOKENS)
 
@@ -218,10 +204,8 @@ async def _ask(session: aiohttp.ClientSession, url: str, body: bytes, tokens: in
     return Timeline(sent, first, last, tokens)
 
 
-def _image(index: int) -> "Image.Image":
+def _image(index: int) -> Image.Image:
     """Draw a sign; each index gives other pixels."""
-    from PIL import Image, ImageDraw
-
     image = Image.new("RGB", (336, 336), (index % 256, index * 7 % 256, 90))
     ImageDraw.Draw(image).text((40, 150), f"GATE {index}", fill="white", font_size=60)
     return image
@@ -246,8 +230,6 @@ def _body(index: int) -> bytes:
 
 
 def _measure(bare: Any, url: str, rounds: int | None) -> dict[str, Any]:
-    import ray
-
     bodies = [_body(i) for i in range(max(_REQUESTS.values()))]
     drive(url, bodies[:2], clients=2, tokens=_TOKENS)
     ray.get(bare.load.remote(2, 2))
