@@ -18,7 +18,7 @@ from llava_ray.inference.prompts import check_prompt, eos_token_id
 from llava_ray.inference.slots import Slots
 from llava_ray.inference.torch.cache import Segment, SlotCache
 from llava_ray.inference.torch.kernels.weights import make_dense
-from llava_ray.inference.torch.llama import LlamaForward, Shape, linear_groups, module_layers
+from llava_ray.inference.torch.llama import LlamaForward, linear_groups, module_layers
 from llava_ray.models.images import normalize
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class TorchEngine(Engine):
 
         self.device, self.slots, self.context = device, slots, context
         whole: Any = model.eval()
-        self._model: Any = whole
+        self._model, self._vision = whole, whole.model.vision_tower
         config = whole.config
         vision = config.vision_config
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -60,17 +60,13 @@ class TorchEngine(Engine):
             make_dense(whole, whole.model.language_model.embed_tokens.weight.dtype)
         language_model = whole.model.language_model
         self._embed: Any = language_model.embed_tokens
-        shape = Shape.of(config.text_config)
         self._slots = Slots(slots, context)
         self._cache = SlotCache(
-            layers=shape.layers,
-            slots=slots,
-            kv_heads=shape.kv_heads,
+            config.text_config,
+            slots=slots + (1 if device.startswith("cuda") else 0),
             context=context,
-            head_dim=shape.head_dim,
             dtype=self._embed.weight.dtype,
             device=device,
-            spare=1 if device.startswith("cuda") else 0,
         )
         self._weight_bytes = _read_per_token(language_model, whole.lm_head)
         self._decoder: Decoder | None = None
@@ -90,13 +86,13 @@ class TorchEngine(Engine):
 
                 stack = read_stack(language_model, lm_head)
         if stack is None:
-            layers = module_layers(language_model)
-            self._forward = LlamaForward(language_model, layers, lm_head, self._cache)
+            own = module_layers(language_model)
+            self._forward = LlamaForward(language_model, own, lm_head, self._cache)
             return
         self._weight_bytes = stack.bytes()
-        self._forward = LlamaForward(
-            language_model, stack.layer_projections(), stack.projection(stack.head), self._cache
-        )
+        layers = [layer.mapped(stack.projection) for layer in stack.layers]
+        head = stack.projection(stack.head)
+        self._forward = LlamaForward(language_model, layers, head, self._cache, alternating=True)
         self._decoder = Decoder(stack, self._cache, self._forward.cos, self._forward.sin)
         from llava_ray.inference.torch.prefill import PrefillGraphs
 
@@ -113,7 +109,7 @@ class TorchEngine(Engine):
             self._graphs.warm_up(lengths, self._embed.weight.dtype)
             size = self.image_size
             self._graphs.encode(
-                torch.zeros(1, 3, size, size, device=self.device, dtype=self._vision_dtype())
+                torch.zeros(1, 3, size, size, device=self.device, dtype=self._vision.dtype)
             )
 
     def kernel_name(self, batch: int) -> str:
@@ -190,7 +186,15 @@ class TorchEngine(Engine):
     def close(self) -> None:
         """Free the model and the cache."""
         self.prefixes.clear()
-        del self._model, self._forward, self._cache, self._embed, self._decoder, self._graphs
+        del (
+            self._model,
+            self._vision,
+            self._forward,
+            self._cache,
+            self._embed,
+            self._decoder,
+            self._graphs,
+        )
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
@@ -231,7 +235,7 @@ class TorchEngine(Engine):
 
     def _image_features(self, prompt: Prompt) -> torch.Tensor:
         """Return [images * tokens_per_image, hidden] from the vision tower and projector."""
-        pixels = normalize(np.stack(prompt.images), self.device).to(self._vision_dtype())
+        pixels = normalize(np.stack(prompt.images), self.device).to(self._vision.dtype)
         if self._graphs is not None and len(prompt.images) == 1:
             return self._graphs.encode(pixels)
         return self._encode(pixels)
@@ -240,10 +244,6 @@ class TorchEngine(Engine):
         """Turn [images, 3, size, size] into the language model's inputs."""
         output = self._model.model.get_image_features(pixel_values=pixels, return_dict=True)
         return torch.cat(list(output.pooler_output))
-
-    def _vision_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = next(self._model.model.vision_tower.parameters()).dtype
-        return dtype
 
 
 def _read_per_token(language_model: Any, lm_head: torch.nn.Module) -> int:

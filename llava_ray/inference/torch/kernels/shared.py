@@ -82,8 +82,7 @@ def finish(
     out_ptr,
     gain_ptr,
     scaled_ptr,
-    squares_in_ptr,
-    squares_out_ptr,
+    squares_ptr,
     batch,
     rows,
     parts,
@@ -93,19 +92,19 @@ def finish(
     BN: tl.constexpr,
     BB: tl.constexpr,
     EPILOGUE: tl.constexpr,
-    NORM: tl.constexpr,
     OUT_COLUMNS: tl.constexpr,
     ORDER: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """Finish a product's tile, float32 [BN, BB].
 
-    PLAIN writes it. RESIDUAL adds it to `out`, in place, and writes the next norm's input. SWIGLU
-    takes rows in pairs (gate, up) and writes silu(gate) * up.
+    All but RESIDUAL multiply it by the norm's factor first. PLAIN writes it. RESIDUAL adds it to
+    `out`, in place, and writes the next norm's input. SWIGLU takes rows in pairs (gate, up) and
+    writes silu(gate) * up.
     """
     token = tl.arange(0, BB)
-    if NORM:
-        factor = inverse_rms(squares_in_ptr, parts, stride, COLUMNS, eps, BB, PARTS)
+    if EPILOGUE != RESIDUAL:
+        factor = inverse_rms(squares_ptr, parts, stride, COLUMNS, eps, BB, PARTS)
         acc = acc * factor[None, :]
     if EPILOGUE == SWIGLU:
         pairs = tl.permute(tl.reshape(acc, (BN // 2, 2, BB)), (0, 2, 1))
@@ -129,6 +128,6 @@ def finish(
             value = total * gain[:, None]
             tl.store(scaled, value.to(scaled_ptr.dtype.element_ty), mask=mask)
             squares = tl.sum(total * total, axis=0)
-            tl.store(squares_out_ptr + token * stride + block, squares, mask=token < batch)
+            tl.store(squares_ptr + token * stride + block, squares, mask=token < batch)
         else:
             tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=mask)
