@@ -128,7 +128,7 @@ def rewrite(
         if pack and stem != name and quantizes(module_name(stem)):
             packed = pack(stem, value.to(device, dtype))
             stored = {f"{stem}.{key}": tensor for key, tensor in packed.items()}
-            _wait_for(device)
+            wait_for(device)
         else:
             stored = {name: value.to(dtype) if value.is_floating_point() else value}
         phases.quantize_s += watch.lap()
@@ -160,7 +160,7 @@ def _read_ahead(folder: Path, device: str) -> "Iterator[tuple[str, torch.Tensor]
             yield found
 
 
-def _wait_for(device: str) -> None:
+def wait_for(device: str) -> None:
     """Wait for a GPU, whose work is queued, so that its seconds are counted where they belong."""
     if device.startswith("cuda"):
         import torch
