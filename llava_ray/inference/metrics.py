@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
@@ -12,16 +13,10 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-__all__ = [
-    "CONTENT_TYPE",
-    "Recorder",
-    "device_memory_bytes",
-    "exposition_of",
-    "merge_expositions",
-    "resident_bytes",
-]
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+Metric = TypeVar("Metric", Counter, Gauge, Histogram)
 
 # A series of creation times beside each counter and histogram is of no use here.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -38,27 +33,24 @@ class Recorder:
         self.registry = CollectorRegistry()
         self._labels = {"model": model, "replica": replica}
         self._device = device
-        self._waiting = self._gauge(*_QUEUE)
-        self._active = self._gauge("active_requests", "Requests being answered")
-        self._memory = Gauge(
-            "llava_ray_memory_bytes",
-            "Memory of the replica's process",
-            [*self._labels, "kind"],
-            registry=self.registry,
+        self._waiting = self._metric(Gauge, *_QUEUE)
+        self._active = self._metric(Gauge, "active_requests", "Requests being answered")
+        self._memory = self._metric(
+            Gauge, "memory_bytes", "Memory of the replica's process", further="kind"
         )
-        self._first_token = self._histogram(
-            "time_to_first_token_seconds", "From arrival to the first token", _FIRST_TOKEN_S
+        self._first_token = self._metric(
+            Histogram,
+            "time_to_first_token_seconds",
+            "From arrival to the first token",
+            buckets=_FIRST_TOKEN_S,
         )
-        self._token = self._histogram(
-            "time_per_token_seconds", "Between two tokens of an answer", _TOKEN_S
+        self._token = self._metric(
+            Histogram, "time_per_token_seconds", "Between two tokens of an answer", buckets=_TOKEN_S
         )
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens prefilled")
-        self._tokens = self._counter("generated_tokens", "Tokens generated")
-        self._ended = Counter(
-            "llava_ray_requests",
-            "Requests that ended, by how",
-            [*self._labels, "outcome"],
-            registry=self.registry,
+        self._prompt_tokens = self._metric(Counter, "prompt_tokens", "Prompt tokens prefilled")
+        self._tokens = self._metric(Counter, "generated_tokens", "Tokens generated")
+        self._ended = self._metric(
+            Counter, "requests", "Requests that ended, by how", further="outcome"
         )
 
     def waiting(self, count: int) -> None:
@@ -87,24 +79,20 @@ class Recorder:
     def exposition(self) -> bytes:
         """Return all series as Prometheus reads them."""
         self._memory.labels(**self._labels, kind="resident").set(resident_bytes())
-        device = device_memory_bytes(self._device)
-        if device is not None:
-            self._memory.labels(**self._labels, kind="device").set(device)
+        if self._device.startswith("cuda"):
+            import torch
+
+            allocated = torch.cuda.memory_allocated(self._device)
+            self._memory.labels(**self._labels, kind="device").set(allocated)
         return exposition_of(self.registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        metric = Gauge(f"llava_ray_{name}", text, list(self._labels), registry=self.registry)
-        return metric.labels(**self._labels)
-
-    def _counter(self, name: str, text: str) -> Counter:
-        metric = Counter(f"llava_ray_{name}", text, list(self._labels), registry=self.registry)
-        return metric.labels(**self._labels)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        metric = Histogram(
-            f"llava_ray_{name}", text, list(self._labels), registry=self.registry, buckets=buckets
-        )
-        return metric.labels(**self._labels)
+    def _metric(
+        self, kind: type[Metric], name: str, text: str, *, further: str = "", **options: Any
+    ) -> Metric:
+        """Register a metric; with a further label it still wants that label's values."""
+        labels = [*self._labels, further] if further else list(self._labels)
+        metric = kind(f"llava_ray_{name}", text, labels, registry=self.registry, **options)
+        return metric if further else metric.labels(**self._labels)
 
 
 def queue_exposition(model: str, waiting: int) -> bytes:
@@ -142,12 +130,3 @@ def resident_bytes() -> int:
     """Return this process's resident memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def device_memory_bytes(device: str) -> int | None:
-    """Return what this process has allocated on a GPU, or None on a CPU."""
-    if not device.startswith("cuda"):
-        return None
-    import torch
-
-    return torch.cuda.memory_allocated(device)

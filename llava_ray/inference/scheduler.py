@@ -11,10 +11,9 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from llava_ray.errors import DataError, LlavaRayError, ResourceError
+from llava_ray.errors import DataError, ResourceError
 from llava_ray.inference.engine import Engine, Prompt
 from llava_ray.inference.generate import FinishReason, budget, decodes_ahead
 from llava_ray.inference.metrics import Recorder
@@ -26,9 +25,6 @@ from llava_ray.inference.request_errors import (
     Unavailable,
 )
 from llava_ray.inference.sampling import Row, Sampled, SamplingParams, Step, sample
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +51,12 @@ class Answer:
     """One request on its way; belongs to the scheduler's thread but for `cancelled`."""
 
     prompt: Prompt
-    sampling: SamplingParams
+    row: Row
     deadline: float
     outlet: Outlet
     key: Hashable
     """What names it to the outlet."""
     arrived: float
-    row: Row = field(init=False)
     cancelled: bool = False
     slot: int | None = None
     left: int = 0
@@ -69,9 +64,6 @@ class Answer:
     emitted: int = 0
     last_token_at: float = 0.0
     over: bool = False
-
-    def __post_init__(self) -> None:
-        self.row = Row(self.sampling)
 
 
 @dataclass
@@ -157,7 +149,7 @@ class Scheduler:
         Raises Overloaded when the queue is full and Unavailable when the engine broke.
         """
         now = time.monotonic()
-        answer = Answer(prompt, sampling, now + timeout_s, outlet, key, now)
+        answer = Answer(prompt, Row(sampling), now + timeout_s, outlet, key, now)
         with self._wake:
             self.check()
             if len(self._waiting) >= self._max_waiting + self._free_slots():
@@ -230,7 +222,7 @@ class Scheduler:
             self._deliver()
 
     def _prefill(self, answer: Answer) -> None:
-        answer.left = budget(self._engine, answer.prompt, answer.sampling)
+        answer.left = budget(self._engine, answer.prompt, answer.row.sampling)
         try:
             answer.slot, logits = self._engine.prefill(answer.prompt)
         except DataError as error:
@@ -268,6 +260,8 @@ class Scheduler:
             self._batches.append(following)
 
     def _decode(self, batches: Sequence[_Batch]) -> _Batch | None:
+        import torch
+
         answers: list[Answer] = []
         tokens: list[torch.Tensor] = []
         for batch in batches:
@@ -280,7 +274,7 @@ class Scheduler:
         if not answers:
             return None
         slots = [a.slot for a in answers if a.slot is not None]
-        logits = self._engine.decode(slots, tokens[0] if len(tokens) == 1 else _join(tokens))
+        logits = self._engine.decode(slots, tokens[0] if len(tokens) == 1 else torch.cat(tokens))
         for answer in answers:
             answer.left -= 1
         return _Batch(sample(logits, [a.row for a in answers]), answers)
@@ -295,7 +289,7 @@ class Scheduler:
                     self._emit(answer, step)
 
     def _emit(self, answer: Answer, step: Step) -> None:
-        if step.token_id == self._engine.eos_token_id and not answer.sampling.ignore_eos:
+        if step.token_id == self._engine.eos_token_id and not answer.row.sampling.ignore_eos:
             self._end(answer, "stop")
             return
         now = time.monotonic()
@@ -306,7 +300,7 @@ class Scheduler:
         answer.last_token_at = now
         answer.emitted += 1
         self._outbox.append((answer, step))
-        if answer.emitted == budget(self._engine, answer.prompt, answer.sampling):
+        if answer.emitted == budget(self._engine, answer.prompt, answer.row.sampling):
             self._end(answer, "length")
 
     def _end(self, answer: Answer, outcome: FinishReason | ApiError) -> None:
@@ -315,7 +309,8 @@ class Scheduler:
             self._engine.release(answer.slot)
             self._active.remove(answer)
             self._recorder.active(len(self._active), 0)
-        self._recorder.ended("cancelled" if answer.cancelled else _name(outcome))
+        name = outcome if isinstance(outcome, str) else type(outcome).__name__
+        self._recorder.ended("cancelled" if answer.cancelled else name)
         if not answer.cancelled:
             self._outbox.append((answer, outcome))
 
@@ -361,13 +356,3 @@ async def chunks_from(inbox: "asyncio.Queue[Item]") -> AsyncGenerator[Chunk, Non
 def _put_all(inbox: "asyncio.Queue[Item]", items: Sequence[Item]) -> None:
     for item in items:
         inbox.put_nowait(item)
-
-
-def _join(tokens: "Sequence[torch.Tensor]") -> "torch.Tensor":
-    import torch
-
-    return torch.cat(list(tokens))
-
-
-def _name(outcome: FinishReason | LlavaRayError) -> str:
-    return outcome if isinstance(outcome, str) else type(outcome).__name__

@@ -9,15 +9,13 @@ import triton
 from llava_ray.inference.torch.kernels.attention import attention_kernel, embed_kernel
 from llava_ray.inference.torch.kernels.gemm import gemm_kernel
 from llava_ray.inference.torch.kernels.gemv import gemv_kernel
-from llava_ray.inference.torch.kernels.shared import EPILOGUES, INTERPRETED, ORDERS
+from llava_ray.inference.torch.kernels.shared import EPILOGUES, INTERPRETED, MAX_PARTS, ORDERS
 from llava_ray.inference.torch.kernels.weights import Format, Weight
 
 MAX_BATCH = 64
 Epilogue = Literal["plain", "residual", "swiglu"]
 LEAST_TOKENS = 8
 """The tokens that the tensor cores take at a time."""
-MAX_PARTS = 2048
-"""Partial sums of squares that one token can have."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +64,11 @@ class Squares:
     @classmethod
     def empty(cls, device: str) -> "Squares":
         """Allocate the buffer."""
-        return cls(torch.zeros(MAX_BATCH, MAX_PARTS, dtype=torch.float32, device=device))
+        return cls(torch.zeros(MAX_BATCH, MAX_PARTS.value, dtype=torch.float32, device=device))
 
     def of(self, parts: int) -> "Squares":
         """Return the same buffer, filled with that many parts."""
-        assert parts <= MAX_PARTS, f"{parts} partial sums"
+        assert parts <= MAX_PARTS.value, f"{parts} partial sums"
         return replace(self, parts=parts)
 
 
@@ -122,7 +120,6 @@ class Product:
             "squares_ptr": squares.buffer,
             "rows": weight.rows,
             "parts": squares.parts,
-            "stride": MAX_PARTS,
             "eps": self.eps,
             "COLUMNS": weight.columns,
             "GROUP": weight.group,
@@ -204,7 +201,6 @@ def embed(
         hidden,
         scaled,
         squares.buffer,
-        MAX_PARTS,
         COLUMNS=columns,
         BLOCK=triton.next_power_of_2(columns),
         ORDER=ORDERS[order],
