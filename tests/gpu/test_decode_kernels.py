@@ -19,8 +19,7 @@ from llava_ray.inference.torch.decode import Decoder, read_stack  # noqa: E402
 from llava_ray.inference.torch.kernels.launch import (
     MAX_BATCH,
     Attention,
-    GemmBlock,
-    GemvBlock,
+    Block,
     Product,
     Scratch,
     Squares,
@@ -123,7 +122,7 @@ def test_products(format_: Format, batch: int, shape: tuple[int, int, int], epil
     scaled = torch.full((batch, rows), float("nan"), device=DEVICE)
     product = Product(weight, epilogue, EPS, gain, reader)
     scratch = Scratch.empty(2 * (rows + 64) * max(8, batch), DEVICE)
-    block = GemvBlock(8, 256, 2) if batch == 1 else GemmBlock(16, 64, 2, 2, 1)
+    block = Block(8, 256, 2) if batch == 1 else Block(16, 64, 1, split=2, stages=2)
     x = x if batch == 1 else placed(x, format_).contiguous()
     summed = product.launch(batch, x, out, squares, scratch, scaled, block)
     assert relative_error(out, reference) < TOLERANCE

@@ -42,7 +42,3 @@ class SlotCache:
             self.keys[layer, slot : slot + 1, :, :end],
             self.values[layer, slot : slot + 1, :, :end],
         )
-
-    def first(self, slot: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return views [layers, kv_heads, count, head_dim] of a slot's first rows."""
-        return self.keys[:, slot, :, :count], self.values[:, slot, :, :count]

@@ -7,7 +7,8 @@ import gc
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -57,7 +58,6 @@ class StackWeights:
     layers: list[Layer[Weight]]
     norm: torch.Tensor
     head: Weight
-    _buffer: torch.Tensor | None = field(default=None, repr=False)
 
     def weights(self) -> list[Weight]:
         """Return all matrices."""
@@ -73,14 +73,12 @@ class StackWeights:
         """Return x @ weight.T; packed weights are unpacked to a shared buffer first."""
         if weight.format == "dense":
             return lambda x: functional.linear(x, weight.data)
-        return lambda x: functional.linear(x, unpack_to(weight, self._shared_buffer()))
+        return lambda x: functional.linear(x, unpack_to(weight, self._buffer))
 
-    def _shared_buffer(self) -> torch.Tensor:
-        if self._buffer is None:
-            size = max(w.rows * w.columns for w in self.weights() if w.format != "dense")
-            like = self.embeddings
-            self._buffer = torch.empty(size, dtype=like.dtype, device=like.device)
-        return self._buffer
+    @cached_property
+    def _buffer(self) -> torch.Tensor:
+        size = max(w.rows * w.columns for w in self.weights() if w.format != "dense")
+        return torch.empty(size, dtype=self.embeddings.dtype, device=self.embeddings.device)
 
 
 def read_stack(language_model: Any, lm_head: nn.Module) -> StackWeights | None:

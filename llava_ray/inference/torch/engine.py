@@ -73,7 +73,7 @@ class TorchEngine(Engine):
         self._graphs: PrefillGraphs | None = None
         with torch.no_grad():
             self._open_forward(language_model, whole.lm_head)
-        self.prefixes: PrefixCache[tuple[torch.Tensor, torch.Tensor]] = PrefixCache()
+        self.prefixes: PrefixCache[list[torch.Tensor]] = PrefixCache()
 
     def _open_forward(self, language_model: Any, lm_head: Any) -> None:
         """Use the GPU kernels where they can be had, else the model's own modules."""
@@ -204,11 +204,11 @@ class TorchEngine(Engine):
         if self.prefixes.capacity:
             key = prefix_key(prompt, ids, self.image_token_id, rows)
         kept = None if key is None else self.prefixes.get(key)
-        start = 0
-        if key is not None and kept is not None:
-            start = len(key.ids)
-            for cached, values in zip((self._cache.keys, self._cache.values), kept, strict=True):
-                cached[:, slot, :, :start] = values
+        end = 0 if key is None else len(key.ids)
+        prefix = [part[:, slot, :, :end] for part in (self._cache.keys, self._cache.values)]
+        start = 0 if kept is None else end
+        for cached, values in zip(prefix, kept or (), strict=False):
+            cached.copy_(values)
         hidden = self._embeddings(prompt, ids, start)
         if self._graphs is not None and not start:
             hidden = self._graphs.prefill(hidden, slot)
@@ -218,9 +218,8 @@ class TorchEngine(Engine):
         if self._decoder is not None:
             self._decoder.set_length(slot, len(ids))
         if key is not None and not start:
-            keys, values = self._cache.first(slot, len(key.ids))
-            size = keys.nbytes + values.nbytes
-            self.prefixes.put(key, size, lambda: (keys.clone(), values.clone()))
+            size = sum(part.nbytes for part in prefix)
+            self.prefixes.put(key, size, lambda: [part.clone() for part in prefix])
         return self._forward.logits(hidden[-rows:])
 
     def _embeddings(self, prompt: Prompt, ids: Sequence[int], start: int) -> torch.Tensor:

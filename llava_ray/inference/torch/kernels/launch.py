@@ -19,39 +19,29 @@ LEAST_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class GemvBlock:
-    """Shape of a one-token program."""
+class Block:
+    """Shape of a program."""
 
     rows: int
-    tile: int
-    """Words of a row read at a time, columns for a dense matrix: 128 or 256 per warp, so that
-    weights and activations lie alike over threads."""
-    warps: int
+    width: int
+    """One token: words of a row read at a time, columns for a dense matrix, 128 or 256 per warp, so
+    that weights and activations lie alike over threads. Small batches: columns read at a time; for
+    int4 it does not count, as a program always takes one group at a time."""
+    warps: int = 4
+    split: int = 1
+    """Programs that share a row's columns; small batches only, as are the stages."""
+    stages: int = 4
 
 
-@dataclass(frozen=True)
-class GemmBlock:
-    """Shape of a small-batch program."""
-
-    rows: int
-    columns: int
-    """For int4 a program always takes one group at a time."""
-    split: int
-    stages: int
-    warps: int
+def gemv_block(weight: Weight) -> Block:
+    """Return the shape measured to be fastest on Hopper for one token."""
+    return Block(rows=8, width=1024 if weight.format == "dense" else 512)
 
 
-def gemv_block(weight: Weight) -> GemvBlock:
-    """Return the shape measured to be fastest on Hopper."""
-    return GemvBlock(rows=8, tile=1024 if weight.format == "dense" else 512, warps=4)
-
-
-def gemm_block(weight: Weight) -> GemmBlock:
-    """Return the shape measured to be fastest on Hopper."""
+def gemm_block(weight: Weight) -> Block:
+    """Return the shape measured to be fastest on Hopper for small batches."""
     split = 4 if weight.rows <= 4096 else 2 if weight.rows <= 16384 else 1
-    if weight.format == "int4":
-        return GemmBlock(rows=64, columns=0, split=2 * split, stages=4, warps=4)
-    return GemmBlock(rows=64, columns=128, split=split, stages=4, warps=4)
+    return Block(rows=64, width=128, split=2 * split if weight.format == "int4" else split)
 
 
 @dataclass(frozen=True)
@@ -108,7 +98,7 @@ class Product:
         squares: Squares,
         scratch: Scratch,
         scaled: torch.Tensor | None = None,
-        block: Any = None,
+        block: Block | None = None,
     ) -> Squares:
         """Run it for `batch` tokens; return the sums of squares of the residual stream."""
         weight = self.weight
@@ -140,7 +130,7 @@ class Product:
         return squares.of(tiles) if self.epilogue == "residual" else squares
 
     def _launch_gemv(
-        self, x: torch.Tensor, tiles: int, block: GemvBlock, shared: dict[str, Any]
+        self, x: torch.Tensor, tiles: int, block: Block, shared: dict[str, Any]
     ) -> None:
         weight = self.weight
         if weight.format == "int4":
@@ -150,7 +140,7 @@ class Product:
         gemv_kernel[(tiles,)](
             x if weight.format == "dense" else x.view(torch.int32),
             weight.data,
-            TILE=block.tile,
+            TILE=block.width,
             **shared,
         )
 
@@ -160,7 +150,7 @@ class Product:
         x: torch.Tensor,
         scratch: Scratch,
         tiles: int,
-        block: GemmBlock,
+        block: Block,
         shared: dict[str, Any],
     ) -> None:
         weight = self.weight
@@ -173,7 +163,7 @@ class Product:
             counter_ptr=scratch.counters,
             batch=batch,
             BB=tokens,
-            BK=block.columns,
+            BK=block.width,
             SPLIT=block.split,
             STAGES=block.stages,
             OUT_COLUMNS=weight.rows // (2 if self.epilogue == "swiglu" else 1),
