@@ -17,10 +17,9 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import numpy as np
@@ -61,24 +60,13 @@ _TIMEOUT_S = 600.0
 _SLOTS = max(CLIENTS)
 
 
-@dataclass(frozen=True)
-class Timeline:
+class Timeline(NamedTuple):
     """When one request was sent and when its tokens came; seconds of time.perf_counter."""
 
     sent: float
     first: float
     last: float
     tokens: int
-
-    @property
-    def first_token_s(self) -> float:
-        """From the request to its first token."""
-        return self.first - self.sent
-
-    @property
-    def per_token_s(self) -> float:
-        """Between two later tokens, on average; where they come in groups it stays a mean."""
-        return (self.last - self.first) / (self.tokens - 1)
 
 
 def run(
@@ -279,8 +267,9 @@ def compare(
 def summarize(rounds: Sequence[Sequence[Timeline]]) -> dict[str, float]:
     """Return percentiles over the requests of all rounds, and the median round's tokens/s."""
     requests = [timeline for each in rounds for timeline in each]
-    first = [1000 * t.first_token_s for t in requests]
-    later = [1000 * t.per_token_s for t in requests]
+    first = [1000 * (t.first - t.sent) for t in requests]
+    # Of each request the mean, as its later tokens may come in groups.
+    later = [1000 * (t.last - t.first) / (t.tokens - 1) for t in requests]
     return {
         "first_token_p50_ms": statistics.median(first),
         "first_token_p99_ms": float(np.percentile(first, 99)),

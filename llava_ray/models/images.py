@@ -66,7 +66,7 @@ def open_image(
                     raise DataError(
                         f"image of {width}x{height} pixels: at most {max_pixels} are allowed"
                     )
-                # A JPEG with several pictures is a photograph with its depth map or preview beside it.
+                # A JPEG with several pictures is a photograph with a depth map or preview beside it.
                 moves = image.format in ("GIF", "PNG", "WEBP")
                 if not allow_animation and moves and getattr(image, "is_animated", False):
                     raise DataError(f"animated {image.format}: send one still image")
