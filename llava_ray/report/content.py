@@ -36,9 +36,9 @@ class Content:
 
 def make_content(findings: Findings, origins: Origins) -> Content:
     """Gather all parts."""
-    rows = tuple(make_rows(findings, origins))
+    rows, model = tuple(make_rows(findings, origins)), findings.config.model.path
     return Content(
-        title=f"Quantized variants of {_model_name(findings)}",
+        title=f"Quantized variants of {'the embedded model' if model == 'embedded' else model}",
         missing=missing_line(
             {failure.slug: failure.reason for failure in findings.failures},
             len(findings.scorecards) + len(findings.failures),
@@ -55,11 +55,6 @@ def make_content(findings: Findings, origins: Origins) -> Content:
         article=article.CONDITIONS,
         config_yaml=to_yaml(findings.config),
     )
-
-
-def _model_name(findings: Findings) -> str:
-    path = findings.config.model.path
-    return "the embedded model" if path == "embedded" else path
 
 
 def _facts(findings: Findings) -> tuple[tuple[str, str, str], ...]:
