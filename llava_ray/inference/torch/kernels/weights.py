@@ -243,12 +243,8 @@ def _read_hqq(module: Any) -> Unpacked:
         raise Unsupported("hqq with quantized scales or zero points")
     rows, columns = meta["shape"]
     codes = module.unpack(dtype=torch.uint8)[: rows * columns // group]
-    return Unpacked(
-        codes.reshape(rows, columns),
-        meta["scale"].reshape(rows, -1),
-        meta["zero"].reshape(rows, -1),
-        4,
-    )
+    scales, zeros = (meta[name].reshape(rows, -1) for name in ("scale", "zero"))
+    return Unpacked(codes.reshape(rows, columns), scales, zeros, 4)
 
 
 def _read_bnb_int8(module: Any) -> Unpacked:
