@@ -254,13 +254,7 @@ class _Graph:
             self._early,
         ).launch(self.qkv, self.slots, decoder.lengths, self.attended, decoder.scratch)
         squares = self._product(
-            "residual",
-            layer.o,
-            self.attended,
-            self.hidden,
-            squares,
-            layer.gate_up,
-            layer.post_norm,
+            "residual", layer.o, self.attended, self.hidden, squares, layer.gate_up, layer.post_norm
         )
         self._product("swiglu", layer.gate_up, self.scaled, self.gated, squares, layer.down)
         return self._product("residual", layer.down, self.gated, self.hidden, squares, reader, gain)
