@@ -66,9 +66,9 @@ def open_image(
                     raise DataError(
                         f"image of {width}x{height} pixels: at most {max_pixels} are allowed"
                     )
-                # A JPEG with several pictures is a photograph with a depth map or preview beside it.
-                moves = image.format in ("GIF", "PNG", "WEBP")
-                if not allow_animation and moves and getattr(image, "is_animated", False):
+                # A JPEG with several pictures is a photo with its depth map or preview beside it.
+                may_move = image.format in ("GIF", "PNG", "WEBP")
+                if not allow_animation and may_move and getattr(image, "is_animated", False):
                     raise DataError(f"animated {image.format}: send one still image")
                 return image.convert("RGB")
     except UnidentifiedImageError as error:
