@@ -31,14 +31,11 @@ from llava_ray.resources.capacity import Resources
 @dataclass(frozen=True)
 class ToySpec(QuantizationSpec):
     method: ClassVar[str] = "toy"
+    known_slugs: ClassVar[tuple[str, ...]] = ("toy-w16",)
 
     @classmethod
     def parse(cls, slug: str) -> Self | None:
         return cls(slug) if slug == "toy-w16" else None
-
-    @classmethod
-    def known_slugs(cls) -> tuple[str, ...]:
-        return ("toy-w16",)
 
     def resources(self, model_bytes: int, *, gpu: bool) -> Resources:
         return Resources(memory_bytes=process_memory(model_bytes))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from llava_ray.bench import results
-from llava_ray.bench.model import Layout, make_prompt, replace_linears, round_linears
+from llava_ray.bench.model import Layout, make_prompt, round_linears
 from llava_ray.benchmark.timing import copy_bytes_per_s
 from llava_ray.inference.engine import Prompt
 from llava_ray.inference.sampling import Row, SamplingParams, sample
@@ -75,7 +75,8 @@ def _measured(layout: Layout, prompt: Prompt) -> Iterator[dict[str, Any]]:
         weight_bytes = sum(part.nbytes for part in parts)
         for batch in BATCHES:
             yield measure_plain(model, prompt, batch) | _step(batch, weight_bytes)
-    replace_linears(model, packed)
+    for name, module in packed.items():
+        model.model.language_model.layers.set_submodule(name, module)
     torch.cuda.synchronize()
     start = time.perf_counter()
     # The engine wants some tokenizer; speed does not depend on it.

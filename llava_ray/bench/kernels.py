@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from triton.testing import do_bench_cudagraph
@@ -20,6 +20,7 @@ from llava_ray.benchmark.timing import copy_bytes_per_s
 from llava_ray.inference.torch.kernels.launch import (
     MAX_BATCH,
     Attention,
+    Epilogue,
     Product,
     Scratch,
     Squares,
@@ -33,7 +34,7 @@ _TEXT: dict[str, int] = LLAVA_7B["text_config"]
 HIDDEN, INNER, HEADS = (
     _TEXT["hidden_size"], _TEXT["intermediate_size"], _TEXT["num_attention_heads"],
 )  # fmt: skip
-SHAPES: dict[str, tuple[int, int, Literal["plain", "residual", "swiglu"]]] = {
+SHAPES: dict[str, tuple[int, int, Epilogue]] = {
     "qkv": (3 * HIDDEN, HIDDEN, "plain"),
     "o": (HIDDEN, HIDDEN, "residual"),
     "gate_up": (2 * INNER, HIDDEN, "swiglu"),
@@ -72,10 +73,10 @@ def product_rows(name: str, format_: Format, group: int, batch: int) -> Iterator
     scaled = torch.zeros(batch, rows, device="cuda").half()
     squares = Squares.empty("cuda").of(512 if batch == 1 else 64)
     squares.buffer.fill_(columns / squares.parts)
-    scratch = Scratch.empty(MAX_BATCH * rows * 8 + 65536, 16384, "cuda")
+    scratch = Scratch.empty(MAX_BATCH * rows * 8 + 65536, "cuda")
 
     def launch(weight: Weight, x: torch.Tensor) -> None:
-        product = Product(weight, epilogue, 1e-5, epilogue != "residual", gain)
+        product = Product(weight, epilogue, 1e-5, gain)
         product.launch(batch, x, out, squares, scratch, scaled)
 
     def gb_per_s(run: Callable[[Weight], Any]) -> float:
@@ -103,7 +104,7 @@ def attention_gb_per_s(batch: int, length: int) -> float:
     slots = torch.arange(batch, device="cuda")
     lengths = torch.full((9,), length, dtype=torch.int32, device="cuda")
     out = torch.zeros(batch, HIDDEN, device="cuda").half()
-    scratch = Scratch.empty(MAX_BATCH * HEADS * (size + 2), 16384, "cuda")
+    scratch = Scratch.empty(MAX_BATCH * HEADS * (size + 2), "cuda")
     layers = [Attention(keys[i], keys[i - 1], cos, cos, HEADS) for i in range(4)] * 4
     read = len(layers) * batch * length * 2 * HIDDEN * 2
 

@@ -57,14 +57,6 @@ def round_linears(model: Any, layout: Layout) -> dict[str, PackedLinear]:
     return packed
 
 
-def replace_linears(model: Any, packed: dict[str, PackedLinear]) -> None:
-    """Put the packed modules in the place of the 16-bit ones."""
-    layers = model.model.language_model.layers
-    for name, module in packed.items():
-        owner, _, attribute = name.rpartition(".")
-        setattr(layers.get_submodule(owner), attribute, module)
-
-
 def rounded(matrix: torch.Tensor, layout: Layout) -> Unpacked:
     """Round to the nearest code: symmetric per row (int8), or between a group's extremes.
 
@@ -75,7 +67,7 @@ def rounded(matrix: torch.Tensor, layout: Layout) -> Unpacked:
         scales = matrix.abs().amax(dim=1, keepdim=True) / 127
         codes = (matrix / scales).round() + 128
         zeros = torch.full_like(scales, 128)
-        return Unpacked(codes.to(torch.uint8), scales, zeros, 8, "int8 per row")
+        return Unpacked(codes.to(torch.uint8), scales, zeros, 8)
     group = 128 if layout == "awq-g128" else 64
     grouped = matrix.view(rows, -1, group)
     low, high = grouped.amin(-1), grouped.amax(-1)
@@ -84,4 +76,4 @@ def rounded(matrix: torch.Tensor, layout: Layout) -> Unpacked:
     if layout == "awq-g128":
         zeros = zeros.round().clamp(0, 15)
     codes = (grouped / scales[..., None] + zeros[..., None]).round().clamp(0, 15)
-    return Unpacked(codes.to(torch.uint8).view(rows, columns), scales, zeros, 4, layout)
+    return Unpacked(codes.to(torch.uint8).view(rows, columns), scales, zeros, 4)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,12 @@ class Column:
         return format(found / self.unit if self.unit else found, self.form)
 
 
-def _columns(rows: Sequence[Any], *columns: Column) -> str:
-    cells = [[column.cell(row) for column in columns] for row in rows]
-    return _table([column.title for column in columns], cells)
+def _by_row(
+    *columns: Column, rows: Callable[[Any], Iterable[Any]] = lambda tree: tree["rows"]
+) -> Callable[[Any], str]:
+    """Return what makes a table of these columns from a results file's rows."""
+    titles = [column.title for column in columns]
+    return lambda tree: _table(titles, [[c.cell(row) for c in columns] for row in rows(tree)])
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -115,19 +118,6 @@ def _forms() -> str:
         "a data set of the hub with images, or their file names, and captions",
     ]
     return _table(["data.source", "what it holds"], [*rows, hub]).replace("---:", "---")
-
-
-def _decode(tree: Any) -> str:
-    return _columns(
-        tree["rows"],
-        Column("weights, engine", _engine),
-        Column("batch", "batch"),
-        Column("tok/s", "tokens_per_s", ".0f"),
-        Column("first token ms", "first_token_ms", ".0f"),
-        Column("warm-up s", "warm_up_s", ".0f"),
-        Column("bandwidth", "share_of_bandwidth", ".0%"),
-        Column("kernel", "kernel"),
-    )
 
 
 def _engine(row: Any) -> str:
@@ -148,17 +138,6 @@ _TRAINER_OPTIONS = (
     ("lora_dropout", True, "LoRA dropout"),
 )
 _CHECKPOINTING = {False: "no", True: "yes", "mlp": "mlp"}
-
-
-def _train(tree: Any) -> str:
-    return _columns(
-        [row for row in tree["rows"] if not row["failed"]],
-        Column("trainer", _trainer),
-        Column("batch", "batch"),
-        Column("checkpointing", lambda row: _CHECKPOINTING[row["checkpointing"]]),
-        Column("samples/s", "samples_per_s", ".1f"),
-        Column("peak GB", "peak_bytes", ".1f", 1e9),
-    )
 
 
 def _trainer(row: dict[str, Any]) -> str:
@@ -204,16 +183,6 @@ def _scored(
     return [name, "" if kl is None else f"{kl:.4f}", *cells]
 
 
-def _stages_7b(tree: Any) -> str:
-    return _columns(
-        [row for row in tree["stages"] if row["stage"] not in ("variant", "benchmark")],
-        Column("stage", _stage),
-        Column("seconds", "wall_s", ".0f"),
-        Column("peak GB a GPU", "peak_memory_bytes", ".1f", 1e9),
-        Column("samples/s", "samples_per_s", ".1f"),
-    )
-
-
 def _stage(row: Any) -> str:
     if row["stage"] == "train":
         return "train, ZeRO-{zero_stage}, {num_workers} GPU(s), {steps} steps".format(**row)
@@ -222,7 +191,8 @@ def _stage(row: Any) -> str:
     return str(row["stage"])
 
 
-def _variants_7b(tree: Any) -> str:
+def _by_size(tree: Any) -> list[dict[str, Any]]:
+    """Return the variants, each with its scorecard and the article's figures."""
     stages = tree["stages"]
     cards = {row["slug"]: row for row in stages if row["stage"] == "benchmark"}
     # By slug, so that a variant that was made twice is one row.
@@ -231,17 +201,7 @@ def _variants_7b(tree: Any) -> str:
         {**row, "card": cards.get(slug), "article": article.TABLE.get(slug)}
         for slug, row in variants.items()
     ]
-    return _columns(
-        sorted(rows, key=lambda row: -row["size_bytes"]),
-        Column("variant", "slug"),
-        Column("GB", "size_bytes", ".2f", 1e9),
-        Column("text model's file", _text_model_bytes, ".2f", 1e9),
-        Column("article GB", lambda row: row["article"] and row["article"][0], "g"),
-        Column("seconds to make", "quantize_s", ".0f"),
-        Column("tok/s", "card.decode_tokens_per_s.median", ".0f", missing="not measured"),
-        Column("article tok/s", lambda row: row["article"] and row["article"][1], "g"),
-        Column("prefill ms", "card.prefill_s.median", ".0f", 1e-3),
-    )
+    return sorted(rows, key=lambda row: -row["size_bytes"])
 
 
 def _text_model_bytes(variant: Any) -> int | None:
@@ -250,23 +210,6 @@ def _text_model_bytes(variant: Any) -> int | None:
         if name.endswith(".gguf") and "mmproj" not in name:
             return int(size)
     return None
-
-
-def _report(tree: Any) -> str:
-    size = Column("", "size_bytes", ".1f", 1e6)
-    return _columns(
-        tree["rows"],
-        Column(
-            "variant",
-            lambda row: f"**{row['slug']}**" if row["status"] == "winner" else row["slug"],
-        ),
-        Column("MB", lambda row: size.cell(row) or row["reason"]),
-        Column("tok/s", "decode_tokens_per_s.median", ".0f"),
-        Column("KL nats", "kl_divergence.median", ".4f"),
-        Column("top-1", "top1_agreement", ".1%"),
-        Column("article GB", "article_size_gb", "g"),
-        Column("article tok/s", "article_tokens_per_s", "g"),
-    )
 
 
 def _serving(tree: Any) -> str:
@@ -285,17 +228,6 @@ def _percentiles(side: dict[str, float], key: str) -> list[str]:
     """Return p50 and p99 in ms; a file without p99 holds the median by the plain name."""
     found = (side.get(f"{key}_p50_ms", side.get(f"{key}_ms")), side.get(f"{key}_p99_ms"))
     return ["" if ms is None else f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}" for ms in found]
-
-
-def _costs(tree: Any) -> str:
-    return _columns(
-        tree["rows"],
-        Column("command", lambda row: f"`{row['command']}`"),
-        Column("time", lambda row: _time(row["seconds"])),
-        Column("of which, in seconds", lambda row: _parts(row.get("parts", {}))),
-        Column("disk GB", "disk_bytes", ".1f", 1e9),
-        Column("memory GB", "memory_bytes", ".1f", 1e9),
-    )
 
 
 def _time(seconds: float) -> str:
@@ -330,18 +262,72 @@ def _hardware(tree: Any) -> str:
     return _table(["GPUs", "settings", "GB a GPU", "hours for 10,000 captions, H100"], rows)
 
 
+_COSTS = _by_row(
+    Column("command", lambda row: f"`{row['command']}`"),
+    Column("time", lambda row: _time(row["seconds"])),
+    Column("of which, in seconds", lambda row: _parts(row.get("parts", {}))),
+    Column("disk GB", "disk_bytes", ".1f", 1e9),
+    Column("memory GB", "memory_bytes", ".1f", 1e9),
+)
+_DECODE = _by_row(
+    Column("weights, engine", _engine),
+    Column("batch", "batch"),
+    Column("tok/s", "tokens_per_s", ".0f"),
+    Column("first token ms", "first_token_ms", ".0f"),
+    Column("warm-up s", "warm_up_s", ".0f"),
+    Column("bandwidth", "share_of_bandwidth", ".0%"),
+    Column("kernel", "kernel"),
+)
+_SIZE = Column("", "size_bytes", ".1f", 1e6)
+_REPORT = _by_row(
+    Column("variant", lambda r: f"**{r['slug']}**" if r["status"] == "winner" else r["slug"]),
+    Column("MB", lambda row: _SIZE.cell(row) or row["reason"]),
+    Column("tok/s", "decode_tokens_per_s.median", ".0f"),
+    Column("KL nats", "kl_divergence.median", ".4f"),
+    Column("top-1", "top1_agreement", ".1%"),
+    Column("article GB", "article_size_gb", "g"),
+    Column("article tok/s", "article_tokens_per_s", "g"),
+)
+_STAGES_7B = _by_row(
+    Column("stage", _stage),
+    Column("seconds", "wall_s", ".0f"),
+    Column("peak GB a GPU", "peak_memory_bytes", ".1f", 1e9),
+    Column("samples/s", "samples_per_s", ".1f"),
+    rows=lambda tree: (
+        row for row in tree["stages"] if row["stage"] not in ("variant", "benchmark")
+    ),
+)
+_TRAIN = _by_row(
+    Column("trainer", _trainer),
+    Column("batch", "batch"),
+    Column("checkpointing", lambda row: _CHECKPOINTING[row["checkpointing"]]),
+    Column("samples/s", "samples_per_s", ".1f"),
+    Column("peak GB", "peak_bytes", ".1f", 1e9),
+    rows=lambda tree: (row for row in tree["rows"] if not row["failed"]),
+)
+_VARIANTS_7B = _by_row(
+    Column("variant", "slug"),
+    Column("GB", "size_bytes", ".2f", 1e9),
+    Column("text model's file", _text_model_bytes, ".2f", 1e9),
+    Column("article GB", lambda row: row["article"] and row["article"][0], "g"),
+    Column("seconds to make", "quantize_s", ".0f"),
+    Column("tok/s", "card.decode_tokens_per_s.median", ".0f", missing="not measured"),
+    Column("article tok/s", lambda row: row["article"] and row["article"][1], "g"),
+    Column("prefill ms", "card.prefill_s.median", ".0f", 1e-3),
+    rows=_by_size,
+)
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "costs": ("costs", _costs),
-    "decode": ("decode_h100", _decode),
+    "costs": ("costs", _COSTS),
+    "decode": ("decode_h100", _DECODE),
     "embedded": ("embedded", _embedded),
     "hardware": ("train_h100", _hardware),
     "hqq_recovery": ("hqq_recovery", _hqq_recovery),
-    "photographs": ("photographs_report", _report),
-    "quickstart": ("quickstart_report", _report),
+    "photographs": ("photographs_report", _REPORT),
+    "quickstart": ("quickstart_report", _REPORT),
     "serving": ("serving", _serving),
     "serving_7b": ("serving_7b_h100", _serving),
-    "stages_7b": ("llava_7b_h100", _stages_7b),
-    "train": ("train_h100", _train),
-    "variants_7b": ("llava_7b_h100", _variants_7b),
+    "stages_7b": ("llava_7b_h100", _STAGES_7B),
+    "train": ("train_h100", _TRAIN),
+    "variants_7b": ("llava_7b_h100", _VARIANTS_7B),
 }
 """By name: the results file, without `.json`, and what makes the table of it."""

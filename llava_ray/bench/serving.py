@@ -17,29 +17,33 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import aiohttp
 import numpy as np
+import ray
+import torch
+from PIL import Image, ImageDraw
+from ray import serve
 
 from llava_ray import __version__
 from llava_ray.artifacts.records import Variant
 from llava_ray.artifacts.store import ArtifactStore, read_record
 from llava_ray.bench import results
 from llava_ray.bench.quantize import embedded_variant
+from llava_ray.config.run import ServeConfig
+from llava_ray.deploy import proxy
 from llava_ray.inference.engine import Prompt
+from llava_ray.inference.prompts import make_prompt
 from llava_ray.inference.request_errors import ApiError
 from llava_ray.inference.sampling import SamplingParams, Step
 from llava_ray.inference.scheduler import Item, Scheduler
 from llava_ray.resources.devices import device_name
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from llava_ray.server.settings import AppArgs
+from llava_ray.server.application import build
+from llava_ray.server.loading import open_variant
+from llava_ray.server.settings import AppArgs, EngineArgs, ModelArgs
 
 logger = logging.getLogger(__name__)
 
@@ -59,24 +63,13 @@ _TIMEOUT_S = 600.0
 _SLOTS = max(CLIENTS)
 
 
-@dataclass(frozen=True)
-class Timeline:
+class Timeline(NamedTuple):
     """When one request was sent and when its tokens came; seconds of time.perf_counter."""
 
     sent: float
     first: float
     last: float
     tokens: int
-
-    @property
-    def first_token_s(self) -> float:
-        """From the request to its first token."""
-        return self.first - self.sent
-
-    @property
-    def per_token_s(self) -> float:
-        """Between two later tokens, on average; where they come in groups it stays a mean."""
-        return (self.last - self.first) / (self.tokens - 1)
 
 
 def run(
@@ -88,8 +81,6 @@ def run(
     get one CPU thread each, and only one of them works at a time; the replica's HTTP, Serve's
     proxy and the load generator share what other CPUs there are. A variant's engines share GPUs.
     """
-    import torch
-
     gpus = min(1.0, torch.cuda.device_count() / 2) if variant_uri else 0.0
     with tempfile.TemporaryDirectory() as folder:
         uri = variant_uri or embedded_variant(ArtifactStore(folder), _SLUG).uri
@@ -103,15 +94,8 @@ def run(
     results.write(out, "serving", {**about, "proxies": loads})
 
 
-def _behind(kind: Proxy, args: "AppArgs", port: int, rounds: int | None) -> dict[str, Any]:
+def _behind(kind: Proxy, args: AppArgs, port: int, rounds: int | None) -> dict[str, Any]:
     """Measure behind one of Serve's proxies."""
-    import ray
-    from ray import serve
-
-    from llava_ray.config.run import ServeConfig
-    from llava_ray.deploy import proxy
-    from llava_ray.server.application import build
-
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     try:
         gpus = args.gpus_per_replica
@@ -124,10 +108,8 @@ def _behind(kind: Proxy, args: "AppArgs", port: int, rounds: int | None) -> dict
         ray.shutdown()
 
 
-def _app_args(variant_uri: str, gpus: float) -> "AppArgs":
+def _app_args(variant_uri: str, gpus: float) -> AppArgs:
     """Return what both engines open, each with that many GPUs."""
-    from llava_ray.server.settings import AppArgs, ModelArgs
-
     return AppArgs(
         models=(ModelArgs(variant_uri=variant_uri, name="bench"),),
         gpus_per_replica=gpus,
@@ -142,10 +124,7 @@ def _app_args(variant_uri: str, gpus: float) -> "AppArgs":
 class BareEngine:
     """The served scheduler and its engine, in a process of their own: no HTTP, no text."""
 
-    def __init__(self, args: "AppArgs") -> None:
-        from llava_ray.server.loading import open_variant
-        from llava_ray.server.settings import EngineArgs
-
+    def __init__(self, args: AppArgs) -> None:
         self._engine = open_variant(
             EngineArgs(
                 name="bare",
@@ -161,8 +140,6 @@ class BareEngine:
 
     def load(self, count: int, clients: int) -> list[Timeline]:
         """Answer `count` prompts from `clients` closed loops."""
-        from llava_ray.inference.prompts import make_prompt
-
         prompts = [make_prompt(self._engine, _QUESTION, [_image(i)]) for i in range(count)]
         return closed_loop(self._scheduler, prompts, clients=clients, tokens=_TOKENS)
 
@@ -239,10 +216,8 @@ async def _ask(session: aiohttp.ClientSession, url: str, body: bytes, tokens: in
     return Timeline(sent, first, last, tokens)
 
 
-def _image(index: int) -> "Image.Image":
+def _image(index: int) -> Image.Image:
     """Draw a sign; each index gives other pixels."""
-    from PIL import Image, ImageDraw
-
     image = Image.new("RGB", (336, 336), (index % 256, index * 7 % 256, 90))
     ImageDraw.Draw(image).text((40, 150), f"GATE {index}", fill="white", font_size=60)
     return image
@@ -267,8 +242,6 @@ def _body(index: int) -> bytes:
 
 
 def _measure(bare: Any, url: str, rounds: int | None) -> dict[str, Any]:
-    import ray
-
     bodies = [_body(i) for i in range(max(_REQUESTS.values()))]
     drive(url, bodies[:2], clients=2, tokens=_TOKENS)
     ray.get(bare.load.remote(2, 2))
@@ -313,8 +286,9 @@ def compare(
 def summarize(rounds: Sequence[Sequence[Timeline]]) -> dict[str, float]:
     """Return percentiles over the requests of all rounds, and the median round's tokens/s."""
     requests = [timeline for each in rounds for timeline in each]
-    first = [1000 * t.first_token_s for t in requests]
-    later = [1000 * t.per_token_s for t in requests]
+    first = [1000 * (t.first - t.sent) for t in requests]
+    # Of each request the mean, as its later tokens may come in groups.
+    later = [1000 * (t.last - t.first) / (t.tokens - 1) for t in requests]
     return {
         "first_token_p50_ms": statistics.median(first),
         "first_token_p99_ms": float(np.percentile(first, 99)),

@@ -76,7 +76,7 @@ def score_captions(config: RunConfig, variant: Variant, dataset: DatasetRecord) 
     check_dataset(dataset)
     plan = make_plan(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
     try:
-        return run_task(_task(plan, measure_captions, variant.slug, plan, variant, dataset))
+        return run_task(_task(measure_captions, plan, variant, dataset))
     except LlavaRayError as error:
         raise VariantError(f"captions of {variant.slug!r}: {error}") from error
 
@@ -101,12 +101,12 @@ def _reference(plan: "Plan", baseline: Variant, dataset: DatasetRecord) -> Refer
     from llava_ray.benchmark.measure import score_baseline
     from llava_ray.benchmark.reference import reference_id
 
-    store = ArtifactStore(plan.storage_uri)
+    store = ArtifactStore(plan.run.storage.uri)
     found = store.find(ReferenceScores, reference_id(plan, baseline, dataset))
     if found is not None:
         return found
     try:
-        return run_task(_task(plan, score_baseline, baseline.slug, plan, baseline, dataset))
+        return run_task(_task(score_baseline, plan, baseline, dataset))
     except LlavaRayError as error:
         raise VariantError(
             f"baseline {baseline.slug!r} cannot be scored, so nothing compares: {error}"
@@ -127,10 +127,7 @@ def _measure_all(
     # PyTorch's variants take longest on a CPU, so llama.cpp's fill the end.
     ordered = sorted(missing, key=lambda variant: variant.method == "gguf")
     results: dict[str, Scorecard | VariantFailure] = {}
-    tasks = [
-        _task(plan, measure, variant.slug, plan, variant, baseline, dataset, reference)
-        for variant in ordered
-    ]
+    tasks = [_task(measure, plan, variant, baseline, dataset, reference) for variant in ordered]
     slugs = {task.name: variant.slug for task, variant in zip(tasks, ordered, strict=True)}
     most = plan.config.max_parallel or _side_by_side(plan, missing)
     for task, outcome in run_tasks(tasks, at_once=most):
@@ -153,10 +150,11 @@ def _side_by_side(plan: "Plan", variants: Sequence[Variant]) -> int:
     return len(variants) if small or plan.device == "cuda" else 1
 
 
-def _task(plan: "Plan", work: Callable[..., T], slug: str, *arguments: Any) -> Task[T]:
+def _task(work: Callable[..., T], plan: "Plan", variant: Variant, *others: Any) -> Task[T]:
     """Return a task whose work runs in a process of its own, so peak memory is of it alone."""
     need = Resources(num_cpus=plan.num_cpus, num_gpus=plan.num_gpus)
-    return Task(f"{work.__name__} {slug}", need, work, arguments, entry=_run_apart)
+    name, arguments = f"{work.__name__} {variant.slug}", (plan, variant, *others)
+    return Task(name, need, work, arguments, entry=_run_apart)
 
 
 def _run_apart(name: str, work: Callable[..., T], *arguments: Any) -> T:

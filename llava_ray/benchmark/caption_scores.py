@@ -6,7 +6,8 @@ CIDEr-D is written out here because its package brings 100 MB of Java for a toke
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from statistics import fmean
 
 # Single quotes count only around a phrase, so that an apostrophe opens nothing.
 _QUOTED = re.compile(r"\"([^\"]*)\"|“([^”]+)”|(?<!\w)'([^']+(?:'\w[^']*)*)'(?!\w)|‘([^’]+)’(?!\w)")
@@ -32,7 +33,7 @@ def rouge_l(references: Sequence[str], texts: Sequence[str]) -> float:
     # The default one, but named: else the package logs that it takes it.
     scorer = RougeScorer(["rougeL"], tokenizer=DefaultTokenizer(use_stemmer=False))
     pairs = zip(references, texts, strict=True)
-    return _mean(scorer.score(reference, text)["rougeL"].fmeasure for reference, text in pairs)
+    return fmean(scorer.score(reference, text)["rougeL"].fmeasure for reference, text in pairs)
 
 
 def quoted_words(text: str) -> list[str]:
@@ -103,7 +104,7 @@ def cider_d(references: Sequence[str], texts: Sequence[str]) -> float:
         cosines = (_clipped_cosine(vector(text, n), vector(reference, n)) for n in range(1, 5))
         return 10 * penalty * sum(cosines) / 4
 
-    return _mean(similarity(text, reference) for text, reference in zip(said, wanted, strict=True))
+    return fmean(similarity(text, reference) for text, reference in zip(said, wanted, strict=True))
 
 
 def _clipped_cosine(a: dict[tuple[str, ...], float], b: dict[tuple[str, ...], float]) -> float:
@@ -121,8 +122,3 @@ def _grams(text: str) -> Grams:
 
 def _bigrams(grams: Grams) -> int:
     return sum(count for gram, count in grams.items() if len(gram) == 2)
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)

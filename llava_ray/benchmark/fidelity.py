@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
-from llava_ray.artifacts.records import Spread
+from llava_ray.artifacts.records import Frozen, Spread
 
 if TYPE_CHECKING:
     import torch
@@ -16,10 +15,8 @@ if TYPE_CHECKING:
 DRAWS = 2000
 
 
-class SampleFidelity(BaseModel):
+class SampleFidelity(Frozen):
     """Sums over the caption tokens of one sample."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tokens: int
     kl_sum: float
@@ -29,10 +26,8 @@ class SampleFidelity(BaseModel):
     top1_matches: int
 
 
-class Fidelity(BaseModel):
+class Fidelity(Frozen):
     """Means over all tokens of all samples."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kl_divergence: Spread
     top1_agreement: float

@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,7 @@ from llava_ray.artifacts.store import ArtifactStore, artifact_id, local_folder
 from llava_ray.benchmark.caption_scores import caption_scores
 from llava_ray.benchmark.fidelity import SampleFidelity, compare, summarize
 from llava_ray.benchmark.plan import Plan, held_out
-from llava_ray.benchmark.reference import (
-    longest_sample,
-    read_reference,
-    reference_id,
-    write_reference,
-)
+from llava_ray.benchmark.reference import encode, read_reference, reference_id, write_reference
 from llava_ray.benchmark.timing import PeakMemory, copy_bytes_per_s, spread, time_generation
 from llava_ray.benchmark.turns import quiet_turn, shared_turn
 from llava_ray.errors import VariantError
@@ -42,13 +38,8 @@ from llava_ray.resources.devices import device_name
 logger = logging.getLogger(__name__)
 
 FIDELITY_FILE = "fidelity.json"
-PACKAGES = {
-    "none": (),
-    "bnb": ("bitsandbytes",),
-    "hqq": ("hqq",),
-    "gguf": ("llama-cpp-python",),
-    "awq": (),
-}
+PACKAGES = {"bnb": "bitsandbytes", "hqq": "hqq", "gguf": "llama-cpp-python"}
+"""By method: what runs it beside PyTorch and transformers."""
 
 
 def scorecard_id(plan: Plan, variant: Variant, baseline: Variant, dataset: DatasetRecord) -> str:
@@ -61,11 +52,8 @@ def score_baseline(plan: Plan, baseline: Variant, dataset: DatasetRecord) -> Ref
     """Store the baseline's log probabilities of the held-out captions."""
     _set_threads(plan)
     folder = local_folder(baseline)
-    engine = _open(plan, baseline, folder, _context(plan, folder, dataset))
-    try:
+    with closing(_open(plan, baseline, folder, _context(plan, folder, dataset))) as engine:
         return write_reference(engine, plan, baseline, dataset, _device(plan.device))
-    finally:
-        engine.close()
 
 
 def measure(
@@ -77,7 +65,7 @@ def measure(
 ) -> Scorecard:
     """Measure one variant in this process, whose memory should be that of the engine alone."""
     _set_threads(plan)
-    with ArtifactStore(plan.storage_uri).build(
+    with ArtifactStore(plan.run.storage.uri).build(
         Scorecard,
         scorecard_id(plan, variant, baseline, dataset),
         settings=plan.settings(),
@@ -103,12 +91,10 @@ def measure_captions(plan: Plan, variant: Variant, dataset: DatasetRecord) -> di
     """Generate for the held-out samples in this process and score the captions."""
     _set_threads(plan)
     variant_folder, folder = local_folder(variant), local_folder(dataset)
-    engine = _open(plan, variant, variant_folder, _context(plan, variant_folder, dataset))
-    try:
+    context = _context(plan, variant_folder, dataset)
+    with closing(_open(plan, variant, variant_folder, context)) as engine:
         captioned = held_out(folder, plan.config.caption_samples)
         generations = _generate(engine, plan, captioned, folder)
-    finally:
-        engine.close()
     return caption_scores([g.reference for g in generations], [g.text for g in generations])
 
 
@@ -132,7 +118,7 @@ def _open_and_measure(
         engine = _open(plan, variant, folder, context)
         load_s = time.perf_counter() - start
     logger.info("%s: opened in %.1f s", variant.slug, load_s)
-    try:
+    with closing(engine):
         fields, samples = measure_engine(engine, plan, dataset, reference)
         fields |= {
             "load_s": load_s,
@@ -141,8 +127,6 @@ def _open_and_measure(
             "weight_bytes": engine.weight_bytes(),
         }
         device = engine.computes_on
-    finally:
-        engine.close()
     with quiet_turn():
         fields |= {"device": _device(device), "copy_bytes_per_s": copy_bytes_per_s(device)}
     return fields, samples
@@ -224,8 +208,8 @@ def _generate(
 
 
 def _prompt(engine: Engine, plan: Plan, sample: Sample, folder: Path) -> Prompt:
-    image = open_image(folder / "images" / sample.image, max_pixels=plan.max_image_pixels)
-    return make_prompt(engine, sample.question, [image], system=plan.system_prompt)
+    image = open_image(folder / "images" / sample.image, max_pixels=plan.run.data.max_image_pixels)
+    return make_prompt(engine, sample.question, [image], system=plan.run.model.system_prompt)
 
 
 def _open(plan: Plan, variant: Variant, folder: Path, context: int) -> Engine:
@@ -237,10 +221,14 @@ def _open(plan: Plan, variant: Variant, folder: Path, context: int) -> Engine:
 
 def _context(plan: Plan, baseline_folder: Path, dataset: DatasetRecord) -> int:
     """Return the tokens that the longest sample and answer need, by the baseline's tokenizer."""
+    from transformers import AutoTokenizer
+
     config = plan.config
     samples = held_out(local_folder(dataset), max(config.fidelity_samples, config.caption_samples))
-    tokens_per_image = vision_shape(baseline_folder).tokens_per_image
-    longest = longest_sample(baseline_folder, samples, plan, tokens_per_image)
+    tokenizer = AutoTokenizer.from_pretrained(baseline_folder)
+    size = vision_shape(baseline_folder).tokens_per_image
+    encoded = (encode(tokenizer, sample, plan, tokens_per_image=size) for sample in samples)
+    longest = max(len(prompt) + len(caption) for prompt, caption in encoded)
     return longest + max(config.max_new_tokens, config.decode_tokens + 1)
 
 
@@ -258,8 +246,8 @@ def _set_threads(plan: Plan) -> None:
 
 
 def _versions(method: str) -> dict[str, str]:
-    names = ("torch", "transformers", *PACKAGES.get(method, ()))
-    versions = {name: importlib.metadata.version(name) for name in names}
+    names = ("torch", "transformers", PACKAGES.get(method))
+    versions = {name: importlib.metadata.version(name) for name in names if name}
     if method == "gguf":
         versions["llama.cpp uses"] = features()
     return versions

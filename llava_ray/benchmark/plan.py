@@ -14,16 +14,19 @@ from llava_ray.models.conversation import Sample, read_samples
 class Plan:
     """What a worker needs beside the records."""
 
-    config: BenchmarkConfig
+    run: RunConfig
     device: str
     """`cpu` or `cuda`."""
-    num_cpus: float
-    """As many as a replica of the endpoint has, so the speed is that of what is served."""
-    storage_uri: str
-    system_prompt: str
-    max_length: int
-    """Tokens of a teacher-forced sample, image tokens counted in."""
-    max_image_pixels: int
+
+    @property
+    def config(self) -> BenchmarkConfig:
+        """The benchmark's own section."""
+        return self.run.benchmark
+
+    @property
+    def num_cpus(self) -> float:
+        """As many as a replica of the endpoint has, so the speed is that of what is served."""
+        return self.run.serve.cpus_per_replica
 
     @property
     def num_gpus(self) -> int:
@@ -35,8 +38,8 @@ class Plan:
         return {
             "fidelity_samples": self.config.fidelity_samples,
             "device": self.device,
-            "system_prompt": self.system_prompt,
-            "max_length": self.max_length,
+            "system_prompt": self.run.model.system_prompt,
+            "max_length": self.run.train.max_length,
         }
 
     def settings(self) -> dict[str, Any]:
@@ -62,15 +65,7 @@ def make_plan(config: RunConfig, cluster: dict[str, float]) -> Plan:
             f"serve.cpus_per_replica={cpus:g}: the cluster has {cluster.get('CPU', 0):g} CPUs, "
             "and the benchmark measures with as many as a replica gets"
         )
-    return Plan(
-        config=config.benchmark,
-        device=device,
-        num_cpus=cpus,
-        storage_uri=config.storage.uri,
-        system_prompt=config.model.system_prompt,
-        max_length=config.train.max_length,
-        max_image_pixels=config.data.max_image_pixels,
-    )
+    return Plan(config, device)
 
 
 def held_out(folder: Path, count: int) -> list[Sample]:

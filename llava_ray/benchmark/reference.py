@@ -53,28 +53,16 @@ def encode(
         tokenizer,
         sample,
         tokens_per_image=tokens_per_image,
-        max_length=plan.max_length,
-        system=plan.system_prompt,
+        max_length=plan.run.train.max_length,
+        system=plan.run.model.system_prompt,
     )
     start = next((i for i, label in enumerate(labels) if label >= 0), len(ids))
     if start == len(ids):
         raise DataError(
-            f"sample {sample.id}: its prompt fills train.max_length={plan.max_length} tokens"
+            f"sample {sample.id}: its prompt fills train.max_length={plan.run.train.max_length} "
+            "tokens"
         )
     return tuple(ids[:start]), tuple(ids[start:])
-
-
-def longest_sample(folder: Path, samples: list[Sample], plan: Plan, tokens_per_image: int) -> int:
-    """Return the context that the samples need, by the tokenizer in a variant's folder."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return max(
-        len(prompt) + len(caption)
-        for prompt, caption in (
-            encode(tokenizer, sample, plan, tokens_per_image=tokens_per_image) for sample in samples
-        )
-    )
 
 
 def write_reference(
@@ -84,7 +72,7 @@ def write_reference(
     settings, parents = plan.reference_settings(), (baseline.id, dataset.id)
     source = local_folder(dataset)
     samples = held_out(source, plan.config.fidelity_samples)
-    store, tokens = ArtifactStore(plan.storage_uri), 0
+    store, tokens = ArtifactStore(plan.run.storage.uri), 0
     name = reference_id(plan, baseline, dataset)
     with store.build(ReferenceScores, name, settings=settings, parents=parents) as build:
         for index, sample in enumerate(samples):
@@ -104,7 +92,7 @@ def _write_sample(engine: Engine, sample: Sample, plan: Plan, images: Path, path
     prompt_ids, continuation = encode(
         engine.tokenizer, sample, plan, tokens_per_image=engine.tokens_per_image
     )
-    image = open_image(images / sample.image, max_pixels=plan.max_image_pixels)
+    image = open_image(images / sample.image, max_pixels=plan.run.data.max_image_pixels)
     prompt = Prompt(prompt_ids, (square_pixels(image, engine.image_size),))
     log_probs = torch.log_softmax(engine.score(prompt, continuation).float(), dim=-1)
     save_file(

@@ -1,18 +1,16 @@
 """Speed, memory and bandwidth of the process and device at hand."""
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from llava_ray.artifacts.records import Spread
 from llava_ray.inference.engine import Engine, Prompt
 from llava_ray.inference.generate import generate
 from llava_ray.inference.sampling import SamplingParams
+from llava_ray.models.tensors import wait_for
 from llava_ray.resources.memory import host_peak_bytes
-
-if TYPE_CHECKING:
-    import torch
 
 COPY_REPEATS = 5
 
@@ -38,24 +36,14 @@ def copy_bytes_per_s(device: str) -> float:
 
     size = 2**30 if device.startswith("cuda") else 2**27
     source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = min(_copy_s(source, target) for _ in range(COPY_REPEATS))
+    target, best = torch.empty_like(source), math.inf
+    for _ in range(COPY_REPEATS):
+        wait_for(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        wait_for(device)
+        best = min(best, time.perf_counter() - start)
     return 2 * size / best
-
-
-def _copy_s(source: "torch.Tensor", target: "torch.Tensor") -> float:
-    _wait_for(source.device)
-    start = time.perf_counter()
-    target.copy_(source)
-    _wait_for(source.device)
-    return time.perf_counter() - start
-
-
-def _wait_for(device: "torch.device") -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class PeakMemory:

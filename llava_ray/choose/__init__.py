@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from llava_ray.artifacts.records import ChosenVariant, Scorecard, VariantFailure
 from llava_ray.artifacts.store import ArtifactStore, artifact_id
-from llava_ray.choose.decision import Limits, decide
+from llava_ray.choose.decision import decide
 from llava_ray.config.run import RunConfig
 
 
@@ -17,7 +17,7 @@ def run(
     """
     from llava_ray.report import Findings, write_report
 
-    decision = decide(scorecards, failures, Limits(config.benchmark.baseline, config.choose))
+    decision = decide(scorecards, failures, config)
     store = ArtifactStore(config.storage.uri)
     settings = {
         **config.choose.model_dump(mode="json"),

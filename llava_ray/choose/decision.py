@@ -5,17 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llava_ray.artifacts.records import Scorecard, VariantFailure
-from llava_ray.config.run import ChooseConfig
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
 
-
-@dataclass(frozen=True)
-class Limits:
-    """What the winner must keep, and what decides among those that keep it."""
-
-    baseline: str
-    """The baseline's slug."""
-    config: ChooseConfig
+_ORDER = {
+    "speed": ("speed", "size", "fidelity"),
+    "size": ("size", "speed", "fidelity"),
+    "fidelity": ("fidelity", "speed", "size"),
+}
+"""By choose.prefer: the measures that decide, each where those before it are equal."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Decision:
 
 
 def decide(
-    scorecards: Sequence[Scorecard], failures: Sequence[VariantFailure], limits: Limits
+    scorecards: Sequence[Scorecard], failures: Sequence[VariantFailure], config: RunConfig
 ) -> Decision:
     """Pick the best by the preference among those within all limits.
 
@@ -39,51 +37,49 @@ def decide(
     against = {failure.slug: f"failed: {failure.reason}" for failure in failures}
     fitting: list[Scorecard] = []
     for card in scorecards:
-        broken = violations(card, limits)
-        if broken:
+        if broken := violations(card, config):
             against[card.slug] = "; ".join(broken)
         else:
             fitting.append(card)
     if not fitting:
         listed = ", ".join(f"{slug} ({reason})" for slug, reason in sorted(against.items()))
-        if {card.slug for card in scorecards} <= {limits.baseline}:
+        if {card.slug for card in scorecards} <= {config.benchmark.baseline}:
             raise ConfigError(f"no variant to choose from beside the baseline: {listed}")
         raise ConfigError(f"no variant keeps the limits of choose, loosen one: {listed}")
-    winner = min(fitting, key=lambda card: _rank(card, limits))
+    prefer = config.choose.prefer
+    winner = min(fitting, key=lambda card: _rank(card, prefer))
     for card in fitting:
         if card.slug != winner.slug:
-            against[card.slug] = _lost(card, winner, limits)
-    return Decision(winner, _reasons(winner, len(fitting), limits), dict(sorted(against.items())))
+            against[card.slug] = _lost(card, winner, prefer)
+    return Decision(winner, _reasons(winner, len(fitting), config), dict(sorted(against.items())))
 
 
-def violations(card: Scorecard, limits: Limits) -> list[str]:
+def violations(card: Scorecard, config: RunConfig) -> list[str]:
     """Return why a variant may not win; empty if it may."""
-    config, found = limits.config, []
+    limits, found = config.choose, []
     kl, rate = card.kl_divergence.median, card.decode_tokens_per_s.median
-    if card.slug == limits.baseline and not config.may_choose_baseline:
+    if card.slug == config.benchmark.baseline and not limits.may_choose_baseline:
         found.append("it is the baseline, and choose.may_choose_baseline is false")
     if not math.isfinite(kl):
         found.append(f"KL divergence is {kl}: its predictions are broken")
-    elif config.max_kl_divergence is not None and kl > config.max_kl_divergence:
-        found.append(f"KL divergence {kl:.4g} nats is above {config.max_kl_divergence:g}")
+    elif limits.max_kl_divergence is not None and kl > limits.max_kl_divergence:
+        found.append(f"KL divergence {kl:.4g} nats is above {limits.max_kl_divergence:g}")
     if not rate > 0:
         found.append(f"speed is {rate}: nothing was decoded")
-    elif config.min_decode_tokens_per_s is not None and rate < config.min_decode_tokens_per_s:
-        found.append(f"{rate:.4g} tokens/s is below {config.min_decode_tokens_per_s:g}")
-    if config.max_size_bytes is not None and card.variant_bytes > config.max_size_bytes:
-        found.append(f"{card.variant_bytes:,} bytes on disk are above {config.max_size_bytes:,}")
+    elif limits.min_decode_tokens_per_s is not None and rate < limits.min_decode_tokens_per_s:
+        found.append(f"{rate:.4g} tokens/s is below {limits.min_decode_tokens_per_s:g}")
+    if limits.max_size_bytes is not None and card.variant_bytes > limits.max_size_bytes:
+        found.append(f"{card.variant_bytes:,} bytes on disk are above {limits.max_size_bytes:,}")
     return found
 
 
-def _rank(card: Scorecard, limits: Limits) -> tuple[float, float, float, str]:
-    speed, kl = -card.decode_tokens_per_s.median, card.kl_divergence.median
-    size = float(card.variant_bytes)
-    order = {
-        "speed": (speed, size, kl),
-        "size": (size, speed, kl),
-        "fidelity": (kl, speed, size),
-    }[limits.config.prefer]
-    return (*order, card.slug)
+def _rank(card: Scorecard, prefer: str) -> tuple[float | str, ...]:
+    values = {
+        "speed": -card.decode_tokens_per_s.median,
+        "size": card.variant_bytes,
+        "fidelity": card.kl_divergence.median,
+    }
+    return (*(values[measure] for measure in _ORDER[prefer]), card.slug)
 
 
 def describe(card: Scorecard, prefer: str) -> str:
@@ -95,38 +91,34 @@ def describe(card: Scorecard, prefer: str) -> str:
     return f"KL divergence {card.kl_divergence.median:.4g} nats"
 
 
-def _lost(card: Scorecard, winner: Scorecard, limits: Limits) -> str:
-    prefer = limits.config.prefer
-    own, best = _rank(card, limits), _rank(winner, limits)
-    if own[0] != best[0]:
-        return f"keeps the limits, but {describe(card, prefer)} against {describe(winner, prefer)}"
-    second = "size" if prefer == "speed" else "speed"
-    third = "size" if prefer == "fidelity" else "fidelity"
-    for place, measure in ((1, second), (2, third)):
-        if own[place] != best[place]:
+def _lost(card: Scorecard, winner: Scorecard, prefer: str) -> str:
+    ranks = zip(_rank(card, prefer), _rank(winner, prefer), strict=True)
+    for (own, best), measure in zip(ranks, _ORDER[prefer], strict=False):
+        if own != best:
+            equals = "" if measure == prefer else f" and equals in {prefer}"
             return (
-                f"keeps the limits and equals in {prefer}, but {describe(card, measure)} "
+                f"keeps the limits{equals}, but {describe(card, measure)} "
                 f"against {describe(winner, measure)}"
             )
     return f"keeps the limits and equals {winner.slug} in all; the name decided"
 
 
-def _reasons(winner: Scorecard, fitting: int, limits: Limits) -> tuple[str, ...]:
-    config = limits.config
-    kl, ceiling = winner.kl_divergence, config.max_kl_divergence
+def _reasons(winner: Scorecard, fitting: int, config: RunConfig) -> tuple[str, ...]:
+    limits, kl = config.choose, winner.kl_divergence
+    ceiling = limits.max_kl_divergence
     kept = []
     if ceiling is not None:
         kept.append(f"KL divergence {kl.median:.4g} nats is within {ceiling:g}")
-    if config.min_decode_tokens_per_s is not None:
-        kept.append(f"{describe(winner, 'speed')} are at least {config.min_decode_tokens_per_s:g}")
-    if config.max_size_bytes is not None:
-        kept.append(f"{describe(winner, 'size')} are within {config.max_size_bytes:,}")
+    if limits.min_decode_tokens_per_s is not None:
+        kept.append(f"{describe(winner, 'speed')} are at least {limits.min_decode_tokens_per_s:g}")
+    if limits.max_size_bytes is not None:
+        kept.append(f"{describe(winner, 'size')} are within {limits.max_size_bytes:,}")
     if ceiling is not None and kl.high > ceiling:
         kept.append(
             f"caution: the 95% interval of its KL divergence reaches {kl.high:.4g} nats; "
             "raise benchmark.fidelity_samples to be surer"
         )
     best = {"speed": "fastest", "size": "smallest", "fidelity": "closest to the baseline"}
-    among = "the only one" if fitting == 1 else f"the {best[config.prefer]} of {fitting}"
-    first = f"{among} within the limits: {describe(winner, config.prefer)}"
+    among = "the only one" if fitting == 1 else f"the {best[limits.prefer]} of {fitting}"
+    first = f"{among} within the limits: {describe(winner, limits.prefer)}"
     return (first, *kept)

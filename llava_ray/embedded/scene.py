@@ -187,21 +187,10 @@ def _sign(
     lowest = max(smallest, fits * (0.9 - 0.5 * level.clutter))
     size = max(int(smallest), int(rng.uniform(min(lowest, fits), fits)))
     body = (max(8, round(size * wide)), max(8, round(size * tall)))
-    colour, rgb, text_colour, text_rgb = _pair(rng)
-    return Sign(
-        kind=kind,
-        lines=lines,
-        face=face,
-        size=size,
-        colour=colour,
-        rgb=rgb,
-        text_colour=text_colour,
-        text_rgb=text_rgb,
-        place=place,
-        body=body,
-        corners=_corners(rng, body, cell, level.tilt),
-        shadow=rng.random() < 0.4,
-    )
+    colours = _pair(rng)
+    corners = _corners(rng, body, cell, level.tilt)
+    shadow = rng.random() < 0.4
+    return Sign(kind, lines, face, size, *colours, place, body, corners, shadow)
 
 
 def _lines(

@@ -20,7 +20,6 @@ class Completion:
     """The end-of-sequence token left out."""
     finish_reason: FinishReason
     """`stop`: the model or a stop string ended it; `length`: max_tokens or the context did."""
-    prompt_tokens: int
     steps: tuple[Step, ...]
 
 
@@ -80,6 +79,5 @@ def generate_text(engine: Engine, prompt: Prompt, sampling: SamplingParams) -> C
         text=text,
         token_ids=tuple(step.token_id for step in steps),
         finish_reason="stop" if ended else "length",
-        prompt_tokens=len(prompt.input_ids),
         steps=tuple(steps),
     )

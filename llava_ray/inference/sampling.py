@@ -6,7 +6,7 @@ same answer on every device and whatever else is in the batch.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,16 +45,12 @@ class Step:
     """Token ids and log probabilities, the likeliest first."""
 
 
-@dataclass
 class Row:
     """One sequence of a batch: its parameters, its random numbers and where its grammar is."""
 
-    sampling: SamplingParams
-    matcher: "Matcher | None" = None
-    _random: random.Random = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._random = random.Random(self.sampling.seed)
+    def __init__(self, sampling: SamplingParams, matcher: "Matcher | None" = None) -> None:
+        self.sampling, self.matcher = sampling, matcher
+        self._random = random.Random(sampling.seed)
 
     def draw(self) -> float:
         """Return the next uniform number in (0, 1], or 1 where none is needed."""

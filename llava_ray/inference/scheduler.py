@@ -10,7 +10,6 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from llava_ray.errors import DataError, ResourceError
 from llava_ray.inference.engine import Engine, Prompt
@@ -22,9 +21,6 @@ from llava_ray.inference.request_errors import (
     Unavailable,
 )
 from llava_ray.inference.sampling import Row, Sampled, SamplingParams, Step, sample
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +47,10 @@ class Answer:
     """One request on its way; belongs to the scheduler's thread but for `cancelled`."""
 
     prompt: Prompt
-    sampling: SamplingParams
+    row: Row
     outlet: Outlet
     key: Hashable
     """What names it to the outlet."""
-    row: Row
     cancelled: bool = False
     slot: int | None = None
     left: int = 0
@@ -128,7 +123,7 @@ class Scheduler:
             matcher = self._matchers.start(sampling.grammar) if sampling.grammar else None
         except DataError as error:
             raise BadRequest(f"response_format: {error}", "response_format") from error
-        answer = Answer(prompt, sampling, outlet, key, Row(sampling, matcher))
+        answer = Answer(prompt, Row(sampling, matcher), outlet, key)
         with self._wake:
             if self.failure is not None or self._closing:
                 raise Unavailable("the engine has stopped")
@@ -191,7 +186,7 @@ class Scheduler:
             self._deliver()
 
     def _prefill(self, answer: Answer) -> None:
-        answer.left = budget(self.engine, answer.prompt, answer.sampling)
+        answer.left = budget(self.engine, answer.prompt, answer.row.sampling)
         try:
             answer.slot, logits = self.engine.prefill(answer.prompt)
         except DataError as error:
@@ -228,6 +223,9 @@ class Scheduler:
             self._batches.append(following)
 
     def _decode(self, batches: Sequence[_Batch]) -> _Batch | None:
+        import torch  # Not above: who only asks an engine's process needs none.
+
+
         answers: list[Answer] = []
         tokens: list[torch.Tensor] = []
         for batch in batches:
@@ -240,7 +238,7 @@ class Scheduler:
         if not answers:
             return None
         slots = [a.slot for a in answers if a.slot is not None]
-        logits = self.engine.decode(slots, tokens[0] if len(tokens) == 1 else _join(tokens))
+        logits = self.engine.decode(slots, tokens[0] if len(tokens) == 1 else torch.cat(tokens))
         for answer in answers:
             answer.left -= 1
         if any(answer.row.matcher for answer in answers):
@@ -258,7 +256,7 @@ class Scheduler:
                     self._emit(answer, step)
 
     def _emit(self, answer: Answer, step: Step) -> None:
-        if step.token_id == self.engine.eos_token_id and not answer.sampling.ignore_eos:
+        if step.token_id == self.engine.eos_token_id and not answer.row.sampling.ignore_eos:
             self._end(answer, "stop")
             return
         answer.emitted += 1
@@ -268,7 +266,7 @@ class Scheduler:
             if matcher.complete:
                 self._end(answer, "stop")
                 return
-        if answer.emitted == budget(self.engine, answer.prompt, answer.sampling):
+        if answer.emitted == budget(self.engine, answer.prompt, answer.row.sampling):
             self._end(answer, "length")
 
     def _end(self, answer: Answer, outcome: FinishReason | ApiError) -> None:
@@ -316,9 +314,3 @@ async def chunks_from(inbox: "asyncio.Queue[Item]") -> AsyncGenerator[Chunk, Non
             raise last
         yield Chunk(steps, last)
         return
-
-
-def _join(tokens: "Sequence[torch.Tensor]") -> "torch.Tensor":
-    import torch
-
-    return torch.cat(list(tokens))

@@ -66,7 +66,9 @@ def open_image(
                     raise DataError(
                         f"image of {width}x{height} pixels: at most {max_pixels} are allowed"
                     )
-                if not allow_animation and _is_animation(image):
+                # A JPEG with several pictures is a photo with its depth map or preview beside it.
+                may_move = image.format in ("GIF", "PNG", "WEBP")
+                if not allow_animation and may_move and getattr(image, "is_animated", False):
                     raise DataError(f"animated {image.format}: send one still image")
                 return image.convert("RGB")
     except UnidentifiedImageError as error:
@@ -75,11 +77,6 @@ def open_image(
         raise DataError(f"no image file at {source!r}") from error
     except (Image.DecompressionBombError, *_BROKEN) as error:
         raise DataError(f"broken image: {error}") from error
-
-
-def _is_animation(image: Image.Image) -> bool:
-    # A JPEG with several pictures is a photograph with its depth map or preview beside it.
-    return image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False)
 
 
 def square_pixels(image: Image.Image, size: int) -> Pixels:

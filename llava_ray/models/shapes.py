@@ -59,13 +59,10 @@ TINY: Mapping[str, Any] = {
 def random_model(tree: Mapping[str, Any], device: str, dtype: "torch.dtype") -> Any:
     """Return a LlavaForConditionalGeneration with weights drawn on the device."""
     import torch
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, LlavaConfig
 
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        torch.manual_seed(0)
-        with torch.device(device):
-            return LlavaForConditionalGeneration(LlavaConfig(**tree))
-    finally:
-        torch.set_default_dtype(before)
+    torch.manual_seed(0)
+    with torch.device(device):
+        # Of the class that the config names.
+        auto: Any = AutoModelForImageTextToText
+        return auto.from_config(LlavaConfig(**tree), dtype=dtype)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llava_ray.console import Progress
 from llava_ray.errors import ArtifactError
@@ -56,18 +56,14 @@ class Phases:
     peak_memory_bytes: int | None = None
     """Of the process that did the work, where it was another than the caller's."""
 
-
-class Stopwatch:
-    """Tells the seconds since it was last asked."""
-
-    def __init__(self) -> None:
+    def __post_init__(self) -> None:
         self._last = time.perf_counter()
 
-    def lap(self) -> float:
-        """Return the seconds since the last lap and start the next one."""
+    def lap(self, phase: Literal["read_s", "quantize_s", "write_s"]) -> None:
+        """Count the seconds since the last lap to a phase."""
         now = time.perf_counter()
-        passed, self._last = now - self._last, now
-        return passed
+        setattr(self, phase, getattr(self, phase) + now - self._last)
+        self._last = now
 
 
 def module_name(name: str) -> str:
@@ -86,13 +82,13 @@ def is_linear(module: str, *, vision: bool) -> bool:
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Read the shape of every stored tensor from the headers, by its name in the files."""
+    from safetensors import safe_open
+
     shapes: dict[str, tuple[int, ...]] = {}
     for path in shards(folder):
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items()}
+        with safe_open(path, framework="np") as file:
+            names = file.offset_keys()
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
     return shapes
 
 
@@ -121,24 +117,24 @@ def rewrite(
     The result is complete: config, tokenizer and processor files lie beside the safetensors.
     """
     progress = Progress(out.name, len(weight_shapes(merged)), "tensors")
-    writer, phases, watch = ShardWriter(out), Phases(), Stopwatch()
+    writer, phases = ShardWriter(out), Phases()
     for number, (name, value) in enumerate(_read_ahead(merged, device), start=1):
-        phases.read_s += watch.lap()
+        phases.lap("read_s")
         stem = name.removesuffix(".weight")
         if pack and stem != name and quantizes(module_name(stem)):
             packed = pack(stem, value.to(device, dtype))
             stored = {f"{stem}.{key}": tensor for key, tensor in packed.items()}
-            _wait_for(device)
+            wait_for(device)
         else:
             stored = {name: value.to(dtype) if value.is_floating_point() else value}
-        phases.quantize_s += watch.lap()
+        phases.lap("quantize_s")
         writer.add(stored)
-        phases.write_s += watch.lap()
+        phases.lap("write_s")
         progress.at(number)
     writer.finish()
     copy_sidecars(merged, out)
     write_config(merged, out, dtype=dtype, quantization_config=quantization_config)
-    phases.write_s += watch.lap()
+    phases.lap("write_s")
     return phases
 
 
@@ -160,7 +156,7 @@ def _read_ahead(folder: Path, device: str) -> "Iterator[tuple[str, torch.Tensor]
             yield found
 
 
-def _wait_for(device: str) -> None:
+def wait_for(device: str) -> None:
     """Wait for a GPU, whose work is queued, so that its seconds are counted where they belong."""
     if device.startswith("cuda"):
         import torch

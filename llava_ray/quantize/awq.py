@@ -26,6 +26,9 @@ class AwqSpec(QuantizationSpec):
     """4-bit integers in AutoAWQ's GEMM layout, scaled by what the activations show."""
 
     method: ClassVar[str] = "awq"
+    known_slugs: ClassVar[tuple[str, ...]] = (
+        "awq-w4-g64", "awq-w4-g128", "awq-w4-g128-sym", "awq-w4-g128-text",
+    )  # fmt: skip
     calibrated: ClassVar[bool] = True
 
     group_size: int
@@ -41,16 +44,6 @@ class AwqSpec(QuantizationSpec):
         if not match:
             return None
         return cls(slug, int(match[1]), zero_point=not match[2], images=not match[3])
-
-    @classmethod
-    def known_slugs(cls) -> tuple[str, ...]:
-        """Return the usual group sizes, and the other choices for one of them."""
-        return (
-            "awq-w4-g64",
-            "awq-w4-g128",
-            "awq-w4-g128-sym",
-            "awq-w4-g128-text",
-        )
 
     def resources(self, model_bytes: int, *, gpu: bool) -> Resources:
         """Ask for a GPU if there is one; the whole model stays in memory, in fp32 on CPUs."""

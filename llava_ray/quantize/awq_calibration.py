@@ -45,16 +45,16 @@ def quantize_with_autoawq(
     """
     # fp16 products of many rows are slow, and for some shapes missing, on CPUs.
     dtype = torch.float32 if device == "cpu" else torch.float16
-    phases, watch = llava_folder.Phases(), llava_folder.Stopwatch()
+    phases = llava_folder.Phases()
     model = _load(merged, dtype)
-    phases.read_s = watch.lap()
+    phases.lap("read_s")
     with torch.no_grad():
         samples = _embedded_samples(spec, model, merged, calibration, device)
         quantizer = _Quantizer(spec, model, samples, out.name, device)
         quantizer.quantize()
-    phases.quantize_s = watch.lap()
+    phases.lap("quantize_s")
     _write(spec, model, merged, out)
-    phases.write_s = watch.lap()
+    phases.lap("write_s")
     phases.peak_memory_bytes = peak_bytes(device)
     return phases
 

@@ -70,7 +70,3 @@ class AwqLinear(nn.Module):
         """Multiply by the dequantized weight, in x's dtype."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.linear(x, self.dequantize(x.dtype), bias)
-
-    def extra_repr(self) -> str:
-        """Describe the shape in a printed model."""
-        return f"{self.in_features}, {self.out_features}, group_size={self.group_size}"

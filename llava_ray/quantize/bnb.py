@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from llava_ray.models import tensors as llava_folder
-from llava_ray.quantize.spec import Calibration, QuantizationSpec, process_memory
-from llava_ray.resources.capacity import Resources
+from llava_ray.quantize.spec import Calibration, QuantizationSpec
 
 if TYPE_CHECKING:
     import torch
@@ -26,12 +25,13 @@ class BnbSpec(QuantizationSpec):
     """4-bit normal floats, 4-bit floats or 8-bit integers."""
 
     method: ClassVar[str] = "bnb"
+    known_slugs: ClassVar[tuple[str, ...]] = (
+        "bnb-int8", "bnb-nf4", "bnb-nf4-dq", "bnb-fp4", "bnb-fp4-dq",
+    )  # fmt: skip
 
     type: str
     double: bool
     """Whether the scales are quantized in turn (QLoRA, https://arxiv.org/abs/2305.14314)."""
-    vision: bool
-    """Whether the vision tower and the projector are quantized too."""
 
     @classmethod
     def parse(cls, slug: str) -> Self | None:
@@ -39,16 +39,7 @@ class BnbSpec(QuantizationSpec):
         match = _SLUG.fullmatch(slug)
         if not match:
             return None
-        return cls(slug, match[1] or match[2], double=bool(match[3]), vision=bool(match[4]))
-
-    @classmethod
-    def known_slugs(cls) -> tuple[str, ...]:
-        """Return all types, 4-bit ones also with double quantization."""
-        return ("bnb-int8", "bnb-nf4", "bnb-nf4-dq", "bnb-fp4", "bnb-fp4-dq")
-
-    def resources(self, model_bytes: int, *, gpu: bool) -> Resources:
-        """Ask for a quarter of a GPU: only one layer at a time lies on it."""
-        return Resources(num_gpus=0.25 if gpu else 0, memory_bytes=process_memory(model_bytes))
+        return cls(slug, match[1] or match[2], double=bool(match[3]))
 
     def bits_per_weight(self) -> float:
         """Return the bits of a weight and its share of the scales.
@@ -59,10 +50,6 @@ class BnbSpec(QuantizationSpec):
             return 8
         scale = 8 + 32 / _SCALE_BLOCK if self.double else 32
         return 4 + scale / _BLOCK
-
-    def quantizes(self, module: str) -> bool:
-        """Say whether a module is quantized."""
-        return llava_folder.is_linear(module, vision=self.vision)
 
     def quantize(
         self, merged: Path, out: Path, calibration: Calibration, device: str
@@ -104,21 +91,20 @@ class BnbSpec(QuantizationSpec):
         return {"weight": packed, **parts}
 
     def _config(self, dtype: str) -> dict[str, Any]:
-        four_bit = self.type != "int8"
+        from transformers import BitsAndBytesConfig
+
         kept = [] if self.vision else ["model.vision_tower", "model.multi_modal_projector"]
-        return {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": four_bit,
-            "load_in_8bit": not four_bit,
-            "bnb_4bit_compute_dtype": dtype,
-            "bnb_4bit_quant_storage": "uint8",
-            "bnb_4bit_quant_type": self.type if four_bit else "fp4",
-            "bnb_4bit_use_double_quant": self.double,
-            "llm_int8_enable_fp32_cpu_offload": False,
-            "llm_int8_has_fp16_weight": False,
-            "llm_int8_skip_modules": [*kept, "lm_head"],
-            "llm_int8_threshold": 6.0,
-        }
+        four_bit = self.type != "int8"
+        config: Any = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=four_bit,
+            load_in_8bit=not four_bit,
+            llm_int8_skip_modules=[*kept, "lm_head"],
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_type=self.type if four_bit else "fp4",
+            bnb_4bit_use_double_quant=self.double,
+        )
+        tree: dict[str, Any] = config.to_dict()
+        return tree
 
 
 def _pack_int8(name: str, weight: "torch.Tensor") -> "dict[str, torch.Tensor]":

@@ -55,6 +55,9 @@ class GgufSpec(QuantizationSpec):
     """One of llama.cpp's file types, such as q4_k_m, for the text model."""
 
     method: ClassVar[str] = "gguf"
+    known_slugs: ClassVar[tuple[str, ...]] = tuple(
+        PREFIX + name for name in FILE_TYPES if name not in NEEDS_IMATRIX
+    )
 
     name: str
 
@@ -64,11 +67,6 @@ class GgufSpec(QuantizationSpec):
         name = slug.removeprefix(PREFIX)
         possible = name in FILE_TYPES and name not in NEEDS_IMATRIX
         return cls(slug, name) if slug.startswith(PREFIX) and possible else None
-
-    @classmethod
-    def known_slugs(cls) -> tuple[str, ...]:
-        """Return all of llama.cpp's file types that need no importance matrix."""
-        return tuple(PREFIX + name for name in FILE_TYPES if name not in NEEDS_IMATRIX)
 
     def resources(self, model_bytes: int, *, gpu: bool) -> Resources:
         """Ask for CPUs only, one for each GB: llama.cpp quantizes there, rows beside each other."""

@@ -15,7 +15,7 @@ from llava_ray.inference.llama_cpp.types import FILE_TYPES, NEEDS_IMATRIX, PLAIN
 from llava_ray.models import tensors as llava_folder
 from llava_ray.models.folder import vision_shape
 from llava_ray.quantize.gguf import GgufSpec, Importance
-from llava_ray.quantize.gguf_writer import text_targets
+from llava_ray.quantize.gguf_writer import gguf_names, is_text
 from llava_ray.quantize.spec import Calibration, whole_model
 from llava_ray.resources.capacity import Resources
 
@@ -27,6 +27,11 @@ _MAX_TOKENS = 2048
 class GgufImatrixSpec(GgufSpec):
     """A file type whose rounding is weighed by an importance matrix."""
 
+    known_slugs: ClassVar[tuple[str, ...]] = (
+        *(PREFIX + name for name in NEEDS_IMATRIX),
+        # The K-quants that gain most by one.
+        *(PREFIX + name + _SUFFIX for name in ("q2_k", "q3_k_m", "q4_k_m")),
+    )
     calibrated: ClassVar[bool] = True
 
     @classmethod
@@ -36,15 +41,6 @@ class GgufImatrixSpec(GgufSpec):
         asked = slug.endswith(_SUFFIX)
         possible = name in FILE_TYPES and name not in PLAIN and asked != (name in NEEDS_IMATRIX)
         return cls(slug, name) if slug.startswith(PREFIX) and possible else None
-
-    @classmethod
-    def known_slugs(cls) -> tuple[str, ...]:
-        """Return the types that need a matrix, and those K-quants that gain most by one."""
-        gaining = ("q2_k", "q3_k_m", "q4_k_m")
-        return (
-            *(PREFIX + name for name in NEEDS_IMATRIX),
-            *(PREFIX + name + _SUFFIX for name in gaining),
-        )
 
     def resources(self, model_bytes: int, *, gpu: bool) -> Resources:
         """Ask for a GPU where there is one; the whole model stays in memory, in fp32 on a CPU."""
@@ -79,10 +75,10 @@ def importance_matrix(merged: Path, calibration: Calibration, device: str) -> Im
 
         return add
 
-    for name, target in text_targets(model.config.text_config).items():
-        module = model.get_submodule(name.removesuffix(".weight"))
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(watch(target))
+    target_of = gguf_names(model.config)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and is_text(name):
+            module.register_forward_pre_hook(watch(str(target_of(f"{name}.weight"))))
     progress = Progress("importance", len(samples), "samples")
     for number, sample in enumerate(samples, start=1):
         ids, pixels = calibration.encode(sample, tokenizer, vision, max_tokens=_MAX_TOKENS)

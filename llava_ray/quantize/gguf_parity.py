@@ -101,14 +101,9 @@ def check_tokenization(text: Path) -> list[str]:
 
 def llama_tokenize(text: Path, samples: tuple[str, ...]) -> list[list[int]]:
     """Cut samples by llama.cpp's tokenizer, reading special tokens as such."""
-    from llava_ray.inference.llama_cpp.native import last_error, load_llama_cpp
+    from llava_ray.inference.llama_cpp.native import load_llama_cpp, open_model
 
-    llama = load_llama_cpp()
-    params = llama.llama_model_default_params()
-    params.vocab_only = True
-    model = llama.llama_model_load_from_file(str(text).encode(), params)
-    if not model:
-        raise VariantError(f"llama.cpp cannot open {text.name}: {last_error()}")
+    llama, model = load_llama_cpp(), open_model(text, vocab_only=True)
     try:
         vocab, ids, found = llama.llama_model_get_vocab(model), (llama.llama_token * 1024)(), []
         for sample in map(str.encode, samples):

@@ -6,12 +6,20 @@ tensor of the folder is written or dropped by a rule; one that is neither ends t
 
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH,
+    GGMLQuantizationType,
+    GGUFWriter,
+    LlamaFileType,
+    get_tensor_name_map,
+)
 
 from llava_ray.errors import VariantError
 from llava_ray.models.images import CLIP_MEAN, CLIP_STD
@@ -24,43 +32,6 @@ if TYPE_CHECKING:
 _F32, _F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 _TORCH_DTYPES = {_F32: "float32", _F16: "float16", GGMLQuantizationType.BF16: "bfloat16"}
 
-_TEXT = {
-    "model.language_model.embed_tokens.weight": "token_embd.weight",
-    "model.language_model.norm.weight": "output_norm.weight",
-}
-_TEXT_LAYER = {
-    "input_layernorm.weight": "attn_norm.weight",
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.k_proj.weight": "attn_k.weight",
-    "self_attn.v_proj.weight": "attn_v.weight",
-    "self_attn.o_proj.weight": "attn_output.weight",
-    "post_attention_layernorm.weight": "ffn_norm.weight",
-    "mlp.gate_proj.weight": "ffn_gate.weight",
-    "mlp.up_proj.weight": "ffn_up.weight",
-    "mlp.down_proj.weight": "ffn_down.weight",
-}
-_VISION = {
-    "model.vision_tower.embeddings.class_embedding": "v.class_embd",
-    "model.vision_tower.embeddings.patch_embedding.weight": "v.patch_embd.weight",
-    "model.vision_tower.embeddings.position_embedding.weight": "v.position_embd.weight",
-    "model.vision_tower.pre_layrnorm.weight": "v.pre_ln.weight",
-    "model.vision_tower.pre_layrnorm.bias": "v.pre_ln.bias",
-    # llama.cpp's numbers are those of the layers in LLaVA's nn.Sequential: 1 is the GELU.
-    "model.multi_modal_projector.linear_1.weight": "mm.0.weight",
-    "model.multi_modal_projector.linear_1.bias": "mm.0.bias",
-    "model.multi_modal_projector.linear_2.weight": "mm.2.weight",
-    "model.multi_modal_projector.linear_2.bias": "mm.2.bias",
-}
-_VISION_LAYER = {
-    "layer_norm1": "ln1",
-    "layer_norm2": "ln2",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.out_proj": "attn_out",
-    "mlp.fc1": "ffn_up",
-    "mlp.fc2": "ffn_down",
-}
 # Buffers that older transformers saved beside the weights.
 _BUFFERS = ("position_ids", "rotary_emb.inv_freq")
 
@@ -100,26 +71,39 @@ def write_pair(merged: Path, text: Path, mmproj: Path, *, precision: str) -> Non
     config = LlavaConfig.from_pretrained(merged)
     checkpoint = _open(merged)
     depth = _vision_depth(config)
-    text_entries = _text_entries(config.text_config, checkpoint)
-    vision_entries = _vision_entries(depth)
-    _account(checkpoint, [*text_entries, *vision_entries], depth)
+    entries = _entries(config, checkpoint, depth)
+    _account(checkpoint, entries, depth)
     text_type = GGMLQuantizationType[precision.upper()]
     writer = GGUFWriter(str(text), "llama")
     _describe_text(writer, config.text_config, merged, text_type)
-    _stream(writer, checkpoint, text_entries, text_type)
+    _stream(writer, checkpoint, [e for e in entries if is_text(e.source)], text_type)
     mmproj_type = _F32 if text_type is _F32 else _F16
     writer = GGUFWriter(str(mmproj), "clip")
     _describe_vision(writer, config, depth, mmproj_type)
-    _stream(writer, checkpoint, vision_entries, mmproj_type)
+    _stream(writer, checkpoint, [e for e in entries if not is_text(e.source)], mmproj_type)
 
 
-def text_targets(config: Any) -> dict[str, str]:
-    """Return the text model's tensor names in GGUF by those of transformers 5's parameters."""
-    targets = {**_TEXT, "lm_head.weight": "output.weight"}
-    for layer in range(config.num_hidden_layers):
-        for source, target in _TEXT_LAYER.items():
-            targets[f"model.language_model.layers.{layer}.{source}"] = f"blk.{layer}.{target}"
-    return targets
+def is_text(name: str) -> bool:
+    """Say whether a transformers 5 module or parameter is of the text model."""
+    return name.startswith(("model.language_model.", "lm_head"))
+
+
+def gguf_names(config: Any) -> Callable[[str], str | None]:
+    """Return what gives a transformers 5 parameter's name in GGUF, None where there is none."""
+    text = get_tensor_name_map(MODEL_ARCH.LLAMA, config.text_config.num_hidden_layers)
+    # Three at least: the numbers of the projector's layers are looked up like those of blocks.
+    blocks = max(3, config.vision_config.num_hidden_layers)
+    vision = get_tensor_name_map(MODEL_ARCH.MMPROJ, blocks)
+
+    def target(name: str) -> str | None:
+        if is_text(name):
+            return text.get_name(name.replace("language_model.", "", 1), (".weight",))
+        name = name.removeprefix("model.").replace("vision_tower.", "vision_tower.vision_model.", 1)
+        found = vision.get_name(name, (".weight", ".bias"))
+        # llama.cpp's numbers are those of the layers in LLaVA's nn.Sequential: 1 is the GELU.
+        return found and found.replace("mm.1.", "mm.0.")
+
+    return target
 
 
 def permute_heads(weight: "torch.Tensor", heads: int) -> "torch.Tensor":
@@ -139,24 +123,23 @@ def _open(merged: Path) -> dict[str, Any]:
     return {module_name(key): file.get_slice(key) for file in files for key in file.offset_keys()}
 
 
-def _text_entries(config: Any, checkpoint: dict[str, Any]) -> list[Entry]:
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+def _entries(config: Any, checkpoint: dict[str, Any], depth: int) -> list[Entry]:
+    """Return what of a LLaVA of this config is written, in the order of its parameters."""
+    from accelerate import init_empty_weights
+    from transformers import LlavaForConditionalGeneration
+
+    with init_empty_weights():
+        names = list(LlavaForConditionalGeneration(config).state_dict())
+    text, target_of = config.text_config, gguf_names(config)
+    heads = {"q_proj": text.num_attention_heads, "k_proj": text.num_key_value_heads}
     entries = []
-    for source, target in text_targets(config).items():
+    for source in names:
         # Without an output tensor llama.cpp uses the embedding, as tied weights mean.
-        if target == "output.weight" and config.tie_word_embeddings and source not in checkpoint:
-            continue
-        entries.append(Entry(target, source, heads.get(target.split(".")[-2])))
-    return entries
-
-
-def _vision_entries(depth: int) -> list[Entry]:
-    entries = [Entry(target, source) for source, target in _VISION.items()]
-    for layer in range(depth):
-        for source, target in _VISION_LAYER.items():
-            for part in ("weight", "bias"):
-                name = f"model.vision_tower.encoder.layers.{layer}.{source}.{part}"
-                entries.append(Entry(f"v.blk.{layer}.{target}.{part}", name))
+        tied = source == "lm_head.weight" and text.tie_word_embeddings and source not in checkpoint
+        target = target_of(source)
+        if target is not None and not tied and not _drop(source, depth):
+            rotary = heads.get(source.split(".")[-2]) if is_text(source) else None
+            entries.append(Entry(target, source, rotary))
     return entries
 
 

@@ -12,15 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from llava_ray.errors import VariantError
 from llava_ray.models import tensors as llava_folder
 from llava_ray.models.low_bits import hqq_linear
-from llava_ray.quantize.spec import Calibration, QuantizationSpec, process_memory
-from llava_ray.resources.capacity import Resources
+from llava_ray.quantize.spec import Calibration, QuantizationSpec
 
 if TYPE_CHECKING:
     import torch
 
 _SLUG = re.compile(r"hqq-w([84321])-g(16|32|64|128|256)(-vision)?")
-_BITS = (8, 4, 3, 2, 1)
-_GROUPS = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -28,11 +25,12 @@ class HqqSpec(QuantizationSpec):
     """Integers of 8, 4, 3, 2 or 1 bits, with an fp16 scale and zero point per group."""
 
     method: ClassVar[str] = "hqq"
+    known_slugs: ClassVar[tuple[str, ...]] = tuple(
+        f"hqq-w{bits}-g{group}" for bits in (8, 4, 3, 2, 1) for group in (16, 32, 64, 128, 256)
+    )
 
     bits: int
     group_size: int
-    vision: bool
-    """Whether the vision tower and the projector are quantized too."""
 
     @classmethod
     def parse(cls, slug: str) -> Self | None:
@@ -40,16 +38,7 @@ class HqqSpec(QuantizationSpec):
         match = _SLUG.fullmatch(slug)
         if not match:
             return None
-        return cls(slug, int(match[1]), int(match[2]), vision=bool(match[3]))
-
-    @classmethod
-    def known_slugs(cls) -> tuple[str, ...]:
-        """Return all bits with all group sizes."""
-        return tuple(f"hqq-w{bits}-g{group}" for bits in _BITS for group in _GROUPS)
-
-    def resources(self, model_bytes: int, *, gpu: bool) -> Resources:
-        """Ask for a quarter of a GPU: only one layer at a time lies on it."""
-        return Resources(num_gpus=0.25 if gpu else 0, memory_bytes=process_memory(model_bytes))
+        return cls(slug, int(match[1]), int(match[2]))
 
     def bits_per_weight(self) -> float:
         """Return the bits of a weight with its share of scale and zero point.
@@ -57,10 +46,6 @@ class HqqSpec(QuantizationSpec):
         Ten 3-bit weights lie in an int32.
         """
         return (3.2 if self.bits == 3 else self.bits) + 32 / self.group_size
-
-    def quantizes(self, module: str) -> bool:
-        """Say whether a module is quantized."""
-        return llava_folder.is_linear(module, vision=self.vision)
 
     def quantize(
         self, merged: Path, out: Path, calibration: Calibration, device: str

@@ -18,6 +18,7 @@ class NoneSpec(QuantizationSpec):
     """Weights in fp16, bf16 or fp32."""
 
     method: ClassVar[str] = "none"
+    known_slugs: ClassVar[tuple[str, ...]] = tuple(f"none-{dtype}" for dtype in _DTYPES)
 
     dtype: str
 
@@ -26,11 +27,6 @@ class NoneSpec(QuantizationSpec):
         """Read `none-<dtype>`."""
         match = _SLUG.fullmatch(slug)
         return cls(slug=slug, dtype=match[1]) if match else None
-
-    @classmethod
-    def known_slugs(cls) -> tuple[str, ...]:
-        """Return the three dtypes."""
-        return tuple(f"none-{dtype}" for dtype in _DTYPES)
 
     def resources(self, model_bytes: int, *, gpu: bool) -> Resources:
         """Ask for one CPU and the memory of one shard."""

@@ -23,7 +23,7 @@ METHODS: tuple[type[QuantizationSpec], ...] = (
 
 def known_slugs() -> list[str]:
     """Return every slug worth listing."""
-    return [slug for method in METHODS for slug in method.known_slugs()]
+    return [slug for method in METHODS for slug in method.known_slugs]
 
 
 def spec_for(slug: str) -> QuantizationSpec:

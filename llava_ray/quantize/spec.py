@@ -69,35 +69,41 @@ class QuantizationSpec(ABC):
     """One variant, fully described by its slug, such as `hqq-w4-g64`."""
 
     method: ClassVar[str]
+    known_slugs: ClassVar[tuple[str, ...]]
+    """The slugs worth listing; `parse` may take more."""
     calibrated: ClassVar[bool] = False
     """Whether the result depends on the calibration samples."""
 
     slug: str
+
+    @property
+    def vision(self) -> bool:
+        """Whether the vision tower and the projector are quantized too."""
+        return self.slug.endswith("-vision")
 
     @classmethod
     @abstractmethod
     def parse(cls, slug: str) -> Self | None:
         """Return the spec of a slug of this method, or None if it is not one."""
 
-    @classmethod
-    @abstractmethod
-    def known_slugs(cls) -> tuple[str, ...]:
-        """Return the slugs worth listing; `parse` may take more."""
-
-    @abstractmethod
     def resources(self, model_bytes: int, *, gpu: bool) -> Resources:
-        """Return what quantizing a model of that size needs, with or without a GPU at hand."""
+        """Return what quantizing a model of that size needs, with or without a GPU at hand.
+
+        Default: a quarter of the GPU, for methods that have one layer at a time on it.
+        """
+        return Resources(num_gpus=0.25 if gpu else 0, memory_bytes=process_memory(model_bytes))
 
     @abstractmethod
     def bits_per_weight(self) -> float:
         """Return the bits a quantized weight takes, scales and zero points counted in."""
 
     def quantizes(self, module: str) -> bool:
-        """Say whether the module of that name is quantized; default: the language model's linears.
+        """Say whether the module of that name is quantized; default: the language model's linears,
+        of slugs with `-vision` also those of tower and projector.
 
         The name is that of transformers 5, such as `model.language_model.layers.0.mlp.up_proj`.
         """
-        return llava_folder.is_linear(module, vision=False)
+        return llava_folder.is_linear(module, vision=self.vision)
 
     def other_bits_per_weight(self) -> float:
         """Return the bits of a weight that stays unquantized: embeddings, head, vision tower."""

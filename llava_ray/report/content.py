@@ -13,15 +13,6 @@ from llava_ray.report.rows import Row, make_rows
 
 
 @dataclass(frozen=True)
-class Fact:
-    """A labelled figure of the summary."""
-
-    label: str
-    value: str
-    note: str
-
-
-@dataclass(frozen=True)
 class Content:
     """The report's parts."""
 
@@ -30,7 +21,8 @@ class Content:
     """Which variants failed; empty where none did."""
     winner: str
     reasons: tuple[str, ...]
-    facts: tuple[Fact, ...]
+    facts: tuple[tuple[str, str, str], ...]
+    """Figures of the summary: label, value and note."""
     limits: tuple[str, ...]
     rows: tuple[Row, ...]
     plots: tuple[Plot, ...]
@@ -44,9 +36,9 @@ class Content:
 
 def make_content(findings: Findings, origins: Origins) -> Content:
     """Gather all parts."""
-    rows = tuple(make_rows(findings, origins))
+    rows, model = tuple(make_rows(findings, origins)), findings.config.model.path
     return Content(
-        title=f"Quantized variants of {_model_name(findings)}",
+        title=f"Quantized variants of {'the embedded model' if model == 'embedded' else model}",
         missing=missing_line(
             {failure.slug: failure.reason for failure in findings.failures},
             len(findings.scorecards) + len(findings.failures),
@@ -65,12 +57,7 @@ def make_content(findings: Findings, origins: Origins) -> Content:
     )
 
 
-def _model_name(findings: Findings) -> str:
-    path = findings.config.model.path
-    return "the embedded model" if path == "embedded" else path
-
-
-def _facts(findings: Findings) -> tuple[Fact, ...]:
+def _facts(findings: Findings) -> tuple[tuple[str, str, str], ...]:
     best, base = findings.best, findings.baseline
     rate, kl = best.decode_tokens_per_s.median, best.kl_divergence
     size_note, rate_note, read_note = "", "", ""
@@ -81,13 +68,13 @@ def _facts(findings: Findings) -> tuple[Fact, ...]:
         if "word_recall" in base.scores:
             read_note = f"{base.slug}: {base.scores['word_recall']:.1%}"
     facts = [
-        Fact("on disk", size_text(best.variant_bytes), size_note),
-        Fact("tokens/s", number(rate), rate_note),
-        Fact("KL, nats", number(kl.median), f"95%: {number(kl.low)}–{number(kl.high)}"),
-        Fact("same top token", f"{best.top1_agreement:.1%}", "against the baseline"),
+        ("on disk", size_text(best.variant_bytes), size_note),
+        ("tokens/s", number(rate), rate_note),
+        ("KL, nats", number(kl.median), f"95%: {number(kl.low)}–{number(kl.high)}"),
+        ("same top token", f"{best.top1_agreement:.1%}", "against the baseline"),
     ]
     if "word_recall" in best.scores:
-        facts.append(Fact("words read", f"{best.scores['word_recall']:.1%}", read_note))
+        facts.append(("words read", f"{best.scores['word_recall']:.1%}", read_note))
     return tuple(facts)
 
 

@@ -68,15 +68,11 @@ def find_origins(findings: Findings) -> Origins:
     store = ArtifactStore(findings.config.storage.uri)
     parents = variants[findings.winner].parents
     merged = (store.find(MergedModel, name) for name in parents if name.startswith("merged-"))
+    runs = [run for run in store.latest(QuantizationRun) if set(run.parents) & set(parents)]
     return Origins(
         dataset=read_record(DatasetRecord, findings.best.dataset_uri),
         variants=variants,
         fidelity={card.slug: read_fidelity(card) for card in cards},
         merged=next(merged, None),
-        quantization=_quantization(store, parents),
+        quantization=max(runs, key=lambda run: len(run.variant_wall_s), default=None),
     )
-
-
-def _quantization(store: ArtifactStore, parents: tuple[str, ...]) -> QuantizationRun | None:
-    runs = [run for run in store.latest(QuantizationRun) if set(run.parents) & set(parents)]
-    return max(runs, key=lambda run: len(run.variant_wall_s), default=None)

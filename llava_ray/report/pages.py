@@ -21,18 +21,13 @@ def write_html(content: Content) -> str:
     """Render the page; whatever comes from captions, models and configs is escaped."""
     columns = texts.make_columns(content.rows)
     groups = {name: len(list(of)) for name, of in groupby(column.group for column in columns)}
-    return (
-        _templates()
-        .get_template("report.html.j2")
-        .render(
-            content=content,
-            columns=columns,
-            groups=groups,
-            starts={[column.group for column in columns].index(name) for name in groups},
-            bar_share=lambda column, row: texts.bar_share(column, row, content.rows),
-            measured=[row for row in content.rows if row.size_bytes is not None],
-            missing=[row for row in content.rows if row.size_bytes is None],
-        )
+    template = _templates().get_template("report.html.j2")
+    return template.render(
+        content=content,
+        columns=columns,
+        groups=groups,
+        starts={[column.group for column in columns].index(name) for name in groups},
+        bar_share=lambda column, row: texts.bar_share(column, row, content.rows),
     )
 
 

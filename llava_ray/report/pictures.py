@@ -12,18 +12,8 @@ from llava_ray.report.findings import Findings, Origins
 THUMBNAIL_PIXELS = 360
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One variant's text, cut into words; `read` are quoted words of the reference."""
-
-    slug: str
-    parts: tuple[tuple[str, bool], ...]
-    """Text and whether it was read, in order."""
-
-    @property
-    def text(self) -> str:
-        """Return the whole answer."""
-        return "".join(part for part, _ in self.parts)
+Parts = tuple[tuple[str, bool], ...]
+"""An answer's text in order, and of each part whether it is a quoted word of the reference."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +23,8 @@ class Shown:
     image: str
     data_uri: str
     reference: str
-    answers: tuple[Answer, ...]
+    answers: tuple[tuple[str, Parts], ...]
+    """By slug."""
 
 
 def show(findings: Findings, origins: Origins) -> list[Shown]:
@@ -48,7 +39,7 @@ def show(findings: Findings, origins: Origins) -> list[Shown]:
     shown = []
     for index, generation in enumerate(lead.generations):
         answers = tuple(
-            mark(card.slug, card.generations[index].text, generation.reference)
+            (card.slug, mark(card.generations[index].text, generation.reference))
             for card in order
             if index < len(card.generations)
         )
@@ -61,13 +52,10 @@ def show(findings: Findings, origins: Origins) -> list[Shown]:
     return shown
 
 
-def mark(slug: str, text: str, reference: str) -> Answer:
+def mark(text: str, reference: str) -> Parts:
     """Cut an answer into runs that are, and are not, quoted words of the reference."""
     wanted = set(quoted_words(reference))
     parts: list[tuple[str, bool]] = []
-    for index, word in enumerate(text.split()):
-        read = bool(wanted.intersection(words(word)))
-        if index:
-            parts.append((" ", False))
-        parts.append((word, read))
-    return Answer(slug, tuple(parts))
+    for word in text.split():
+        parts += [(" ", False), (word, bool(wanted.intersection(words(word))))]
+    return tuple(parts[1:])

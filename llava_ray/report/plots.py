@@ -48,7 +48,6 @@ class Plot:
 @dataclass(frozen=True)
 class _Axis:
     title: str
-    name: str
     label: str
     value: Callable[[Row], tuple[float, float, float] | None]
     """Middle, low and high."""
@@ -57,9 +56,9 @@ class _Axis:
 
 def make_plots(rows: Sequence[Row]) -> list[Plot]:
     """Draw speed and divergence over size; rows without measurements are left out."""
-    speed = _Axis("Speed over size", "speed", "decoded tokens per second", _speed)
+    speed = _Axis("Speed over size", "decoded tokens per second", _speed)
     fidelity = _Axis(
-        "Fidelity over size", "fidelity", "KL divergence from the baseline, nats", _divergence,
+        "Fidelity over size", "KL divergence from the baseline, nats", _divergence,
         log=True,
     )  # fmt: skip
     measured = [row for row in rows if row.size_bytes is not None]
@@ -84,7 +83,7 @@ def _plot(rows: Sequence[Row], axis: _Axis) -> Plot:
 
     matplotlib.use("Agg")
     style: dict[Any, Any] = {
-        "font.size": 11, "svg.fonttype": "none", "svg.hashsalt": axis.name,
+        "font.size": 11, "svg.fonttype": "none", "svg.hashsalt": axis.title.split()[0].lower(),
         "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
         "axes.edgecolor": LINE, "grid.color": LINE,
     }  # fmt: skip

@@ -96,7 +96,9 @@ def _measured(card: Scorecard, findings: Findings, origins: Origins, front: set[
         status = "baseline"
     if card.slug == findings.winner:
         status, reason = "winner", "; ".join(findings.reasons)
-    variant = origins.variants[card.slug]
+    variant, fidelity, difference = origins.variants[card.slug], origins.fidelity, None
+    if card.slug != findings.winner:
+        difference = paired_difference(fidelity[card.slug], fidelity[findings.winner])
     return _row(
         findings,
         card.slug,
@@ -108,15 +110,9 @@ def _measured(card: Scorecard, findings: Findings, origins: Origins, front: set[
         bits_per_weight=variant.bits_per_weight,
         quantize_s=variant.quantize_s,
         quantize_peak_memory_bytes=variant.peak_memory_bytes,
-        kl_minus_winner=_minus_winner(card.slug, findings, origins),
+        kl_minus_winner=difference,
         **{name: getattr(card, name) for name in _FROM_SCORECARD},
     )
-
-
-def _minus_winner(slug: str, findings: Findings, origins: Origins) -> Spread | None:
-    if slug == findings.winner:
-        return None
-    return paired_difference(origins.fidelity[slug], origins.fidelity[findings.winner])
 
 
 def _row(findings: Findings, slug: str, status: str, reason: str, **measured: Any) -> Row:

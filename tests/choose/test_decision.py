@@ -5,8 +5,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from llava_ray.artifacts.records import Scorecard, Spread, VariantFailure
-from llava_ray.choose.decision import Decision, Limits, decide, violations
-from llava_ray.config.run import ChooseConfig
+from llava_ray.choose.decision import Decision, decide, violations
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
 
 BASELINE = "none-fp16"
@@ -25,8 +25,8 @@ def card(slug: str, size: int = 100, rate: float = 10.0, kl: float = 0.01) -> Sc
     )  # fmt: skip
 
 
-def limits(**fields: object) -> Limits:
-    return Limits(BASELINE, ChooseConfig.model_validate(fields))
+def limits(**fields: object) -> RunConfig:
+    return RunConfig.model_validate({"benchmark": {"baseline": BASELINE}, "choose": fields})
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,9 @@ any_limits = st.builds(
 failed = st.just([VariantFailure(slug="awq", reason="no package")])
 
 
-def _try(cards: list[Scorecard], failures: list[VariantFailure], asked: Limits) -> Decision | None:
+def _try(
+    cards: list[Scorecard], failures: list[VariantFailure], asked: RunConfig
+) -> Decision | None:
     try:
         return decide(cards, failures, asked)
     except ConfigError:
@@ -132,7 +134,7 @@ def _try(cards: list[Scorecard], failures: list[VariantFailure], asked: Limits) 
 
 @given(cards_of_any_kind, failed, any_limits)
 def test_there_is_a_winner_exactly_where_one_keeps_the_limits(
-    cards: list[Scorecard], failures: list[VariantFailure], asked: Limits
+    cards: list[Scorecard], failures: list[VariantFailure], asked: RunConfig
 ) -> None:
     fitting = [c for c in cards if not violations(c, asked)]
     decision = _try(cards, failures, asked)
@@ -148,16 +150,16 @@ def test_there_is_a_winner_exactly_where_one_keeps_the_limits(
         "fidelity": min(c.kl_divergence.median for c in fitting),
     }
     winner = decision.winner
-    assert best[asked.config.prefer] == {
+    assert best[asked.choose.prefer] == {
         "speed": winner.decode_tokens_per_s.median,
         "size": winner.variant_bytes,
         "fidelity": winner.kl_divergence.median,
-    }[asked.config.prefer]  # fmt: skip
+    }[asked.choose.prefer]  # fmt: skip
 
 
 @given(cards_of_any_kind, any_limits, st.randoms())
 def test_the_order_of_the_scorecards_never_matters(
-    cards: list[Scorecard], asked: Limits, random: st.DataObject
+    cards: list[Scorecard], asked: RunConfig, random: st.DataObject
 ) -> None:
     shuffled = list(cards)
     random.shuffle(shuffled)
@@ -165,7 +167,7 @@ def test_the_order_of_the_scorecards_never_matters(
 
 
 @given(cards_of_any_kind, any_limits)
-def test_taking_away_a_loser_changes_no_winner(cards: list[Scorecard], asked: Limits) -> None:
+def test_taking_away_a_loser_changes_no_winner(cards: list[Scorecard], asked: RunConfig) -> None:
     decision = _try(cards, [], asked)
     assume(decision is not None)
     for loser in decision.against:

@@ -19,8 +19,7 @@ from llava_ray.inference.torch.decode import Decoder, read_stack  # noqa: E402
 from llava_ray.inference.torch.kernels.launch import (
     MAX_BATCH,
     Attention,
-    GemmBlock,
-    GemvBlock,
+    Block,
     Product,
     Scratch,
     Squares,
@@ -66,7 +65,7 @@ def make_weight(format_: Format, rows: int, columns: int, group: int) -> Weight:
         codes = (rand(rows, columns) * 16).to(torch.uint8)
         scales = rand(rows, columns // group) * 0.1 + 0.01
         zeros, bits = rand(rows, columns // group) * 15, 4
-    values = Unpacked(codes.to(DEVICE), scales.to(DEVICE), zeros.to(DEVICE), bits, "test")
+    values = Unpacked(codes.to(DEVICE), scales.to(DEVICE), zeros.to(DEVICE), bits)
     return pack(values)
 
 
@@ -74,11 +73,9 @@ def test_packing_keeps_every_code() -> None:
     codes = torch.arange(16, dtype=torch.uint8).repeat(2, 8)
     scales, zeros = torch.tensor([[1.0, 2.0], [0.5, 4.0]]), torch.tensor([[0.0, 3.0], [8.0, 15.0]])
     plain = ((codes.view(2, 2, 64).float() - zeros[..., None]) * scales[..., None]).view(2, 128)
-    assert torch.equal(
-        unpack(pack(Unpacked(codes, scales, zeros, 4, "test")), torch.float32), plain
-    )
+    assert torch.equal(unpack(pack(Unpacked(codes, scales, zeros, 4)), torch.float32), plain)
     wide = torch.arange(64, dtype=torch.uint8).repeat(2, 1) * 4
-    values = Unpacked(wide, scales[:, :1], torch.full((2, 1), 128.0), 8, "test")
+    values = Unpacked(wide, scales[:, :1], torch.full((2, 1), 128.0), 8)
     plain = (wide.float() - 128) * scales[:, :1]
     assert torch.equal(unpack(pack(values), torch.float32), plain)
 
@@ -123,9 +120,9 @@ def test_products(format_: Format, batch: int, shape: tuple[int, int, int], epil
         reference = torch.nn.functional.silu(reference[:, 0::2]) * reference[:, 1::2]
     reader: Format = "int4" if rows % 64 == 0 and batch > 1 and epilogue == "residual" else "dense"
     scaled = torch.full((batch, rows), float("nan"), device=DEVICE)
-    product = Product(weight, epilogue, EPS, epilogue != "residual", gain, reader)
-    scratch = Scratch.empty(2 * (rows + 64) * max(8, batch), 64, DEVICE)
-    block = GemvBlock(8, 256, 2) if batch == 1 else GemmBlock(16, 64, 2, 2, 1)
+    product = Product(weight, epilogue, EPS, gain, reader)
+    scratch = Scratch.empty(2 * (rows + 64) * max(8, batch), DEVICE)
+    block = Block(8, 256, 2) if batch == 1 else Block(16, 64, 1, split=2, stages=2)
     x = x if batch == 1 else placed(x, format_).contiguous()
     summed = product.launch(batch, x, out, squares, scratch, scaled, block)
     assert relative_error(out, reference) < TOLERANCE
@@ -169,7 +166,7 @@ def test_attention_over_slots_of_unequal_length(heads: tuple[int, int]) -> None:
         )
     before = keys[1].clone()
     out = torch.full((2, count * dim), float("nan"), device=DEVICE)
-    scratch = Scratch.empty(2 * count * 16 * (dim + 2), 64, DEVICE)
+    scratch = Scratch.empty(2 * count * 16 * (dim + 2), DEVICE)
     Attention(keys, values, cos, sin, count).launch(qkv, slots, lengths, out, scratch)
     assert relative_error(out, torch.stack(wanted)) < TOLERANCE
     for slot, (new_key, new_value) in kept.items():
@@ -218,7 +215,7 @@ def rounded(matrix: torch.Tensor, format_: Format) -> Weight:
         scales = (high - low) / 15
         zeros = -low / scales
     codes = (grouped / scales[..., None] + zeros[..., None]).round().clamp(0, 2**bits - 1)
-    return pack(Unpacked(codes.view(matrix.shape).to(torch.uint8), scales, zeros, bits, "test"))
+    return pack(Unpacked(codes.view(matrix.shape).to(torch.uint8), scales, zeros, bits))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -231,16 +228,7 @@ def test_decoder_equals_plain_forward(format_: Format, count: int, dtype: torch.
     model = small_llama(dtype)
     quantize_linears(model, format_)
     slots = list(range(count))
-    cache = SlotCache(
-        layers=2,
-        slots=count,
-        kv_heads=1,
-        context=32,
-        head_dim=32,
-        dtype=dtype,
-        device=DEVICE,
-        spare=1,
-    )
+    cache = SlotCache(model.config, slots=count + 1, context=32, dtype=dtype, device=DEVICE)
     plain = LlamaForward(model.model, module_layers(model.model), model.lm_head, cache)
     generator = torch.Generator().manual_seed(1)
     lengths = dict.fromkeys(slots, 0)

@@ -1,6 +1,5 @@
 """From a pretraining checkpoint to the shipped model folder."""
 
-import shutil
 from pathlib import Path
 
 from transformers import GenerationConfig
@@ -10,12 +9,9 @@ from llava_ray.embedded.pretrain.checkpoint import load_checkpoint
 from llava_ray.embedded.pretrain.network import shipped_reader
 from llava_ray.embedded.scene_text import dataset_scene, load_assets
 from llava_ray.models.folder import EMBEDDED
+from llava_ray.models.tensors import copy_sidecars
 
 TOKENIZER_SCENES = 3000
-_SETTINGS = (
-    "chat_template.jinja", "preprocessor_config.json", "processor_config.json",
-    "tokenizer_config.json",
-)  # fmt: skip
 
 
 def write_tokenizer(folder: Path, seed: int = 5) -> Path:
@@ -29,10 +25,9 @@ def write_tokenizer(folder: Path, seed: int = 5) -> Path:
             texts += [f"USER: {question} ASSISTANT:", answer]
     tokenizer = vocabulary.train(vocabulary.count_words(texts))
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
     if not folder.samefile(EMBEDDED):
-        for name in _SETTINGS:
-            shutil.copyfile(EMBEDDED / name, folder / name)
+        copy_sidecars(EMBEDDED, folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 

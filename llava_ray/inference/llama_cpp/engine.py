@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from llava_ray.errors import ArtifactError, ResourceError, VariantError
 from llava_ray.inference.engine import Engine, Prompt
-from llava_ray.inference.llama_cpp.native import Batch, last_error, load_llama_cpp
+from llava_ray.inference.llama_cpp.native import Batch, last_error, load_llama_cpp, open_model
 from llava_ray.inference.llama_cpp.trial import extra_buffers
 from llava_ray.inference.llama_cpp.vision import ImageEncoder
 from llava_ray.inference.prefix_cache import PrefixCache, PrefixKey, prefix_key
@@ -165,12 +165,11 @@ class LlamaCppEngine(Engine):
     def _open(self, mmproj: Path) -> None:
         llama = self._llama
         llama.llama_backend_init()
-        params = llama.llama_model_default_params()
-        params.n_gpu_layers = -1 if self.offloaded else 0
-        params.use_extra_bufts = extra_buffers()
-        self._model = llama.llama_model_load_from_file(str(self._text_file).encode(), params)
-        if not self._model:
-            raise VariantError(f"llama.cpp cannot open {self._text_file.name}: {last_error()}")
+        self._model = open_model(
+            self._text_file,
+            n_gpu_layers=-1 if self.offloaded else 0,
+            use_extra_bufts=extra_buffers(),
+        )
         self.vocab_size = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
         # The threads that PyTorch variants get too: Ray sets them by the task's num_cpus.
         threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""The calls into llama.cpp that need care: its logs and its batches.
+"""The calls into llama.cpp that need care: its logs, its models and its batches.
 
 Arrays are NumPy's and handed over by address, so a decoded token costs no Python loop.
 """
@@ -6,6 +6,7 @@ Arrays are NumPy's and handed over by address, so a decoded token costs no Pytho
 import ctypes
 import logging
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,18 @@ def load_llama_cpp() -> Any:
         mtmd_cpp.mtmd_log_set(_callbacks[0], nothing)
         mtmd_cpp.mtmd_helper_log_set(_callbacks[0], nothing)
     return llama_cpp
+
+
+def open_model(path: Path, **settings: Any) -> Any:
+    """Open a GGUF with these of llama_model_params; raise VariantError with llama.cpp's reason."""
+    llama = load_llama_cpp()
+    params = llama.llama_model_default_params()
+    for name, value in settings.items():
+        setattr(params, name, value)
+    model = llama.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise VariantError(f"llama.cpp cannot open {path.name}: {last_error()}")
+    return model
 
 
 def last_error() -> str:

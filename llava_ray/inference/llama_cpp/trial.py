@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llava_ray.artifacts.storage import cache_folder
 from llava_ray.errors import VariantError
-from llava_ray.inference.llama_cpp.native import Batch, last_error, load_llama_cpp
+from llava_ray.inference.llama_cpp.native import Batch, last_error, load_llama_cpp, open_model
 from llava_ray.resources.crash import run_child
 
 logger = logging.getLogger(__name__)
@@ -114,11 +114,7 @@ def _build_and_cpu() -> str:
 def _score(path: Path, *, extra: bool, threads: int) -> None:
     """Decode a batch of tokens, then one more; raises VariantError for what is not finite."""
     llama = load_llama_cpp()
-    params = llama.llama_model_default_params()
-    params.n_gpu_layers, params.use_extra_bufts = 0, extra
-    model = llama.llama_model_load_from_file(str(path).encode(), params)
-    if not model:
-        raise VariantError(f"llama.cpp cannot open {path.name}: {last_error()}")
+    model = open_model(path, n_gpu_layers=0, use_extra_bufts=extra)
     settings = llama.llama_context_default_params()
     settings.n_ctx, settings.n_batch, settings.n_ubatch = 256, _ROWS, _ROWS
     settings.n_threads = settings.n_threads_batch = threads

@@ -33,7 +33,7 @@ class PatchEmbedding:
             self.class_token: NDArray[np.float32] = np.array(found["v.class_embd"], dtype="f4")
             self._kernel = torch.from_numpy(np.array(found["v.patch_embd.weight"], dtype="f4"))
             self._mean, self._std = (
-                torch.tensor(_field(reader, f"clip.vision.image_{name}"))[:, None, None]
+                torch.tensor(reader.fields[f"clip.vision.image_{name}"].contents())[:, None, None]
                 for name in ("mean", "std")
             )
         except KeyError as error:
@@ -202,10 +202,3 @@ def _ggml_functions() -> Any:
     library.ggml_backend_tensor_get.argtypes = move
     library.ggml_backend_tensor_set.argtypes = move
     return library
-
-
-def _field(reader: Any, name: str) -> list[float]:
-    field = reader.get_field(name)
-    if field is None:
-        raise KeyError(name)
-    return list(field.contents())

@@ -1,6 +1,7 @@
 """Keys and values of every slot in one preallocated tensor."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,19 +22,11 @@ class SlotCache:
     """
 
     def __init__(
-        self,
-        *,
-        layers: int,
-        slots: int,
-        kv_heads: int,
-        context: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: str,
-        spare: int = 0,
+        self, config: Any, *, slots: int, context: int, dtype: torch.dtype, device: str
     ) -> None:
-        """Allocate; `spare` slots beyond `slots` are for graphs and padding."""
-        shape = (layers, slots + spare, kv_heads, context, head_dim)
+        """Allocate for a LlamaConfig; a slot that graphs and padding use counts too."""
+        heads, size = config.num_key_value_heads, config.head_dim
+        shape = (config.num_hidden_layers, slots, heads, context, size)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
@@ -49,7 +42,3 @@ class SlotCache:
             self.keys[layer, slot : slot + 1, :, :end],
             self.values[layer, slot : slot + 1, :, :end],
         )
-
-    def first(self, slot: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return views [layers, kv_heads, count, head_dim] of a slot's first rows."""
-        return self.keys[:, slot, :, :count], self.values[:, slot, :, :count]

@@ -7,9 +7,10 @@ import gc
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from llava_ray.inference.torch.kernels.launch import (
     LEAST_TOKENS,
     MAX_BATCH,
     Attention,
+    Epilogue,
     Product,
     Scratch,
     Squares,
@@ -35,7 +37,8 @@ from llava_ray.inference.torch.kernels.weights import (
     interleaved,
     read_module,
 )
-from llava_ray.inference.torch.llama import Layer, Projection, Shape, linear_groups
+from llava_ray.inference.torch.llama import Layer, Projection, read_layers
+from llava_ray.inference.torch.prefill import capture
 from llava_ray.models.low_bits import LINEAR_LAYERS
 
 logger = logging.getLogger(__name__)
@@ -45,28 +48,16 @@ BATCHES = (1, 2, 4, 8, 16, 32, MAX_BATCH)
 _HOPPER = (9, 0)
 
 
-@dataclass(frozen=True)
-class LayerWeights:
-    """One decoder layer in kernel layouts; gate's and up's rows alternate."""
-
-    input_norm: torch.Tensor
-    qkv: Weight
-    o: Weight
-    post_norm: torch.Tensor
-    gate_up: Weight
-    down: Weight
-
-
 @dataclass
 class StackWeights:
-    """The language model in kernel layouts."""
+    """The language model in kernel layouts; gate's and up's rows alternate."""
 
-    shape: Shape
+    config: Any
+    """The LlamaConfig."""
     embeddings: torch.Tensor
-    layers: list[LayerWeights]
+    layers: list[Layer[Weight]]
     norm: torch.Tensor
     head: Weight
-    _buffer: torch.Tensor | None = field(default=None, repr=False)
 
     def weights(self) -> list[Weight]:
         """Return all matrices."""
@@ -78,76 +69,43 @@ class StackWeights:
         norms = (2 * len(self.layers) + 1) * self.norm.numel() * self.norm.element_size()
         return sum(weight.bytes() for weight in self.weights()) + norms
 
-    def layer_projections(self) -> list[Layer]:
-        """Return the layers for `LlamaForward`, with plain matrix products for long inputs."""
-        return [
-            Layer(
-                input_norm=layer.input_norm,
-                qkv=self.projection(layer.qkv),
-                o=self.projection(layer.o),
-                post_norm=layer.post_norm,
-                gate_up=self.projection(layer.gate_up),
-                down=self.projection(layer.down),
-                alternating=True,
-            )
-            for layer in self.layers
-        ]
-
     def projection(self, weight: Weight) -> Projection:
         """Return x @ weight.T; packed weights are unpacked to a shared buffer first."""
         if weight.format == "dense":
             return lambda x: functional.linear(x, weight.data)
-        return lambda x: functional.linear(x, unpack_to(weight, self._shared_buffer()))
+        return lambda x: functional.linear(x, unpack_to(weight, self._buffer))
 
-    def _shared_buffer(self) -> torch.Tensor:
-        if self._buffer is None:
-            size = max(w.rows * w.columns for w in self.weights() if w.format != "dense")
-            like = self.embeddings
-            self._buffer = torch.empty(size, dtype=like.dtype, device=like.device)
-        return self._buffer
+    @cached_property
+    def _buffer(self) -> torch.Tensor:
+        size = max(w.rows * w.columns for w in self.weights() if w.format != "dense")
+        return torch.empty(size, dtype=self.embeddings.dtype, device=self.embeddings.device)
 
 
 def read_stack(language_model: Any, lm_head: nn.Module) -> StackWeights | None:
     """Take the weights out of the model's modules, or say which one cannot be and return None."""
-    found = []
-    for index, layer in enumerate(language_model.layers):
-        groups = {}
-        for name, modules in linear_groups(layer).items():
-            weight = _read_group(f"layer {index} {name}", modules)
-            if weight is None:
-                return None
-            groups[name] = interleaved(weight) if name == "gate_up" else weight
-        found.append(
-            LayerWeights(
-                input_norm=layer.input_layernorm.weight.detach(),
-                post_norm=layer.post_attention_layernorm.weight.detach(),
-                **groups,
-            )
-        )
-    head = _read_group("lm_head", [lm_head])
-    if head is None:
+
+    def read(name: str, modules: Sequence[nn.Module]) -> Weight:
+        try:
+            weight = concatenated([read_module(module) for module in modules])
+        except Unsupported as error:
+            raise Unsupported(f"{name} has no fast kernel: {error}") from error
+        return interleaved(weight) if name.endswith("gate_up") else weight
+
+    try:
+        layers, head = read_layers(language_model, read), read("lm_head", [lm_head])
+    except Unsupported as error:
+        logger.warning("slow path: %s", error)
         return None
     for layer in language_model.layers:
         _drop_linears(layer)
     gc.collect()
     return StackWeights(
-        shape=Shape.of(language_model.config),
+        config=language_model.config,
         embeddings=language_model.embed_tokens.weight.detach(),
-        layers=found,
+        layers=layers,
         norm=language_model.norm.weight.detach(),
         head=head,
     )
-
-
-def _read_group(name: str, modules: Sequence[nn.Module]) -> Weight | None:
-    try:
-        weight = concatenated([read_module(module) for module in modules])
-    except Unsupported as error:
-        logger.warning("slow path: %s has no fast kernel: %s", name, error)
-        return None
-    if weight is None:
-        logger.warning("slow path: %s mixes formats, so it cannot be merged", name)
-    return weight
 
 
 def _drop_linears(layer: Any) -> None:
@@ -176,9 +134,8 @@ class Decoder:
         blocks = [(weight.rows, gemm_block(weight)) for weight in stack.weights()]
         # Rows are filled up to a whole block.
         products = max(tokens * (rows + block.rows) * block.split for rows, block in blocks)
-        attention = MAX_BATCH * stack.shape.heads * (stack.shape.head_dim + 2)
-        floats = max(products, attention)
-        self.scratch = Scratch.empty(floats, 16384, str(self.device))
+        attention = MAX_BATCH * stack.config.num_attention_heads * (stack.config.head_dim + 2)
+        self.scratch = Scratch.empty(max(products, attention), str(self.device))
         self._graphs: dict[int, _Graph] = {}
 
     def set_length(self, slot: int, length: int) -> None:
@@ -219,7 +176,8 @@ class _Graph:
 
     def __init__(self, decoder: Decoder, batch: int) -> None:
         self.decoder, self.batch = decoder, batch
-        device, shape = decoder.device, decoder.stack.shape
+        device, config = decoder.device, decoder.stack.config
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         dtype, model_dtype = decoder.activations, decoder.stack.embeddings.dtype
 
         def rows(width: int, type_: torch.dtype = dtype) -> torch.Tensor:
@@ -228,19 +186,20 @@ class _Graph:
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self.slots = torch.full((batch,), decoder.spare, dtype=torch.int64, device=device)
         self.active = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.logits = rows(shape.vocab, torch.float32)
-        self.hidden = rows(shape.hidden, model_dtype)
-        self.scaled = rows(shape.hidden)
-        self.qkv = rows((shape.heads + 2 * shape.kv_heads) * shape.head_dim)
-        self.attended = rows(shape.heads * shape.head_dim)
-        self.gated = rows(shape.intermediate)
+        self.logits = rows(config.vocab_size, torch.float32)
+        self.hidden = rows(config.hidden_size, model_dtype)
+        self.scaled = rows(config.hidden_size)
+        self.qkv = rows((heads + 2 * kv_heads) * config.head_dim)
+        self.attended = rows(heads * config.head_dim)
+        self.gated = rows(config.intermediate_size)
         self.squares = Squares.empty(str(device))
         # One token's kernels load weights while the one before still runs; those of small batches
         # read activations first, so it slows them.
         on_gpu = device.type == "cuda"
         self._early = batch == 1 and on_gpu and torch.cuda.get_device_capability(device) >= _HOPPER
         self._loaded: tuple[int, ...] = ()
-        self._capture()
+        # Triton's interpreter records nothing.
+        self._graph = capture(self._launch) if on_gpu else None
 
     def replay(self, slots: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
         count = len(slots)
@@ -257,22 +216,6 @@ class _Graph:
             self._graph.replay()
         # A copy, since the next step overwrites it.
         return self.logits[:count].clone()
-
-    def _capture(self) -> None:
-        """Run once on the spare slot, to compile; then record. Triton's interpreter cannot."""
-        self._graph: torch.cuda.CUDAGraph | None = None
-        if self.decoder.device.type != "cuda":
-            return
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._launch()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._launch()
-        self._graph = graph
 
     def _launch(self) -> None:
         decoder, stack = self.decoder, self.decoder.stack
@@ -291,60 +234,44 @@ class _Graph:
             last = index + 1 == len(layers)
             gain = stack.norm if last else layers[index + 1].input_norm
             reader = stack.head if last else layers[index + 1].qkv
-            squares = self._layer(index, layer, gain, self._order(reader), squares)
-        self._product(stack.head, "plain", self.scaled, self.logits, squares, norm=True)
+            squares = self._layer(index, layer, gain, reader, squares)
+        self._product("plain", stack.head, self.scaled, self.logits, squares)
         decoder.lengths.index_add_(0, self.slots, self.active)
 
     def _layer(
-        self, index: int, layer: LayerWeights, gain: torch.Tensor, order: Format, squares: Squares
+        self, index: int, layer: Layer[Weight], gain: torch.Tensor, reader: Weight, squares: Squares
     ) -> Squares:
+        """`gain` and `reader` are the norm and the weight that come after the layer."""
         decoder = self.decoder
-        self._product(layer.qkv, "plain", self.scaled, self.qkv, squares, norm=True)
+        self._product("plain", layer.qkv, self.scaled, self.qkv, squares)
         Attention(
             decoder.cache.keys[index],
             decoder.cache.values[index],
             decoder.cos,
             decoder.sin,
-            decoder.stack.shape.heads,
+            decoder.stack.config.num_attention_heads,
             self._order(layer.o),
             self._early,
         ).launch(self.qkv, self.slots, decoder.lengths, self.attended, decoder.scratch)
         squares = self._product(
-            layer.o,
-            "residual",
-            self.attended,
-            self.hidden,
-            squares,
-            gain=layer.post_norm,
-            order=self._order(layer.gate_up),
+            "residual", layer.o, self.attended, self.hidden, squares, layer.gate_up, layer.post_norm
         )
-        self._product(
-            layer.gate_up,
-            "swiglu",
-            self.scaled,
-            self.gated,
-            squares,
-            norm=True,
-            order=self._order(layer.down),
-        )
-        return self._product(
-            layer.down, "residual", self.gated, self.hidden, squares, gain=gain, order=order
-        )
+        self._product("swiglu", layer.gate_up, self.scaled, self.gated, squares, layer.down)
+        return self._product("residual", layer.down, self.gated, self.hidden, squares, reader, gain)
 
     def _product(
         self,
+        epilogue: Epilogue,
         weight: Weight,
-        epilogue: Literal["plain", "residual", "swiglu"],
         x: torch.Tensor,
         out: torch.Tensor,
         squares: Squares,
-        *,
-        norm: bool = False,
+        reader: Weight | None = None,
         gain: torch.Tensor | None = None,
-        order: Format = "dense",
     ) -> Squares:
-        eps = self.decoder.stack.shape.eps
-        product = Product(weight, epilogue, eps, norm, gain, order, self._early)
+        order = "dense" if reader is None else self._order(reader)
+        eps = self.decoder.stack.config.rms_norm_eps
+        product = Product(weight, epilogue, eps, gain, order, self._early)
         return product.launch(self.batch, x, out, squares, self.decoder.scratch, self.scaled)
 
     def _order(self, weight: Weight) -> Format:

@@ -18,7 +18,7 @@ from llava_ray.inference.prompts import check_prompt, eos_token_id
 from llava_ray.inference.slots import Slots
 from llava_ray.inference.torch.cache import Segment, SlotCache
 from llava_ray.inference.torch.kernels.weights import make_dense
-from llava_ray.inference.torch.llama import LlamaForward, Shape, linear_groups, module_layers
+from llava_ray.inference.torch.llama import LlamaForward, linear_groups, module_layers
 from llava_ray.models.images import normalize
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class TorchEngine(Engine):
 
         self.device, self.slots, self.context = device, slots, context
         whole: Any = model.eval()
-        self._model: Any = whole
+        self._model, self._vision = whole, whole.model.vision_tower
         config = whole.config
         vision = config.vision_config
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -60,24 +60,20 @@ class TorchEngine(Engine):
             make_dense(whole, whole.model.language_model.embed_tokens.weight.dtype)
         language_model = whole.model.language_model
         self._embed: Any = language_model.embed_tokens
-        shape = Shape.of(config.text_config)
         self._slots = Slots(slots, context)
         self._cache = SlotCache(
-            layers=shape.layers,
-            slots=slots,
-            kv_heads=shape.kv_heads,
+            config.text_config,
+            slots=slots + (1 if device.startswith("cuda") else 0),
             context=context,
-            head_dim=shape.head_dim,
             dtype=self._embed.weight.dtype,
             device=device,
-            spare=1 if device.startswith("cuda") else 0,
         )
         self._weight_bytes = _read_per_token(language_model, whole.lm_head)
         self._decoder: Decoder | None = None
         self._graphs: PrefillGraphs | None = None
         with torch.no_grad():
             self._open_forward(language_model, whole.lm_head)
-        self.prefixes: PrefixCache[tuple[torch.Tensor, torch.Tensor]] = PrefixCache()
+        self.prefixes: PrefixCache[list[torch.Tensor]] = PrefixCache()
 
     def _open_forward(self, language_model: Any, lm_head: Any) -> None:
         """Use the GPU kernels where they can be had, else the model's own modules."""
@@ -90,13 +86,13 @@ class TorchEngine(Engine):
 
                 stack = read_stack(language_model, lm_head)
         if stack is None:
-            layers = module_layers(language_model)
-            self._forward = LlamaForward(language_model, layers, lm_head, self._cache)
+            own = module_layers(language_model)
+            self._forward = LlamaForward(language_model, own, lm_head, self._cache)
             return
         self._weight_bytes = stack.bytes()
-        self._forward = LlamaForward(
-            language_model, stack.layer_projections(), stack.projection(stack.head), self._cache
-        )
+        layers = [layer.mapped(stack.projection) for layer in stack.layers]
+        head = stack.projection(stack.head)
+        self._forward = LlamaForward(language_model, layers, head, self._cache, alternating=True)
         self._decoder = Decoder(stack, self._cache, self._forward.cos, self._forward.sin)
         from llava_ray.inference.torch.prefill import PrefillGraphs
 
@@ -113,7 +109,7 @@ class TorchEngine(Engine):
             self._graphs.warm_up(lengths, self._embed.weight.dtype)
             size = self.image_size
             self._graphs.encode(
-                torch.zeros(1, 3, size, size, device=self.device, dtype=self._vision_dtype())
+                torch.zeros(1, 3, size, size, device=self.device, dtype=self._vision.dtype)
             )
 
     def kernel_name(self, batch: int) -> str:
@@ -190,7 +186,15 @@ class TorchEngine(Engine):
     def close(self) -> None:
         """Free the model and the cache."""
         self.prefixes.clear()
-        del self._model, self._forward, self._cache, self._embed, self._decoder, self._graphs
+        del (
+            self._model,
+            self._vision,
+            self._forward,
+            self._cache,
+            self._embed,
+            self._decoder,
+            self._graphs,
+        )
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
@@ -200,11 +204,11 @@ class TorchEngine(Engine):
         if self.prefixes.capacity:
             key = prefix_key(prompt, ids, self.image_token_id, rows)
         kept = None if key is None else self.prefixes.get(key)
-        start = 0
-        if key is not None and kept is not None:
-            start = len(key.ids)
-            for cached, values in zip((self._cache.keys, self._cache.values), kept, strict=True):
-                cached[:, slot, :, :start] = values
+        end = 0 if key is None else len(key.ids)
+        prefix = [part[:, slot, :, :end] for part in (self._cache.keys, self._cache.values)]
+        start = 0 if kept is None else end
+        for cached, values in zip(prefix, kept or (), strict=False):
+            cached.copy_(values)
         hidden = self._embeddings(prompt, ids, start)
         if self._graphs is not None and not start:
             hidden = self._graphs.prefill(hidden, slot)
@@ -214,9 +218,8 @@ class TorchEngine(Engine):
         if self._decoder is not None:
             self._decoder.set_length(slot, len(ids))
         if key is not None and not start:
-            keys, values = self._cache.first(slot, len(key.ids))
-            size = keys.nbytes + values.nbytes
-            self.prefixes.put(key, size, lambda: (keys.clone(), values.clone()))
+            size = sum(part.nbytes for part in prefix)
+            self.prefixes.put(key, size, lambda: [part.clone() for part in prefix])
         return self._forward.logits(hidden[-rows:])
 
     def _embeddings(self, prompt: Prompt, ids: Sequence[int], start: int) -> torch.Tensor:
@@ -231,7 +234,7 @@ class TorchEngine(Engine):
 
     def _image_features(self, prompt: Prompt) -> torch.Tensor:
         """Return [images * tokens_per_image, hidden] from the vision tower and projector."""
-        pixels = normalize(np.stack(prompt.images), self.device).to(self._vision_dtype())
+        pixels = normalize(np.stack(prompt.images), self.device).to(self._vision.dtype)
         if self._graphs is not None and len(prompt.images) == 1:
             return self._graphs.encode(pixels)
         return self._encode(pixels)
@@ -240,10 +243,6 @@ class TorchEngine(Engine):
         """Turn [images, 3, size, size] into the language model's inputs."""
         output = self._model.model.get_image_features(pixel_values=pixels, return_dict=True)
         return torch.cat(list(output.pooler_output))
-
-    def _vision_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = next(self._model.model.vision_tower.parameters()).dtype
-        return dtype
 
 
 def _read_per_token(language_model: Any, lm_head: torch.nn.Module) -> int:

@@ -6,7 +6,7 @@ so that sequences of unequal length need neither padding nor masks.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -17,47 +17,28 @@ from llava_ray.inference.torch.cache import Segment, SlotCache
 Projection = Callable[[torch.Tensor], torch.Tensor]
 
 
+P = TypeVar("P")
+Q = TypeVar("Q")
+
+
 @dataclass(frozen=True)
-class Layer:
-    """One decoder layer; projections that read the same input are merged."""
+class Layer(Generic[P]):
+    """One decoder layer; projections that read the same input are merged.
+
+    P is a Projection, or the weight of one.
+    """
 
     input_norm: torch.Tensor
-    qkv: Projection
-    o: Projection
+    qkv: P
+    o: P
     post_norm: torch.Tensor
-    gate_up: Projection
-    down: Projection
-    alternating: bool = False
-    """gate_up gives gate's and up's outputs in turn, not one after the other."""
+    gate_up: P
+    down: P
 
-
-@dataclass(frozen=True)
-class Shape:
-    """What of the Llama config the forward pass needs."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    layers: int
-    vocab: int
-    eps: float
-
-    @classmethod
-    def of(cls, config: Any) -> "Shape":
-        """Read a transformers LlamaConfig."""
-        return cls(
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None)
-            or config.hidden_size // config.num_attention_heads,
-            layers=config.num_hidden_layers,
-            vocab=config.vocab_size,
-            eps=config.rms_norm_eps,
-        )
+    def mapped(self, make: Callable[[P], Q]) -> "Layer[Q]":
+        """Return the layer with what `make` makes of each projection."""
+        qkv, o, gate_up, down = map(make, (self.qkv, self.o, self.gate_up, self.down))
+        return Layer(self.input_norm, qkv, o, self.post_norm, gate_up, down)
 
 
 def linear_groups(layer: nn.Module) -> dict[str, list[nn.Module]]:
@@ -81,22 +62,26 @@ def merged(modules: Sequence[nn.Module]) -> Projection:
     return lambda x: torch.cat([module(x) for module in modules], dim=-1)
 
 
-def module_layers(language_model: Any) -> list[Layer]:
-    """Return the layers with the model's own modules as projections."""
-    layers = []
-    for layer in language_model.layers:
-        projections = {name: merged(group) for name, group in linear_groups(layer).items()}
-        layers.append(
-            Layer(
-                input_norm=layer.input_layernorm.weight,
-                qkv=projections["qkv"],
-                o=projections["o"],
-                post_norm=layer.post_attention_layernorm.weight,
-                gate_up=projections["gate_up"],
-                down=projections["down"],
-            )
+def read_layers(
+    language_model: Any, read: Callable[[str, Sequence[nn.Module]], P]
+) -> list[Layer[P]]:
+    """Return the decoder's layers with what `read` makes of a group's name and its modules."""
+    return [
+        Layer(
+            input_norm=layer.input_layernorm.weight.detach(),
+            post_norm=layer.post_attention_layernorm.weight.detach(),
+            **{
+                name: read(f"layer {index} {name}", modules)
+                for name, modules in linear_groups(layer).items()
+            },
         )
-    return layers
+        for index, layer in enumerate(language_model.layers)
+    ]
+
+
+def module_layers(language_model: Any) -> list[Layer[Projection]]:
+    """Return the layers with the model's own modules as projections."""
+    return read_layers(language_model, lambda name, modules: merged(modules))
 
 
 def rotary_tables(
@@ -117,10 +102,17 @@ class LlamaForward:
     """Run rows through all layers, writing their keys and values to the cache."""
 
     def __init__(
-        self, language_model: Any, layers: Sequence[Layer], lm_head: Projection, cache: SlotCache
+        self,
+        language_model: Any,
+        layers: Sequence[Layer[Projection]],
+        lm_head: Projection,
+        cache: SlotCache,
+        *,
+        alternating: bool = False,
     ) -> None:
-        self.shape = Shape.of(language_model.config)
-        self.cache = cache
+        """`alternating`: gate_up gives gate's and up's outputs in turn, not one after the other."""
+        self.config = language_model.config
+        self.cache, self.alternating = cache, alternating
         self.norm = language_model.norm.weight
         self.lm_head = lm_head
         self.layers = layers
@@ -135,7 +127,7 @@ class LlamaForward:
             hidden = hidden + layer.o(self._attend(index, layer.qkv(x), cos, sin, parts))
             x = self._rms_norm(hidden, layer.post_norm)
             gate_up = layer.gate_up(x)
-            if layer.alternating:
+            if self.alternating:
                 gate, up = gate_up.view(*gate_up.shape[:-1], -1, 2).unbind(-1)
             else:
                 gate, up = gate_up.chunk(2, dim=-1)
@@ -147,7 +139,7 @@ class LlamaForward:
         return self.lm_head(self._rms_norm(hidden, self.norm)).float()
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(x, (self.shape.hidden,), weight, self.shape.eps)
+        return functional.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
 
     def _rotary_rows(self, parts: Sequence[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
         if len(parts) == 1:
@@ -166,12 +158,12 @@ class LlamaForward:
         sin: torch.Tensor,
         parts: Sequence[Segment],
     ) -> torch.Tensor:
-        shape = self.shape
-        split = qkv.view(qkv.shape[0], -1, shape.head_dim)
-        turned = split[:, : shape.heads + shape.kv_heads]
-        turned = turned * cos + turned.roll(shape.head_dim // 2, dims=-1) * sin
-        queries, keys = turned[:, : shape.heads], turned[:, shape.heads :]
-        values = split[:, shape.heads + shape.kv_heads :]
+        heads, size = self.config.num_attention_heads, self.config.head_dim
+        kv_heads = self.config.num_key_value_heads
+        split = qkv.view(qkv.shape[0], -1, size)
+        turned, values = split[:, : heads + kv_heads], split[:, heads + kv_heads :]
+        turned = turned * cos + turned.roll(size // 2, dims=-1) * sin
+        queries, keys = turned[:, :heads], turned[:, heads:]
         outputs, row = [], 0
         for part in parts:
             rows = slice(row, row + part.count)
@@ -193,7 +185,7 @@ class LlamaForward:
             values,
             attn_mask=mask,
             is_causal=part.start == 0 and part.count > 1,
-            enable_gqa=self.shape.heads != self.shape.kv_heads,
+            enable_gqa=keys.shape[1] != queries.shape[1],
         )
         return output[0].transpose(0, 1).reshape(part.count, -1)
 

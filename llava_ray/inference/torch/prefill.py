@@ -22,20 +22,30 @@ STEP = 64
 Work = Callable[[torch.Tensor], torch.Tensor]
 
 
+def capture(work: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
+    """Run once, to compile and to allocate what a graph must not; then record."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        work()
+    return graph
+
+
 class Recorded:
     """A function of one tensor of a fixed shape, recorded as a CUDA graph."""
 
     def __init__(self, work: Work, shape: Sequence[int], dtype: torch.dtype, pool: Any) -> None:
         self._input = torch.zeros(*shape, dtype=dtype, device="cuda")
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work(self._input)  # compiles, and allocates what the graph must not
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+
+        def run() -> None:
             self._output = work(self._input)
+
+        self._graph = capture(run, pool)
 
     def __call__(self, value: torch.Tensor) -> torch.Tensor:
         """Run on the first rows; what is behind them keeps an earlier call's values.
@@ -80,7 +90,7 @@ class PrefillGraphs:
         length = min(-(-count // STEP) * STEP, self._cache.keys.shape[3])
         if length not in self._by_length:
             parts = [Segment(self._spare, 0, length)]
-            shape = (length, self._forward.shape.hidden)
+            shape = (length, self._forward.config.hidden_size)
             self._by_length[length] = Recorded(
                 lambda hidden: self._forward(hidden, parts), shape, dtype, self._pool
             )

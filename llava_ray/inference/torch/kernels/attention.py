@@ -5,7 +5,12 @@
 import triton
 import triton.language as tl
 
-from llava_ray.inference.torch.kernels.shared import await_previous, place, start_dependent
+from llava_ray.inference.torch.kernels.shared import (
+    MAX_PARTS,
+    await_previous,
+    place,
+    start_dependent,
+)
 
 
 @triton.jit
@@ -16,7 +21,6 @@ def embed_kernel(
     hidden_ptr,
     scaled_ptr,
     squares_ptr,
-    stride,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     ORDER: tl.constexpr,
@@ -35,7 +39,7 @@ def embed_kernel(
     gain = tl.load(gain_ptr + column, mask=inside, other=0.0).to(tl.float32)
     target = scaled_ptr + index * COLUMNS + place(column, COLUMNS, ORDER)
     tl.store(target, (value * gain).to(scaled_ptr.dtype.element_ty), mask=inside)
-    tl.store(squares_ptr + index * stride, tl.sum(value * value, axis=0))
+    tl.store(squares_ptr + index * MAX_PARTS, tl.sum(value * value, axis=0))
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton.language as tl
 from llava_ray.inference.torch.kernels.shared import (
     INT4,
     INT8,
+    NATURAL,
     await_previous,
     finish,
     start_dependent,
@@ -83,18 +84,12 @@ def high_half(word):
 
 
 @triton.jit
-def nibble_pair(word, x, J: tl.constexpr):
-    """Return pair J's two products of a word."""
-    even = ((word >> (4 * J)) & 0xF) - 8
-    odd = ((word >> (4 * J + 16)) & 0xF) - 8
-    return even.to(tl.float32) * low_half(x) + odd.to(tl.float32) * high_half(x)
-
-
-@triton.jit
-def byte_pair(word, x, J: tl.constexpr):
-    """Return pair J's two products of a word."""
-    even = ((word >> (16 * J)) & 0xFF) - 128
-    odd = ((word >> (16 * J + 8)) & 0xFF) - 128
+def pair_dot(word, x, FIRST: tl.constexpr, GAP: tl.constexpr, BITS: tl.constexpr):
+    """Return two products of a word's fields that begin at the bits FIRST and FIRST + GAP."""
+    MASK: tl.constexpr = (1 << BITS) - 1
+    MIDDLE: tl.constexpr = 1 << (BITS - 1)
+    even = ((word >> FIRST) & MASK) - MIDDLE
+    odd = ((word >> (FIRST + GAP)) & MASK) - MIDDLE
     return even.to(tl.float32) * low_half(x) + odd.to(tl.float32) * high_half(x)
 
 
@@ -106,8 +101,8 @@ def int4_dot(word, x0, x1, x2, x3, ASM: tl.constexpr):
             INT4_DOT, "=f,r,r,r,r,r", [word, x0, x1, x2, x3], tl.float32, is_pure=True, pack=1
         )
     else:
-        result = nibble_pair(word, x0, 0) + nibble_pair(word, x1, 1)
-        result += nibble_pair(word, x2, 2) + nibble_pair(word, x3, 3)
+        result = pair_dot(word, x0, 0, 16, 4) + pair_dot(word, x1, 4, 16, 4)
+        result += pair_dot(word, x2, 8, 16, 4) + pair_dot(word, x3, 12, 16, 4)
     return result
 
 
@@ -119,7 +114,7 @@ def int8_dot(word, x0, x1, ASM: tl.constexpr):
             INT8_DOT, "=f,r,r,r", [word, x0, x1], tl.float32, is_pure=True, pack=1
         )
     else:
-        result = byte_pair(word, x0, 0) + byte_pair(word, x1, 1)
+        result = pair_dot(word, x0, 0, 8, 8) + pair_dot(word, x1, 16, 8, 8)
     return result
 
 
@@ -212,75 +207,60 @@ def dense_rows(
 
 
 @triton.jit
-def int8_rows(
-    x_ptr,
-    w_ptr,
-    scale_ptr,
-    row,
-    COLUMNS: tl.constexpr,
-    BN: tl.constexpr,
-    TILE: tl.constexpr,
-    ASM: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Return x @ w[rows].T, float32 [BN]; TILE words at a time."""
-    WORDS: tl.constexpr = COLUMNS // 4
-    STEPS: tl.constexpr = (WORDS + TILE - 1) // TILE
-    w = load_words(w_ptr, row, 0, WORDS, TILE, TILE <= WORDS)
-    scale = tl.load(scale_ptr + row).to(tl.float32)
-    await_previous(PDL)
-    acc = tl.zeros((BN, TILE), tl.float32)
-    for step in tl.static_range(STEPS):
-        x0 = load_pairs(x_ptr, step * TILE, 0, 2, WORDS, TILE, (step + 1) * TILE <= WORDS)
-        x1 = load_pairs(x_ptr, step * TILE, 1, 2, WORDS, TILE, (step + 1) * TILE <= WORDS)
-        current = w
-        if step + 1 < STEPS:
-            w = load_words(w_ptr, row, (step + 1) * TILE, WORDS, TILE, (step + 2) * TILE <= WORDS)
-        acc += int8_dot(current, x0, x1, ASM)
-    return tl.sum(acc, axis=1) * scale
-
-
-@triton.jit
-def int4_rows(
+def packed_rows(
     x_ptr,
     w_ptr,
     scale_ptr,
     row,
     COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
+    FORMAT: tl.constexpr,
     BN: tl.constexpr,
     TILE: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Return x @ w[rows].T, float32 [BN]; TILE words at a time."""
-    WORDS: tl.constexpr = COLUMNS // 8
+    PAIRS: tl.constexpr = 2 if FORMAT == INT8 else 4
+    WORDS: tl.constexpr = COLUMNS // (2 * PAIRS)
     STEPS: tl.constexpr = (WORDS + TILE - 1) // TILE
     w = load_words(w_ptr, row, 0, WORDS, TILE, TILE <= WORDS)
-    scales = load_scales(scale_ptr, row, 0, COLUMNS, GROUP, TILE, TILE <= WORDS)
+    if FORMAT == INT8:
+        scales = tl.load(scale_ptr + row).to(tl.float32)
+    else:
+        scales = load_scales(scale_ptr, row, 0, COLUMNS, GROUP, TILE, TILE <= WORDS)
     await_previous(PDL)
     acc = tl.zeros((BN, TILE), tl.float32)
     for step in tl.static_range(STEPS):
-        x0 = load_pairs(x_ptr, step * TILE, 0, 4, WORDS, TILE, (step + 1) * TILE <= WORDS)
-        x1 = load_pairs(x_ptr, step * TILE, 1, 4, WORDS, TILE, (step + 1) * TILE <= WORDS)
-        x2 = load_pairs(x_ptr, step * TILE, 2, 4, WORDS, TILE, (step + 1) * TILE <= WORDS)
-        x3 = load_pairs(x_ptr, step * TILE, 3, 4, WORDS, TILE, (step + 1) * TILE <= WORDS)
-        current, current_scales = w, for_each_word(scales, BN, TILE)
+        x0 = load_pairs(x_ptr, step * TILE, 0, PAIRS, WORDS, TILE, (step + 1) * TILE <= WORDS)
+        x1 = load_pairs(x_ptr, step * TILE, 1, PAIRS, WORDS, TILE, (step + 1) * TILE <= WORDS)
+        current = w
+        if FORMAT == INT4:
+            x2 = load_pairs(x_ptr, step * TILE, 2, PAIRS, WORDS, TILE, (step + 1) * TILE <= WORDS)
+            x3 = load_pairs(x_ptr, step * TILE, 3, PAIRS, WORDS, TILE, (step + 1) * TILE <= WORDS)
+            current_scales = for_each_word(scales, BN, TILE)
         if step + 1 < STEPS:
             w = load_words(w_ptr, row, (step + 1) * TILE, WORDS, TILE, (step + 2) * TILE <= WORDS)
-            scales = load_scales(
-                scale_ptr,
-                row,
-                (step + 1) * TILE,
-                COLUMNS,
-                GROUP,
-                TILE,
-                (step + 2) * TILE <= WORDS,
-            )
-        x_sum = both_halves(x0) + both_halves(x1) + both_halves(x2) + both_halves(x3)
-        shifted = int4_dot(current, x0, x1, x2, x3, ASM)
-        acc += low_half(current_scales) * (shifted - (high_half(current_scales) - 8) * x_sum)
-    return tl.sum(acc, axis=1)
+            if FORMAT == INT4:
+                scales = load_scales(
+                    scale_ptr,
+                    row,
+                    (step + 1) * TILE,
+                    COLUMNS,
+                    GROUP,
+                    TILE,
+                    (step + 2) * TILE <= WORDS,
+                )
+        if FORMAT == INT8:
+            acc += int8_dot(current, x0, x1, ASM)
+        else:
+            x_sum = both_halves(x0) + both_halves(x1) + both_halves(x2) + both_halves(x3)
+            shifted = int4_dot(current, x0, x1, x2, x3, ASM)
+            acc += low_half(current_scales) * (shifted - (high_half(current_scales) - 8) * x_sum)
+    result = tl.sum(acc, axis=1)
+    if FORMAT == INT8:
+        result = result * scales
+    return result
 
 
 @triton.jit
@@ -291,11 +271,9 @@ def gemv_kernel(
     out_ptr,
     gain_ptr,
     scaled_ptr,
-    squares_in_ptr,
-    squares_out_ptr,
+    squares_ptr,
     rows,
     parts,
-    stride,
     eps,
     COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -303,7 +281,6 @@ def gemv_kernel(
     BN: tl.constexpr,
     TILE: tl.constexpr,
     EPILOGUE: tl.constexpr,
-    NORM: tl.constexpr,
     PARTS: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
@@ -312,30 +289,23 @@ def gemv_kernel(
     start_dependent(PDL)
     block = tl.program_id(0)
     row = tl.minimum(block * BN + tl.arange(0, BN), rows - 1)
-    if FORMAT == INT4:
-        acc = int4_rows(x_ptr, w_ptr, scale_ptr, row, COLUMNS, GROUP, BN, TILE, ASM, PDL)
-    elif FORMAT == INT8:
-        acc = int8_rows(x_ptr, w_ptr, scale_ptr, row, COLUMNS, BN, TILE, ASM, PDL)
-    else:
+    if FORMAT == NATURAL:
         acc = dense_rows(x_ptr, w_ptr, row, COLUMNS, BN, TILE, PDL)
+    else:
+        acc = packed_rows(x_ptr, w_ptr, scale_ptr, row, COLUMNS, GROUP, FORMAT, BN, TILE, ASM, PDL)
     finish(
         acc[:, None],
         block,
         out_ptr,
         gain_ptr,
         scaled_ptr,
-        squares_in_ptr,
-        squares_out_ptr,
+        squares_ptr,
         1,
         rows,
         parts,
-        stride,
         eps,
         COLUMNS,
-        BN,
-        1,
         EPILOGUE,
-        NORM,
         1,
         0,
         PARTS,

@@ -9,56 +9,39 @@ import triton
 from llava_ray.inference.torch.kernels.attention import attention_kernel, embed_kernel
 from llava_ray.inference.torch.kernels.gemm import gemm_kernel
 from llava_ray.inference.torch.kernels.gemv import gemv_kernel
-from llava_ray.inference.torch.kernels.shared import EPILOGUES, INTERPRETED, ORDERS
+from llava_ray.inference.torch.kernels.shared import EPILOGUES, INTERPRETED, MAX_PARTS, ORDERS
 from llava_ray.inference.torch.kernels.weights import Format, Weight
 
 MAX_BATCH = 64
+Epilogue = Literal["plain", "residual", "swiglu"]
 LEAST_TOKENS = 8
 """The tokens that the tensor cores take at a time."""
-MAX_PARTS = 2048
-"""Partial sums of squares that one token can have."""
 
 
 @dataclass(frozen=True)
-class GemvBlock:
-    """Shape of a one-token program."""
+class Block:
+    """Shape of a program."""
 
     rows: int
-    tile: int
-    """Words of a row read at a time, columns for a dense matrix: 128 or 256 per warp, so that
-    weights and activations lie alike over threads."""
-    warps: int
+    width: int
+    """One token: words of a row read at a time, columns for a dense matrix, 128 or 256 per warp, so
+    that weights and activations lie alike over threads. Small batches: columns read at a time; for
+    int4 it does not count, as a program always takes one group at a time."""
+    warps: int = 4
+    split: int = 1
+    """Programs that share a row's columns; small batches only, as are the stages."""
+    stages: int = 4
 
 
-@dataclass(frozen=True)
-class GemmBlock:
-    """Shape of a small-batch program."""
-
-    rows: int
-    columns: int
-    """For int4 a program always takes one group at a time."""
-    split: int
-    stages: int
-    warps: int
+def gemv_block(weight: Weight) -> Block:
+    """Return the shape measured to be fastest on Hopper for one token."""
+    return Block(rows=8, width=1024 if weight.format == "dense" else 512)
 
 
-def gemv_block(weight: Weight) -> GemvBlock:
-    """Return the shape measured to be fastest on Hopper."""
-    return {
-        "dense": GemvBlock(rows=8, tile=1024, warps=4),
-        "int8": GemvBlock(rows=8, tile=512, warps=4),
-        "int4": GemvBlock(rows=8, tile=512, warps=4),
-    }[weight.format]
-
-
-def gemm_block(weight: Weight) -> GemmBlock:
-    """Return the shape measured to be fastest on Hopper."""
+def gemm_block(weight: Weight) -> Block:
+    """Return the shape measured to be fastest on Hopper for small batches."""
     split = 4 if weight.rows <= 4096 else 2 if weight.rows <= 16384 else 1
-    return {
-        "dense": GemmBlock(rows=64, columns=128, split=split, stages=4, warps=4),
-        "int8": GemmBlock(rows=64, columns=128, split=split, stages=4, warps=4),
-        "int4": GemmBlock(rows=64, columns=0, split=2 * split, stages=4, warps=4),
-    }[weight.format]
+    return Block(rows=64, width=128, split=2 * split if weight.format == "int4" else split)
 
 
 @dataclass(frozen=True)
@@ -71,11 +54,11 @@ class Squares:
     @classmethod
     def empty(cls, device: str) -> "Squares":
         """Allocate the buffer."""
-        return cls(torch.zeros(MAX_BATCH, MAX_PARTS, dtype=torch.float32, device=device))
+        return cls(torch.zeros(MAX_BATCH, MAX_PARTS.value, dtype=torch.float32, device=device))
 
     def of(self, parts: int) -> "Squares":
         """Return the same buffer, filled with that many parts."""
-        assert parts <= MAX_PARTS, f"{parts} partial sums"
+        assert parts <= MAX_PARTS.value, f"{parts} partial sums"
         return replace(self, parts=parts)
 
 
@@ -87,12 +70,10 @@ class Scratch:
     counters: torch.Tensor
 
     @classmethod
-    def empty(cls, floats: int, counters: int, device: str) -> "Scratch":
+    def empty(cls, floats: int, device: str) -> "Scratch":
         """Allocate for the largest launch."""
-        return cls(
-            torch.empty(floats, dtype=torch.float32, device=device),
-            torch.zeros(counters, dtype=torch.int32, device=device),
-        )
+        counters = torch.zeros(16384, dtype=torch.int32, device=device)
+        return cls(torch.empty(floats, dtype=torch.float32, device=device), counters)
 
 
 @dataclass(frozen=True)
@@ -100,10 +81,9 @@ class Product:
     """One matrix product of the decode step with what follows it."""
 
     weight: Weight
-    epilogue: Literal["plain", "residual", "swiglu"]
+    epilogue: Epilogue
     eps: float = 0.0
-    norm: bool = False
-    """Its input still lacks the factor 1 / rms."""
+    """Of the norm whose factor 1 / rms the input of all but `residual` still lacks."""
     gain: torch.Tensor | None = None
     """residual: the next norm's weights."""
     order: Format = "dense"
@@ -118,88 +98,78 @@ class Product:
         squares: Squares,
         scratch: Scratch,
         scaled: torch.Tensor | None = None,
-        block: Any = None,
+        block: Block | None = None,
     ) -> Squares:
         """Run it for `batch` tokens; return the sums of squares of the residual stream."""
-        shared = self._shared(out, scaled, squares)
-        if batch == 1:
-            rows = self._launch_gemv(x, block or gemv_block(self.weight), shared)
-        else:
-            rows = self._launch_gemm(batch, x, scratch, block or gemm_block(self.weight), shared)
-        return squares.of(-(-self.weight.rows // rows)) if self.epilogue == "residual" else squares
-
-    def _launch_gemv(self, x: torch.Tensor, block: GemvBlock, shared: dict[str, Any]) -> int:
         weight = self.weight
-        scale = weight.scale
+        shared = {
+            "scale_ptr": weight.scale,
+            "out_ptr": out,
+            "gain_ptr": self.gain,
+            "scaled_ptr": scaled,
+            "squares_ptr": squares.buffer,
+            "rows": weight.rows,
+            "parts": squares.parts,
+            "eps": self.eps,
+            "COLUMNS": weight.columns,
+            "GROUP": weight.group,
+            "FORMAT": ORDERS[weight.format],
+            "EPILOGUE": EPILOGUES[self.epilogue],
+            "PARTS": triton.next_power_of_2(max(1, squares.parts)),
+            "ASM": not INTERPRETED,
+            "PDL": self.pdl,
+            **({"launch_pdl": True} if self.pdl else {}),
+        }
+        block = block or (gemv_block(weight) if batch == 1 else gemm_block(weight))
+        shared |= {"BN": block.rows, "num_warps": block.warps}
+        tiles = -(-weight.rows // block.rows)
+        if batch == 1:
+            self._launch_gemv(x, tiles, block, shared)
+        else:
+            self._launch_gemm(batch, x, scratch, tiles, block, shared)
+        return squares.of(tiles) if self.epilogue == "residual" else squares
+
+    def _launch_gemv(
+        self, x: torch.Tensor, tiles: int, block: Block, shared: dict[str, Any]
+    ) -> None:
+        weight = self.weight
         if weight.format == "int4":
-            assert scale is not None
-            scale = scale.view(torch.int32)
-        gemv_kernel[(-(-weight.rows // block.rows),)](
+            assert weight.scale is not None
+            # Scale and zero point as one word.
+            shared["scale_ptr"] = weight.scale.view(torch.int32)
+        gemv_kernel[(tiles,)](
             x if weight.format == "dense" else x.view(torch.int32),
             weight.data,
-            scale,
-            BN=block.rows,
-            TILE=block.tile,
-            num_warps=block.warps,
+            TILE=block.width,
             **shared,
         )
-        return block.rows
 
     def _launch_gemm(
         self,
         batch: int,
         x: torch.Tensor,
         scratch: Scratch,
-        block: GemmBlock,
+        tiles: int,
+        block: Block,
         shared: dict[str, Any],
-    ) -> int:
+    ) -> None:
         weight = self.weight
-        tiles = -(-weight.rows // block.rows)
         tokens = max(LEAST_TOKENS, triton.next_power_of_2(batch))
         assert tiles * block.split * block.rows * tokens <= scratch.parts.numel()
         gemm_kernel[(tiles, block.split)](
             x,
             weight.data if weight.format == "dense" else weight.data.view(torch.uint8),
-            weight.scale,
             parts_ptr=scratch.parts,
             counter_ptr=scratch.counters,
             batch=batch,
-            BN=block.rows,
             BB=tokens,
-            BK=block.columns,
+            BK=block.width,
             SPLIT=block.split,
             STAGES=block.stages,
             OUT_COLUMNS=weight.rows // (2 if self.epilogue == "swiglu" else 1),
             ORDER=ORDERS[self.order],
-            num_warps=block.warps,
             **shared,
         )
-        return block.rows
-
-    def _shared(
-        self, out: torch.Tensor, scaled: torch.Tensor | None, squares: Squares
-    ) -> dict[str, Any]:
-        """Return the arguments that both kernels take."""
-        return {
-            "out_ptr": out,
-            "gain_ptr": self.gain,
-            "scaled_ptr": scaled,
-            "squares_in_ptr": squares.buffer,
-            "squares_out_ptr": squares.buffer,
-            "rows": self.weight.rows,
-            "parts": squares.parts,
-            "stride": MAX_PARTS,
-            "eps": self.eps,
-            "COLUMNS": self.weight.columns,
-            "GROUP": self.weight.group,
-            "FORMAT": ORDERS[self.weight.format],
-            "EPILOGUE": EPILOGUES[self.epilogue],
-            "NORM": self.norm,
-            "PARTS": triton.next_power_of_2(max(1, squares.parts)),
-            "ASM": not INTERPRETED,
-            "PDL": self.pdl,
-            **({"launch_pdl": True} if self.pdl else {}),
-        }
 
 
 def embed(
@@ -221,7 +191,6 @@ def embed(
         hidden,
         scaled,
         squares.buffer,
-        MAX_PARTS,
         COLUMNS=columns,
         BLOCK=triton.next_power_of_2(columns),
         ORDER=ORDERS[order],

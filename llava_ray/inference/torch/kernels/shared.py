@@ -26,6 +26,9 @@ RESIDUAL = tl.constexpr(1)
 SWIGLU = tl.constexpr(2)
 EPILOGUES = {"plain": 0, "residual": 1, "swiglu": 2}
 
+MAX_PARTS = tl.constexpr(2048)
+"""Partial sums of squares that one token can have."""
+
 
 @triton.jit
 def start_dependent(PDL: tl.constexpr):
@@ -63,12 +66,12 @@ def place(column, COLUMNS: tl.constexpr, ORDER: tl.constexpr):
 
 
 @triton.jit
-def inverse_rms(squares_ptr, parts, stride, columns, eps, BB: tl.constexpr, PARTS: tl.constexpr):
+def inverse_rms(squares_ptr, parts, columns, eps, BB: tl.constexpr, PARTS: tl.constexpr):
     """Return 1 / rms of each token, float32 [BB], from its partial sums of squares."""
     token = tl.arange(0, BB)
     part = tl.arange(0, PARTS)
     squares = tl.load(
-        squares_ptr + token[None, :] * stride + part[:, None],
+        squares_ptr + token[None, :] * MAX_PARTS + part[:, None],
         mask=(part < parts)[:, None],
         other=0.0,
     )
@@ -82,30 +85,28 @@ def finish(
     out_ptr,
     gain_ptr,
     scaled_ptr,
-    squares_in_ptr,
-    squares_out_ptr,
+    squares_ptr,
     batch,
     rows,
     parts,
-    stride,
     eps,
     COLUMNS: tl.constexpr,
-    BN: tl.constexpr,
-    BB: tl.constexpr,
     EPILOGUE: tl.constexpr,
-    NORM: tl.constexpr,
     OUT_COLUMNS: tl.constexpr,
     ORDER: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """Finish a product's tile, float32 [BN, BB].
 
-    PLAIN writes it. RESIDUAL adds it to `out`, in place, and writes the next norm's input. SWIGLU
-    takes rows in pairs (gate, up) and writes silu(gate) * up.
+    All but RESIDUAL multiply it by the norm's factor first. PLAIN writes it. RESIDUAL adds it to
+    `out`, in place, and writes the next norm's input. SWIGLU takes rows in pairs (gate, up) and
+    writes silu(gate) * up.
     """
+    BN: tl.constexpr = acc.shape[0]
+    BB: tl.constexpr = acc.shape[1]
     token = tl.arange(0, BB)
-    if NORM:
-        factor = inverse_rms(squares_in_ptr, parts, stride, COLUMNS, eps, BB, PARTS)
+    if EPILOGUE != RESIDUAL:
+        factor = inverse_rms(squares_ptr, parts, COLUMNS, eps, BB, PARTS)
         acc = acc * factor[None, :]
     if EPILOGUE == SWIGLU:
         pairs = tl.permute(tl.reshape(acc, (BN // 2, 2, BB)), (0, 2, 1))
@@ -129,6 +130,6 @@ def finish(
             value = total * gain[:, None]
             tl.store(scaled, value.to(scaled_ptr.dtype.element_ty), mask=mask)
             squares = tl.sum(total * total, axis=0)
-            tl.store(squares_out_ptr + token * stride + block, squares, mask=token < batch)
+            tl.store(squares_ptr + token * MAX_PARTS + block, squares, mask=token < batch)
         else:
             tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=mask)

@@ -39,18 +39,18 @@ def unpack_kernel(
     target = row * (COLUMNS // 2) + (word // 8) * (8 * PAIRS) + word % 8
     if FORMAT == INT8:
         scale = tl.load(scale_ptr + row).to(tl.float32)
-        for pair in tl.static_range(2):
-            even = ((packed >> (16 * pair)) & 0xFF).to(tl.float32) - 128
-            odd = ((packed >> (16 * pair + 8)) & 0xFF).to(tl.float32) - 128
-            store_pair(out_ptr, target + 8 * pair, even * scale, odd * scale, inside)
+        zero = 128.0
     else:
         entry = scale_ptr + (row * (COLUMNS // GROUP) + (word * 8) // GROUP) * 2
         scale = tl.load(entry, mask=inside, other=0.0).to(tl.float32)
         zero = tl.load(entry + 1, mask=inside, other=0.0).to(tl.float32)
-        for pair in tl.static_range(4):
-            even = ((packed >> (4 * pair)) & 0xF).to(tl.float32) - zero
-            odd = ((packed >> (4 * pair + 16)) & 0xF).to(tl.float32) - zero
-            store_pair(out_ptr, target + 8 * pair, even * scale, odd * scale, inside)
+    STEP: tl.constexpr = 16 if FORMAT == INT8 else 4
+    GAP: tl.constexpr = 8 if FORMAT == INT8 else 16
+    MASK: tl.constexpr = 0xFF if FORMAT == INT8 else 0xF
+    for pair in tl.static_range(PAIRS):
+        even = ((packed >> (STEP * pair)) & MASK).to(tl.float32) - zero
+        odd = ((packed >> (STEP * pair + GAP)) & MASK).to(tl.float32) - zero
+        store_pair(out_ptr, target + 8 * pair, even * scale, odd * scale, inside)
 
 
 def unpack_to(weight: Weight, buffer: torch.Tensor) -> torch.Tensor:

@@ -33,8 +33,6 @@ class Weight:
     scale: torch.Tensor | None = None
     """int8: float16 [rows]; int4: float16 [rows, columns / group, 2], scale and zero."""
     group: int = 0
-    source: str = ""
-    """Where it comes from, for the table of a benchmark."""
 
     def bytes(self) -> int:
         """Return the bytes that one pass over it reads."""
@@ -52,7 +50,6 @@ class Unpacked:
     """[rows, groups]; int8 has one group."""
     zeros: torch.Tensor
     bits: int
-    source: str
 
 
 def column_order(format_: Format, columns: int, device: Any = "cpu") -> torch.Tensor:
@@ -94,7 +91,7 @@ def pack(values: Unpacked) -> Weight:
     else:
         scale = torch.stack([values.scales, values.zeros], dim=-1).half()
         group = columns // values.scales.shape[1]
-    return Weight(format_, rows, columns, words, scale.contiguous(), group, values.source)
+    return Weight(format_, rows, columns, words, scale.contiguous(), group)
 
 
 def unpack(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -118,11 +115,11 @@ def unpack(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
     return ((grouped - scale[..., 1:]) * scale[..., :1]).view(matrix.shape).to(dtype)
 
 
-def concatenated(weights: Sequence[Weight]) -> Weight | None:
-    """Stack rows of one format; None where the formats differ."""
+def concatenated(weights: Sequence[Weight]) -> Weight:
+    """Stack rows of one format; raises Unsupported where the formats differ."""
     first = weights[0]
     if len({(w.format, w.columns, w.group, w.data.dtype) for w in weights}) > 1:
-        return None
+        raise Unsupported("it mixes formats, so it cannot be merged")
     scale = None
     if first.scale is not None:
         scale = torch.cat([w.scale for w in weights if w.scale is not None])
@@ -216,7 +213,7 @@ def read_module(module: nn.Module) -> Weight:
             raise Unsupported(f"its weights are {data.dtype}")
         if data.shape[1] % 8:
             raise Unsupported(f"{data.shape[1]} columns do not divide by 8")
-        return Weight("dense", data.shape[0], data.shape[1], data, source="16-bit")
+        return Weight("dense", data.shape[0], data.shape[1], data)
     reader = _READERS.get(type(module).__name__)
     if reader is None:
         raise Unsupported(f"no kernel reads {type(module).__name__}")
@@ -233,7 +230,7 @@ def read_module(module: nn.Module) -> Weight:
 def _read_awq(module: Any) -> Unpacked:
     """AutoAWQ's GEMM layout, which stores all by input row."""
     codes, zeros = (part.t().contiguous() for part in module.steps())
-    return Unpacked(codes, module.scales.t(), zeros, 4, f"awq g{module.group_size}")
+    return Unpacked(codes, module.scales.t(), zeros, 4)
 
 
 def _read_hqq(module: Any) -> Unpacked:
@@ -246,13 +243,8 @@ def _read_hqq(module: Any) -> Unpacked:
         raise Unsupported("hqq with quantized scales or zero points")
     rows, columns = meta["shape"]
     codes = module.unpack(dtype=torch.uint8)[: rows * columns // group]
-    return Unpacked(
-        codes.reshape(rows, columns),
-        meta["scale"].reshape(rows, -1),
-        meta["zero"].reshape(rows, -1),
-        4,
-        f"hqq w{bits} g{group}",
-    )
+    scales, zeros = (meta[name].reshape(rows, -1) for name in ("scale", "zero"))
+    return Unpacked(codes.reshape(rows, columns), scales, zeros, 4)
 
 
 def _read_bnb_int8(module: Any) -> Unpacked:
@@ -262,7 +254,7 @@ def _read_bnb_int8(module: Any) -> Unpacked:
         raise Unsupported("bitsandbytes int8 weights that are not quantized yet")
     codes = (weight.data.to(torch.int16) + 128).to(torch.uint8)
     scales = weight.SCB.float()[:, None] / 127
-    return Unpacked(codes, scales, torch.full_like(scales, 128), 8, "bnb int8")
+    return Unpacked(codes, scales, torch.full_like(scales, 128), 8)
 
 
 _READERS = {
