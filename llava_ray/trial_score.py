@@ -14,7 +14,7 @@ from llava_ray.config.run import RunConfig
 from llava_ray.errors import DataError, VariantError
 from llava_ray.quantize.registry import spec_for
 from llava_ray.sweep.objective import Objective
-from llava_ray.train.midway import seal_midway
+from llava_ray.train import seal_midway
 
 logger = logging.getLogger(__name__)
 

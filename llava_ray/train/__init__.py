@@ -10,6 +10,7 @@ from llava_ray.artifacts.store import ArtifactStore, artifact_id
 from llava_ray.config.run import RunConfig
 from llava_ray.models.folder import model_folder, weights_sha256
 from llava_ray.resources.capacity import free_nodes
+from llava_ray.train.checkpoint import read_state
 from llava_ray.train.curve import draw_curve
 from llava_ray.train.replica import check_optimizer
 from llava_ray.train.resources import plan_workers
@@ -67,6 +68,42 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
     if store.storage.is_local:
         shutil.rmtree(work, ignore_errors=True)
     return record
+
+
+def seal_midway(
+    config: RunConfig, dataset: DatasetRecord, checkpoint: str, step: int
+) -> AdapterCheckpoint:
+    """Make an adapter of a checkpoint of a run that still goes on, for a sweep to judge.
+
+    The run must have `export_always`; `config`'s storage gets the adapter.
+    """
+    from ray.train import Checkpoint
+
+    store = ArtifactStore(config.storage.uri)
+    # Merging reads from `train` what base the adapter was trained over.
+    settings = {
+        "checkpoint": checkpoint, "step": step, "train": config.train.model_dump(mode="json"),
+    }  # fmt: skip
+    name = artifact_id(AdapterCheckpoint.kind, settings, [dataset.id])
+    with (
+        store.build(AdapterCheckpoint, name, settings=settings, parents=[dataset.id]) as build,
+        Checkpoint(checkpoint).as_directory() as folder,
+    ):
+        shutil.copytree(Path(folder) / "artifact", build.folder, dirs_exist_ok=True)
+        state = read_state(Path(folder))
+        assert state.loss is not None
+        return build.finish(
+            AdapterCheckpoint,
+            device="of the trial",
+            base_model=config.model.path,
+            base_model_sha256=weights_sha256(model_folder(config.model)),
+            dataset_uri=dataset.uri,
+            steps=step,
+            train_loss=state.loss,
+            eval_loss=None,
+            samples_per_s=state.samples_per_s,
+            num_workers=len(list(Path(folder).glob("state_*.safetensors"))),
+        )
 
 
 def shaping_settings(config: RunConfig) -> dict[str, Any]:

@@ -4,7 +4,9 @@ Works without Ray and DeepSpeed, so the speed benchmark runs the very same model
 """
 
 import logging
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +120,23 @@ def parameter_groups(model: "nn.Module", train: TrainConfig) -> list[dict[str, A
     return groups
 
 
+def rate_factor(train: TrainConfig, total_steps: int) -> Callable[[int], float]:
+    """Return what gives the multiple of the peak learning rate at a step, counted from 0.
+
+    transformers' schedules, as functions of the step alone.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if train.lr_scheduler == "constant" else train.lr_scheduler
+    unused = torch.optim.SGD([torch.zeros(1)])
+    schedule: Any = get_scheduler(
+        name, unused, math.ceil(train.warmup_ratio * total_steps), total_steps
+    )
+    factor: Callable[[int], float] = schedule.lr_lambdas[0]
+    return factor
+
+
 def _is_matrix(parameter: "nn.Parameter") -> bool:
     # ZeRO-3 leaves an empty tensor in place of a parameter and keeps its shape beside it.
     return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
@@ -167,22 +186,21 @@ def loss_module(model: "nn.Module", train: TrainConfig) -> "nn.Module":
 
 def fused_decoder(model: "nn.Module", train: TrainConfig) -> Any:
     """Return the decoder with a backward of its own, or None where peft's modules must run."""
-    if not train.fused_layers or train.method != "lora" or train.zero_stage == 3:
+    if not runs_fused(train):
         return None
     from llava_ray.train import fused
 
     llava: Any = base_of(model)
-    reason = fused.obstacle(llava)
-    if reason is None and not isinstance(llava.config.vision_feature_layer, int):
-        reason = "several vision layers are read"
-    if reason is not None:
+    if reason := fused.obstacle(llava):
         logger.info("train: layers run through transformers and peft (%s)", reason)
         return None
-    checkpointing = train.gradient_checkpointing
-    recompute: fused.Recompute = "mlp" if checkpointing == "mlp" else "none"
-    if checkpointing is True:
-        recompute = "layer"
-    return fused.Decoder(llava.model.language_model, recompute)
+    recompute: dict[Any, fused.Recompute] = {False: "none", "mlp": "mlp", True: "layer"}
+    return fused.Decoder(llava.model.language_model, recompute[train.gradient_checkpointing])
+
+
+def runs_fused(train: TrainConfig) -> bool:
+    """Say whether layers run with a backward of their own, unless the model is unlike LLaMA's."""
+    return train.fused_layers and train.method == "lora" and train.zero_stage != 3
 
 
 def set_checkpointing(llava: Any, *, on: bool) -> None:
@@ -199,19 +217,10 @@ def set_checkpointing(llava: Any, *, on: bool) -> None:
 
 
 def _embeddings(llava: Any, input_ids: "torch.Tensor", pixels: "torch.Tensor") -> "torch.Tensor":
-    """Put the projected image where the image tokens stand.
-
-    Source: transformers, models/llava/modeling_llava.py, LlavaModel.forward.
-    """
+    """Put the projected image where the image tokens stand."""
     import torch
 
-    config = llava.config
-    with torch.no_grad():
-        vision = llava.model.vision_tower(pixels.to(llava.dtype), output_hidden_states=True)
-        features = vision.hidden_states[config.vision_feature_layer]
-        if config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]
+    images = llava.model.get_image_features(pixels.to(llava.dtype)).pooler_output
     embeddings: torch.Tensor = llava.get_input_embeddings()(input_ids)
-    image: torch.Tensor = llava.model.multi_modal_projector(features).to(embeddings.dtype)
-    places = (input_ids == config.image_token_id)[..., None]
-    return embeddings.masked_scatter(places, image)
+    places = (input_ids == llava.config.image_token_id)[..., None]
+    return embeddings.masked_scatter(places, torch.cat(images).to(embeddings.dtype))

@@ -5,6 +5,7 @@ the number of samples already seen, also with another number of workers.
 """
 
 import functools
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,21 +63,12 @@ def _epoch_order(order: StreamOrder, epoch: int) -> list[int]:
     return [index for group in groups for index in group]
 
 
-@dataclass(frozen=True)
-class RankBatches:
-    """The micro-batches of one rank, as lists of sample indices, from a position on."""
-
-    order: StreamOrder
-    start: int
-    batch_size: int
-    rank: int
-    world_size: int
-
-    def __iter__(self) -> Iterator[list[int]]:
-        position = self.start + self.rank * self.batch_size
-        while True:
-            yield [self.order.at(position + i) for i in range(self.batch_size)]
-            position += self.batch_size * self.world_size
+def rank_batches(
+    order: StreamOrder, start: int, batch_size: int, rank: int, world_size: int
+) -> Iterator[list[int]]:
+    """Give the micro-batches of one rank, as lists of sample indices, from a position on."""
+    for position in itertools.count(start + rank * batch_size, batch_size * world_size):
+        yield [order.at(position + i) for i in range(batch_size)]
 
 
 @dataclass(frozen=True)
@@ -155,7 +147,7 @@ def collate(samples: Sequence[Batch], *, pad_token_id: int) -> Batch:
 
 
 def train_batches(
-    data: CaptionSamples, batches: RankBatches, *, loader_workers: int, pin_memory: bool
+    data: CaptionSamples, batches: Iterator[list[int]], *, loader_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
     """Give a rank's micro-batches without end."""
     from torch.utils.data import DataLoader

@@ -14,6 +14,8 @@ from llava_ray.config.run import ModelConfig, RunConfig, TrainConfig
 from llava_ray.errors import ConfigError
 from llava_ray.models.shapes import LLAVA_7B
 from llava_ray.models.sizes import Sizes, accelerate_estimate
+from llava_ray.train.adapt import runs_fused
+from llava_ray.train.zero import BUCKET
 
 CAPTION_TOKENS, QUESTION_TOKENS = 160, 20
 """Tokens of an average sample of the article's data, where --tokens does not say otherwise."""
@@ -24,9 +26,6 @@ NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 LIVE_WEIGHTS = 1_000_000_000
 """Weights that ZeRO-3 holds whole at a time (stage3_max_live_parameters)."""
-
-BUCKET = 50_000_000
-"""The size in train/zero.py; there are two, since sending overlaps computing."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +94,12 @@ def estimate(sizes: Sizes, train: TrainConfig, *, workers: int, load: Load) -> M
     """Return the memory of one of so many workers."""
     width = DTYPE_BYTES[train.precision]
     trained = trained_weights(sizes, train)
-    frozen = 0.0 if train.method == "full" else _frozen_bytes(sizes, train, width)
-    if train.method == "full":
-        frozen = sizes.vision_tower() * width
+    full = train.method == "full"
+    frozen = sizes.vision_tower() * width if full else _frozen_bytes(sizes, train, width)
     whole = frozen + trained * width
     share = workers if train.zero_stage == 3 else 1
     weights = whole / share
+    # Two, since sending overlaps computing.
     workspace = 2.0 * BUCKET * width if train.zero_stage else 0.0
     if train.zero_stage == 3 and workers > 1:
         workspace += min(whole - weights, LIVE_WEIGHTS * width)
@@ -158,7 +157,7 @@ def activation_bytes(
     """Return what all layers keep, and what the one under way needs besides."""
     h, i, kv = sizes.hidden, sizes.inner, sizes.kv_width
     lora = 0 if train.method == "full" else train.lora_r
-    fused = runs_fused(train)
+    fused = runs_fused(train) and not train.use_dora
     attention = width * (2 * h + 2 * kv) + 4 * sizes.heads
     # Besides attention and the gated unit: fused layers keep the inputs of both norms; peft's
     # modules also both norms' outputs, and the norms' inputs once more in fp32.
@@ -181,12 +180,6 @@ def activation_bytes(
 def head_bytes(sizes: Sizes, rows: int, width: int) -> float:
     """Return what head and cross entropy need: logits, their fp32 copy, and gradients of both."""
     return float(rows * sizes.vocabulary * (2 * width + 12))
-
-
-def runs_fused(train: TrainConfig) -> bool:
-    """Say whether layers run with a backward of their own (llava_ray/train/fused.py)."""
-    plain_lora = train.method == "lora" and not train.use_dora
-    return train.fused_layers and plain_lora and train.zero_stage != 3
 
 
 def alternatives(train: TrainConfig) -> list[tuple[str, TrainConfig]]:

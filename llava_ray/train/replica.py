@@ -32,13 +32,16 @@ class ReplicaEngine:
         train: TrainConfig,
         dtype: "torch.dtype",
     ) -> None:
+        import torch
+        from torch import nn
+
         self.module = module
         self._trained: list[nn.Parameter] = [p for group in groups for p in group["params"]]
         self.device = self._trained[0].device
         self._changed = self._trained
-        if train.optimizer == "adamw":
+        if train.optimizer == "adamw" and dtype != torch.float32:
             # Steps are often smaller than bf16 can add to a weight.
-            self._changed = [_wide(p, dtype) for p in self._trained]
+            self._changed = [nn.Parameter(p.detach().float()) for p in self._trained]
         for parameter in self._trained:
             parameter.data = parameter.data.to(dtype)
         self._masters = dict(zip(map(id, self._trained), self._changed, strict=True))
@@ -83,7 +86,7 @@ class ReplicaEngine:
         import torch
         from torch.nn.utils import clip_grad_norm_
 
-        average_gradients(self._changed)
+        _average_gradients(self._changed)
         self._norm = clip_grad_norm_(self._changed, self._max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -151,29 +154,17 @@ class ReplicaEngine:
         return projector
 
 
-def average_gradients(parameters: "list[nn.Parameter]") -> None:
+def _average_gradients(parameters: "list[nn.Parameter]") -> None:
     """Average gradients over all workers in one message."""
-    import torch
     import torch.distributed
+    from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if world == 1 or not gradients:
-        return
-    flat = torch.cat([g.flatten() for g in gradients])
-    torch.distributed.all_reduce(flat)
-    flat /= world
-    parts = torch.split(flat, [g.numel() for g in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
-
-
-def _wide(parameter: "nn.Parameter", dtype: "torch.dtype") -> "nn.Parameter":
-    import torch
-
-    if dtype == torch.float32:
-        return parameter
-    return torch.nn.Parameter(parameter.detach().float())
+    if world > 1 and gradients:
+        flat = parameters_to_vector(gradients)
+        torch.distributed.all_reduce(flat)
+        vector_to_parameters(flat.div_(world), gradients)
 
 
 def check_optimizer(train: TrainConfig) -> None:

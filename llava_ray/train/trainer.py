@@ -37,10 +37,8 @@ def make_trainer(
     work = Storage(work_uri)
     task = WorkerTask(
         run_id=run_id,
-        train=config.train,
-        model=config.model,
+        config=config,
         dataset=dataset,
-        max_image_pixels=config.data.max_image_pixels,
         live_folder=work.uri if work.is_local else None,
         start_from=start_from,
         export_always=export_always,

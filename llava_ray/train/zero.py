@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
-_BUCKET = 50_000_000
+BUCKET = 50_000_000
 """Gradient entries that are sent at once."""
 
 _KEPT_WHOLE = 1_000_000
@@ -48,7 +48,7 @@ def zero_config(train: TrainConfig, precision: Precision, *, gpu: bool) -> dict[
         "contiguous_gradients": True,
         "overlap_comm": gpu,
         # DeepSpeed's default takes 2 GB for buffers that LoRA's gradients do not fill.
-        "reduce_bucket_size": _BUCKET,
+        "reduce_bucket_size": BUCKET,
     }
     if train.zero_stage == 3:
         stage["stage3_param_persistence_threshold"] = _KEPT_WHOLE
