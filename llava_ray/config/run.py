@@ -140,33 +140,40 @@ class ChooseConfig(Section):
     may_choose_baseline: bool = Field(default=False)
 
 
-class ServeConfig(Section):
+class EndpointLimits(Section):
+    """What an endpoint accepts, as a run's config and a Serve application set it."""
+
+    api_key_env: str = Field(default="LLAVA_RAY_API_KEY")
+    """Environment variable with the API key; needed unless host is a loopback address."""
+    context: Count = Field(default=2048)
+    """Tokens of one conversation, its images included; less where the model has less. Memory grows
+    with it times max_concurrent_requests."""
+    max_concurrent_requests: Count = Field(default=16)
+    """Answers that one replica works on at a time."""
+    max_queued_requests: Count = Field(default=64)
+    """Requests that wait for a replica; more are refused with 429."""
+    max_new_tokens: Count = Field(default=1024)
+    request_timeout_s: Positive = Field(default=120)
+    max_images: Count = Field(default=1)
+    """The limit of one request."""
+    max_image_bytes: Count = Field(default=10_000_000)
+    max_image_pixels: Count = Field(default=40_000_000)
+    image_hosts: tuple[str, ...] = Field(default=())
+    """Hosts whose image URLs are fetched, such as images.example.com; default: data URLs only."""
+
+
+class ServeConfig(EndpointLimits):
     """The endpoint."""
 
     host: str = Field(default="127.0.0.1")
     port: int = Field(default=8000, ge=1, le=65535)
     model_name: str | None = Field(default=None)
     """Default: the variant's slug."""
-    api_key_env: str = Field(default="LLAVA_RAY_API_KEY")
-    """Environment variable with the key; needed unless host is a loopback address."""
     min_replicas: Count = Field(default=1)
     max_replicas: Count = Field(default=1)
     cpus_per_replica: Positive = Field(default=1)
     gpus_per_replica: float | None = Field(default=None, ge=0)
     """Default: 1 where the cluster has GPUs, else 0."""
-    context: Count = Field(default=2048)
-    """Tokens of one conversation; memory grows with it times max_concurrent_requests."""
-    max_concurrent_requests: Count = Field(default=16)
-    """The requests that one replica answers at a time."""
-    max_queued_requests: Count = Field(default=64)
-    """More are refused with 429."""
-    max_new_tokens: Count = Field(default=1024)
-    request_timeout_s: Positive = Field(default=120)
-    max_image_bytes: Count = Field(default=10_000_000)
-    max_image_pixels: Count = Field(default=40_000_000)
-    max_images: Count = Field(default=1)
-    image_hosts: tuple[str, ...] = Field(default=())
-    """Hosts whose image URLs are fetched; default: images come as data URLs only."""
     beside: tuple[str, ...] = Field(default=())
     """Slugs of further variants, served under their slugs as `model`."""
     canary: str | None = Field(default=None)
