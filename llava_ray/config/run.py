@@ -3,6 +3,7 @@
 All mistakes are reported at once, before a worker is asked for.
 """
 
+import contextlib
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -277,7 +278,8 @@ def _apply(tree: dict[str, Any], text: str) -> str | None:
         return f"override {text!r}: the value is not YAML"
     # YAML 1.1 reads 1e-4 (without a dot) as text.
     if isinstance(parsed, str):
-        parsed = _number(parsed)
+        with contextlib.suppress(ValueError):
+            parsed = float(parsed)
     node = tree
     *sections, last = key.split(".")
     for section in sections:
@@ -287,13 +289,6 @@ def _apply(tree: dict[str, Any], text: str) -> str | None:
         node = child
     node[last] = parsed
     return None
-
-
-def _number(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 _TYPES = {
@@ -310,15 +305,12 @@ _TYPES = {
 
 
 def _explain(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
+    key, kind = ".".join(str(part) for part in item["loc"]), item["type"]
+    if kind == "extra_forbidden":
         near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         return f"unknown key '{key}'{hint}"
-    message = item["msg"].removeprefix("Value error, ")
-    message = _TYPES.get(item["type"], message)
-    return (
-        f"{key}={item['input']!r}: {message}"
-        if key and item["type"] != "value_error"
-        else (f"{key}: {message}" if key else message)
-    )
+    message: str = _TYPES.get(kind, item["msg"].removeprefix("Value error, "))
+    if not key:
+        return message
+    return f"{key}: {message}" if kind == "value_error" else f"{key}={item['input']!r}: {message}"

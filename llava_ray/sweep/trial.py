@@ -6,7 +6,6 @@ its workers' placement group then waits for a dashboard that need not be there. 
 reach Tune too, as paths, so that population based training can start a trial from another's.
 """
 
-import json
 import logging
 import math
 import threading
@@ -14,10 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
 from ray import tune
 
-from llava_ray.artifacts.records import DatasetRecord
+from llava_ray.artifacts.records import DatasetRecord, Frozen
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
 from llava_ray.sweep.space import with_settings
@@ -30,18 +28,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-POINTER = "checkpoint.json"
-
 _LET_GO_S = 20.0
 
 Scorer = Callable[[RunConfig, DatasetRecord, str, int], float]
-"""Takes a trial's config, the data set, a checkpoint's path and its step; smaller is better."""
+"""A function of a trial's config, the data set, a checkpoint's path and its step; smaller is
+better."""
 
 
-class TrialTask(BaseModel):
+class TrialTask(Frozen):
     """What every trial of a sweep shares."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: RunConfig
     dataset: DatasetRecord
@@ -99,17 +94,19 @@ class TrialRun(tune.Trainable):
             assert path is not None
             value = self._judge(path, metrics["step"])
         if last:
-            self._finish()
+            self._thread.join()
+            # A loss that is not finite is a result, not an error.
+            if self._failure is not None and not isinstance(self._failure, ConfigError):
+                raise self._failure
         return {**metrics, "objective": value, "done": last}
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Write where the training's last checkpoint lies."""
-        text = json.dumps({"path": self._path})
-        (Path(checkpoint_dir) / POINTER).write_text(text, encoding="utf-8")
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, str | None]:
+        """Say where the training's last checkpoint lies; Tune keeps it."""
+        return {"path": self._path}
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Go on from a checkpoint, this trial's or another's."""
-        self._path = json.loads((Path(checkpoint) / POINTER).read_text(encoding="utf-8"))["path"]
+        self._path = checkpoint["path"]
 
     def cleanup(self) -> None:
         """Let go of the workers of a trial that Tune ends early."""
@@ -148,8 +145,9 @@ class TrialRun(tune.Trainable):
         """
         import ray
 
-        remote: Any = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(_score)
-        task = remote.remote(self._score, self._run_config, self._task.dataset, path, step)
+        score: Any = self._score
+        remote: Any = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(score)
+        task = remote.remote(self._run_config, self._task.dataset, path, step)
         try:
             value: float = ray.get(task)
         except ray.exceptions.RayTaskError as error:
@@ -168,17 +166,6 @@ class TrialRun(tune.Trainable):
             except Empty:
                 if not alive:
                     raise self._failure or RuntimeError("training ended without a report") from None
-
-    def _finish(self) -> None:
-        """Wait for the end; a loss that is not finite is a result, not an error."""
-        assert self._thread is not None
-        self._thread.join()
-        if self._failure is not None and not isinstance(self._failure, ConfigError):
-            raise self._failure
-
-
-def _score(score: Scorer, config: RunConfig, dataset: DatasetRecord, path: str, step: int) -> float:
-    return score(config, dataset, path, step)
 
 
 def _forwarder(reports: "Queue") -> "UserCallback":

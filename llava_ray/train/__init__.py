@@ -55,15 +55,20 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
         trainer = make_trainer(config, dataset, plan, run_id=id, work_uri=work)
         result = fit(trainer, train)
         _collect(result, build.folder, Path(work) if store.storage.is_local else None)
+        metrics = result.metrics or {}
         record = build.finish(
             AdapterCheckpoint,
-            device=str((result.metrics or {})["device"]),
+            device=str(metrics["device"]),
             base_model=config.model.path,
             base_model_sha256=settings["base_model_sha256"],
             dataset_uri=dataset.uri,
             num_workers=plan.num_workers,
             zero_stage=train.zero_stage,
-            **_summary(result),
+            steps=metrics["step"],
+            train_loss=metrics["train_loss"],
+            eval_loss=metrics.get("eval_loss"),
+            samples_per_s=metrics["samples_per_s"],
+            peak_memory_bytes=metrics["peak_memory_bytes"],
         )
     if store.storage.is_local:
         shutil.rmtree(work, ignore_errors=True)
@@ -124,14 +129,3 @@ def _collect(result: "Result", folder: Path, work: Path | None) -> None:
     if work is not None and (work / "tensorboard").is_dir():
         shutil.copytree(work / "tensorboard", folder / "tensorboard")
     draw_curve(read_metrics(folder / METRICS), folder / "curve.png")
-
-
-def _summary(result: "Result") -> dict[str, Any]:
-    metrics = result.metrics or {}
-    return {
-        "steps": metrics["step"],
-        "train_loss": metrics["train_loss"],
-        "eval_loss": metrics.get("eval_loss"),
-        "samples_per_s": metrics["samples_per_s"],
-        "peak_memory_bytes": metrics["peak_memory_bytes"],
-    }
