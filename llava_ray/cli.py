@@ -69,7 +69,10 @@ def _run_script(
         runpy.run_path(str(script), run_name="__main__")
         return
     group, _, command = name.rpartition(" ")
-    known = {key: _first_line(path) for key, path in scripts.items()}
+    known = {
+        key: (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
+        for key, path in scripts.items()
+    }
     known = known if group else _ON_THIS_MACHINE | known | {"bench": "measure; 'bench' lists what"}
     if command not in ("-h", "--help"):
         near = difflib.get_close_matches(command, known, n=1)
@@ -78,11 +81,6 @@ def _run_script(
     print(f"usage: llava-ray {group + ' ' if group else ''}COMMAND ...\n")
     print("\n".join(f"  {key:<11}{text}" for key, text in known.items()))
     print(_EXAMPLES)
-
-
-def _first_line(script: Path) -> str:
-    text = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
-    return text.partition("\n")[0]
 
 
 def run_job(

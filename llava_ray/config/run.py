@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from llava_ray.config.section import Count as Count
 from llava_ray.config.section import Positive as Positive
@@ -239,16 +239,10 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+def known_keys() -> list[str]:
     """Return every dotted key, sections left out."""
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            keys += known_keys(kind, f"{prefix}{name}.")
-        else:
-            keys.append(f"{prefix}{name}")
-    return keys
+    tree = RunConfig().model_dump()
+    return [f"{section}.{key}" for section, keys in tree.items() for key in keys]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from llava_ray.artifacts.records import DatasetRecord, Trial
 from llava_ray.artifacts.storage import Storage
 from llava_ray.config.run import RunConfig, TrainConfig
+from llava_ray.config.section import need_package
 from llava_ray.console import Progress
-from llava_ray.errors import ConfigError
 from llava_ray.resources.capacity import Resources, free_nodes
 from llava_ray.sweep.space import domains, num_samples
 from llava_ray.sweep.trial import Scorer, TrialRun, TrialTask
@@ -161,10 +161,7 @@ def _search_algorithm(config: RunConfig, concurrent: int) -> Any:
 
     if config.sweep.search == "random":
         return BasicVariantGenerator(random_state=config.sweep.seed, max_concurrent=concurrent)
-    try:
-        import optuna  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("sweep.search 'optuna': needs 'pip install llava_ray[optuna]'") from error
+    need_package("sweep.search 'optuna'", "optuna", "llava_ray[optuna]")
     from ray.tune.search.optuna import OptunaSearch
 
     return OptunaSearch(metric="objective", mode="min", seed=config.sweep.seed)

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from llava_ray.artifacts.records import AdapterCheckpoint, DatasetRecord
 from llava_ray.artifacts.store import ArtifactStore, artifact_id
-from llava_ray.config.run import RunConfig
+from llava_ray.config.run import RunConfig, TrainConfig
+from llava_ray.config.section import need_package
 from llava_ray.models.folder import model_folder, weights_sha256
 from llava_ray.resources.capacity import free_nodes
 from llava_ray.train.checkpoint import read_state
 from llava_ray.train.curve import draw_curve
-from llava_ray.train.replica import check_optimizer
 from llava_ray.train.resources import plan_workers
-from llava_ray.train.trackers import METRICS, check_trackers, read_metrics
+from llava_ray.train.trackers import METRICS, read_metrics
 
 if TYPE_CHECKING:
     from ray.train import Result
@@ -39,8 +39,7 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
     from llava_ray.train.trainer import fit, make_trainer
 
     train = config.train
-    check_trackers(train)
-    check_optimizer(train)
+    check_packages(train)
     store = ArtifactStore(config.storage.uri)
     settings = shaping_settings(config)
     id = artifact_id(AdapterCheckpoint.kind, settings, [dataset.id])
@@ -73,6 +72,14 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
     if store.storage.is_local:
         shutil.rmtree(work, ignore_errors=True)
     return record
+
+
+def check_packages(train: TrainConfig) -> None:
+    """Raise ConfigError when the package of a tracker or of the optimizer is missing."""
+    for name in train.trackers:
+        need_package(f"train.trackers {name!r}", name, name)
+    if train.optimizer == "galore":
+        need_package("train.optimizer 'galore'", "galore_torch", "llava_ray[galore]")
 
 
 def seal_midway(

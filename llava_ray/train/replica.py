@@ -9,7 +9,6 @@ a weight, GaLore projects whole gradient matrices.
 from typing import TYPE_CHECKING, Any
 
 from llava_ray.config.run import TrainConfig
-from llava_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -167,37 +166,23 @@ def _average_gradients(parameters: "list[nn.Parameter]") -> None:
         vector_to_parameters(flat.div_(world), gradients)
 
 
-def check_optimizer(train: TrainConfig) -> None:
-    """Raise ConfigError when the optimizer's package is missing."""
-    if train.optimizer != "galore":
-        return
-    try:
-        import galore_torch  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "train.optimizer 'galore': needs 'pip install llava_ray[galore]' on the driver's and "
-            "the workers' image"
-        ) from error
-
-
 def _optimizer(
     module: "nn.Module", groups: list[dict[str, Any]], train: TrainConfig
 ) -> "torch.optim.Optimizer":
     import torch
 
-    betas, eps = (0.9, 0.999), 1e-8
     if train.optimizer == "adamw":
         on_gpu = all(p.is_cuda for group in groups for p in group["params"])
-        return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=on_gpu)
+        return torch.optim.AdamW(groups, fused=on_gpu)
     if train.optimizer == "adamw8bit":
         from bitsandbytes.optim.adamw import AdamW8bit
 
-        eight_bit: torch.optim.Optimizer = AdamW8bit(groups, betas=betas, eps=eps)  # type: ignore[no-untyped-call]
+        eight_bit: torch.optim.Optimizer = AdamW8bit(groups)  # type: ignore[no-untyped-call]
         return eight_bit
     from galore_torch import GaLoreAdamW
 
     galore: torch.optim.Optimizer = GaLoreAdamW(
-        _galore_groups(module, groups, train), betas=betas, eps=eps, no_deprecation_warning=True
+        _galore_groups(module, groups, train), eps=1e-8, no_deprecation_warning=True
     )
     return galore
 

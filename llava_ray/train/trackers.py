@@ -1,30 +1,16 @@
 """Where the curve of a run is written: metrics.jsonl always, trackers as the config names them."""
 
-import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from llava_ray.config.run import TrainConfig
-from llava_ray.errors import ConfigError
 
 METRICS = "metrics.jsonl"
 
 Log = Callable[[int, Mapping[str, float]], None]
 """Records values of a step."""
-
-
-def check_trackers(train: TrainConfig) -> None:
-    """Raise ConfigError when a tracker's package is missing."""
-    for name in train.trackers:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ConfigError(
-                f"train.trackers {name!r}: needs 'pip install {name}' on the driver's and the "
-                "workers' image"
-            ) from error
 
 
 def write_metrics(lines: Sequence[dict[str, float]], path: Path) -> None:

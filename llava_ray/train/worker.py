@@ -196,7 +196,11 @@ class Loop:
         config = zero.zero_config(self.train, self.precision, gpu=self.gpu)
         # While this object lives, from_pretrained shards each weight as it is read; without it
         # every rank of ZeRO-3 would hold the whole model in RAM.
-        shards = zero.shard_on_load(config) if self.train.zero_stage == 3 else None
+        shards = None
+        if self.train.zero_stage == 3:
+            from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+            shards = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]
         torch.manual_seed(self.train.seed)
         model = adapt.load_base(
             model_folder(self.task.config.model),

@@ -83,13 +83,6 @@ def prepare_environment(*, gpu: bool) -> None:
         deepspeed.ops.__compatible_ops__ = {}
 
 
-def shard_on_load(config: dict[str, Any]) -> Any:
-    """Return an object during whose life `from_pretrained` shards weights as ZeRO-3 does."""
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-    return HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]
-
-
 def make_engine(module: "nn.Module", groups: list[dict[str, Any]], config: dict[str, Any]) -> Any:
     """Return a DeepSpeed engine with AdamW over the given parameter groups."""
     import deepspeed
@@ -98,7 +91,7 @@ def make_engine(module: "nn.Module", groups: list[dict[str, Any]], config: dict[
     deepspeed.init_distributed()
     on_gpu = all(p.is_cuda for group in groups for p in group["params"])
     fused = on_gpu and "offload_optimizer" not in config["zero_optimization"]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+    optimizer = torch.optim.AdamW(groups, fused=fused)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     _make_moments(engine)
     # transformers loads for inference, where nothing is dropped.
