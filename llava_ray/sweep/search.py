@@ -4,7 +4,11 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from ray import tune
+from ray.tune import schedulers
+from ray.tune.search import BasicVariantGenerator
 
 from llava_ray.artifacts.records import DatasetRecord, Trial
 from llava_ray.artifacts.storage import Storage
@@ -15,9 +19,6 @@ from llava_ray.resources.capacity import Resources, free_nodes
 from llava_ray.sweep.space import domains, num_samples
 from llava_ray.sweep.trial import Scorer, TrialRun, TrialTask
 from llava_ray.train.resources import WorkerPlan, plan_workers, room
-
-if TYPE_CHECKING:
-    from ray import tune
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,6 @@ def search(
     config: RunConfig, dataset: DatasetRecord, *, work_uri: str, score: Scorer | None
 ) -> Search:
     """Run the trials of a sweep, leaving out those that an earlier run below `work_uri` ended."""
-    from ray import tune
-
     nodes = free_nodes()
     plan = plan_workers(_trial_train(config.train, nodes), nodes)
     total = total_steps(config.train, plan, dataset.num_train)
@@ -104,11 +103,7 @@ def _trial_train(train: TrainConfig, nodes: Sequence[Resources]) -> TrainConfig:
     return train
 
 
-def _tuner(
-    config: RunConfig, trainable: Any, concurrent: int, total: int, work: str
-) -> "tune.Tuner":
-    from ray import tune
-
+def _tuner(config: RunConfig, trainable: Any, concurrent: int, total: int, work: str) -> tune.Tuner:
     samples = num_samples(config.sweep)
     if tune.Tuner.can_restore(f"{work}/tune"):
         logger.info("sweep: goes on with the trials that an earlier run left")
@@ -132,14 +127,12 @@ def _tuner(
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=2, checkpoint_frequency=1),
-            callbacks=[_progress()],
+            callbacks=[_TrialProgress()],
         ),
     )
 
 
 def _scheduler(config: RunConfig, total: int) -> Any:
-    from ray.tune import schedulers
-
     if config.sweep.scheduler == "asha":
         return schedulers.AsyncHyperBandScheduler(
             time_attr="step",
@@ -157,8 +150,6 @@ def _scheduler(config: RunConfig, total: int) -> Any:
 
 
 def _search_algorithm(config: RunConfig, concurrent: int) -> Any:
-    from ray.tune.search import BasicVariantGenerator
-
     if config.sweep.search == "random":
         return BasicVariantGenerator(random_state=config.sweep.seed, max_concurrent=concurrent)
     need_package("sweep.search 'optuna'", "optuna", "llava_ray[optuna]")
@@ -167,21 +158,14 @@ def _search_algorithm(config: RunConfig, concurrent: int) -> Any:
     return OptunaSearch(metric="objective", mode="min", seed=config.sweep.seed)
 
 
-def _progress() -> Any:
-    from ray.tune import Callback
+class _TrialProgress(tune.Callback):
+    def __init__(self) -> None:
+        self._done, self._progress = 0, Progress("sweep", 0, "trials", every_s=0)
 
-    class TrialProgress(Callback):
-        def __init__(self) -> None:
-            self._done, self._progress = 0, Progress("sweep", 0, "trials", every_s=0)
-
-        def on_trial_complete(
-            self, iteration: int, trials: list[Any], trial: Any, **_: Any
-        ) -> None:
-            self._done += 1
-            self._progress.total = len(trials)  # Those that are drawn so far.
-            self._progress.at(self._done)
-
-    return TrialProgress()
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._done += 1
+        self._progress.total = len(trials)  # Those that are drawn so far.
+        self._progress.at(self._done)
 
 
 def _device(results: Sequence[Any]) -> str | None:

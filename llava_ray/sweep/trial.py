@@ -11,9 +11,12 @@ import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import ray
 from ray import tune
+from ray.train import Checkpoint, UserCallback
+from ray.util.queue import Empty, Queue
 
 from llava_ray.artifacts.records import DatasetRecord, Frozen
 from llava_ray.config.run import RunConfig
@@ -21,10 +24,6 @@ from llava_ray.errors import ConfigError
 from llava_ray.sweep.space import with_settings
 from llava_ray.train.resources import WorkerPlan
 from llava_ray.train.trainer import fit, make_trainer
-
-if TYPE_CHECKING:
-    from ray.train import Checkpoint, UserCallback
-    from ray.util.queue import Queue
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +56,6 @@ class TrialRun(tune.Trainable):
         self, config: dict[str, Any], task: TrialTask | None = None, score: Scorer | None = None
     ) -> None:
         """Take the settings; training starts at the first step, after a checkpoint was loaded."""
-        from ray.util.queue import Queue
-
         assert task is not None
         self._task, self._score = task, score
         own = {
@@ -110,8 +107,6 @@ class TrialRun(tune.Trainable):
 
     def cleanup(self) -> None:
         """Let go of the workers of a trial that Tune ends early."""
-        import ray
-
         if self._thread is None or not self._thread.is_alive() or self._controller is None:
             return
         try:
@@ -129,7 +124,7 @@ class TrialRun(tune.Trainable):
             self._task.plan,
             run_id=f"trial-{self.trial_id}",
             work_uri=f"{self._task.work_uri}/trials/{self.trial_id}-{part}",
-            callbacks=[_forwarder(self._reports)],
+            callbacks=[_Forwarder(self._reports)],
             start_from=self._path,
             export_always=self._score is not None,
         )
@@ -143,8 +138,6 @@ class TrialRun(tune.Trainable):
 
         Tasks that are started inside share its resources, and it has no CPU.
         """
-        import ray
-
         score: Any = self._score
         remote: Any = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(score)
         task = remote.remote(self._run_config, self._task.dataset, path, step)
@@ -155,8 +148,6 @@ class TrialRun(tune.Trainable):
         return value
 
     def _next_report(self) -> tuple[dict[str, Any], str | None, Any]:
-        from ray.util.queue import Empty
-
         assert self._thread is not None
         while True:
             alive = self._thread.is_alive()
@@ -168,19 +159,16 @@ class TrialRun(tune.Trainable):
                     raise self._failure or RuntimeError("training ended without a report") from None
 
 
-def _forwarder(reports: "Queue") -> "UserCallback":
-    import ray
-    from ray.train import UserCallback
+class _Forwarder(UserCallback):
+    """Runs in Train's controller: sends rank 0's reports and the controller to the trial."""
 
-    class Forward(UserCallback):
-        """Runs in Train's controller: sends rank 0's reports and the controller to the trial."""
+    def __init__(self, reports: Queue) -> None:
+        self._reports = reports
 
-        def after_report(
-            self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: "Checkpoint | None"
-        ) -> None:
-            if "eval_loss" in metrics[0]:
-                controller = ray.get_runtime_context().current_actor
-                path = checkpoint.path if checkpoint else None
-                reports.put((dict(metrics[0]), path, controller))
-
-    return Forward()
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
+    ) -> None:
+        if "eval_loss" in metrics[0]:
+            controller = ray.get_runtime_context().current_actor
+            path = checkpoint.path if checkpoint else None
+            self._reports.put((dict(metrics[0]), path, controller))

@@ -11,7 +11,6 @@ from llava_ray.config.run import RunConfig, TrainConfig
 from llava_ray.config.section import need_package
 from llava_ray.models.folder import model_folder, weights_sha256
 from llava_ray.resources.capacity import free_nodes
-from llava_ray.train.checkpoint import read_state
 from llava_ray.train.curve import draw_curve
 from llava_ray.train.resources import plan_workers
 from llava_ray.train.trackers import METRICS, read_metrics
@@ -90,6 +89,8 @@ def seal_midway(
     The run must have `export_always`; `config`'s storage gets the adapter.
     """
     from ray.train import Checkpoint
+
+    from llava_ray.train.checkpoint import read_state
 
     store = ArtifactStore(config.storage.uri)
     # Merging reads from `train` what base the adapter was trained over.

@@ -6,18 +6,18 @@ workers that wrote it.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
 
 from llava_ray.artifacts.records import AdapterCheckpoint
 from llava_ray.train.adapt import PROJECTOR
 from llava_ray.train.replica import ReplicaEngine
 from llava_ray.train.zero import full_weight, set_adam_step
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 STATE = "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -56,7 +56,7 @@ class TrainState(BaseModel):
         return self.samples / max(self.train_s, 1e-9)
 
 
-def trained_parameters(model: "nn.Module") -> dict[str, "nn.Parameter"]:
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trained parameters by name, in an order that is the same on every rank."""
     return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
 
@@ -66,8 +66,6 @@ def save_state(engine: Any, folder: Path, state: TrainState, *, rank: int, world
 
     All ranks gather each tensor, because ZeRO spreads it over them.
     """
-    from safetensors.torch import save_file
-
     mine: dict[str, torch.Tensor] = {}
     for index, (name, parameter) in enumerate(trained_parameters(engine.module).items()):
         whole = _read(engine, parameter)
@@ -78,7 +76,7 @@ def save_state(engine: Any, folder: Path, state: TrainState, *, rank: int, world
         (folder / STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
 
 
-def _read(engine: Any, parameter: "nn.Parameter") -> "dict[str, torch.Tensor]":
+def _read(engine: Any, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
     if isinstance(engine, ReplicaEngine):
         return engine.tensors(parameter)
     from deepspeed.utils import safe_get_full_optimizer_state
@@ -96,9 +94,6 @@ def read_state(folder: Path) -> TrainState:
 
 def load_state(engine: Any, folder: Path, state: TrainState) -> None:
     """Set weights, moments, step and loss scale; every rank must call it."""
-    import torch
-    from safetensors import safe_open
-
     parameters = trained_parameters(engine.module)
     seen: set[str] = set()
     for path in sorted(folder.glob("state_*.safetensors")):
@@ -119,7 +114,7 @@ def load_state(engine: Any, folder: Path, state: TrainState) -> None:
 
 
 def _write(
-    engine: Any, parameter: "nn.Parameter", values: "dict[str, torch.Tensor]", step: int
+    engine: Any, parameter: nn.Parameter, values: dict[str, torch.Tensor], step: int
 ) -> None:
     if isinstance(engine, ReplicaEngine):
         engine.load(parameter, values, step)
@@ -139,8 +134,6 @@ def export(engine: Any, folder: Path, *, base_model: str, rank: int) -> None:
 
     That is a peft adapter (or the weights of a full fine-tune) and the projector.
     """
-    from safetensors.torch import save_file
-
     weights = {}
     for name, parameter in trained_parameters(engine.module).items():
         value = full_weight(engine, parameter)
@@ -166,7 +159,7 @@ def export(engine: Any, folder: Path, *, base_model: str, rank: int) -> None:
         save_file(weights, folder / AdapterCheckpoint.language_model_file)
 
 
-def _set_model_weight(parameter: "nn.Parameter", value: "torch.Tensor") -> None:
+def _set_model_weight(parameter: nn.Parameter, value: torch.Tensor) -> None:
     """Set what forward reads: DeepSpeed copies it from the fp32 weight only after a step."""
     import deepspeed
 

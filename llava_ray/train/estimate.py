@@ -14,8 +14,6 @@ from llava_ray.config.run import ModelConfig, RunConfig, TrainConfig
 from llava_ray.errors import ConfigError
 from llava_ray.models.shapes import LLAVA_7B
 from llava_ray.models.sizes import Sizes, accelerate_estimate
-from llava_ray.train.adapt import runs_fused
-from llava_ray.train.zero import BUCKET
 
 CAPTION_TOKENS, QUESTION_TOKENS = 160, 20
 """Tokens of an average sample of the article's data, where --tokens does not say otherwise."""
@@ -23,6 +21,9 @@ CAPTION_TOKENS, QUESTION_TOKENS = 160, 20
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "auto": 2}
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Blocks of 64 with 8-bit scales, themselves scaled in blocks of 256 (QLoRA, section 3)."""
+
+BUCKET = 50_000_000
+"""Gradient entries sent at once; there are two such buffers, since sending overlaps computing."""
 
 LIVE_WEIGHTS = 1_000_000_000
 """Weights that ZeRO-3 holds whole at a time (stage3_max_live_parameters)."""
@@ -86,7 +87,6 @@ def estimate(sizes: Sizes, train: TrainConfig, *, workers: int, load: int) -> Me
     whole = frozen + trained * width
     share = workers if train.zero_stage == 3 else 1
     weights = whole / share
-    # Two, since sending overlaps computing.
     workspace = 2.0 * BUCKET * width if train.zero_stage else 0.0
     if train.zero_stage == 3 and workers > 1:
         workspace += min(whole - weights, LIVE_WEIGHTS * width)
@@ -145,7 +145,7 @@ def activation_bytes(
     """Return what all layers keep, and what the one under way needs besides."""
     h, i, kv = sizes.hidden, sizes.inner, sizes.kv_width
     lora = 0 if train.method == "full" else train.lora_r
-    fused = runs_fused(train) and not train.use_dora
+    fused = train.runs_fused and not train.use_dora
     attention = width * (2 * h + 2 * kv) + 4 * sizes.heads
     # Besides attention and the gated unit: fused layers keep the inputs of both norms; peft's
     # modules also both norms' outputs, and the norms' inputs once more in fp32.

@@ -6,13 +6,14 @@ cannot shard, since it flattens weights into pieces: 8-bit AdamW quantizes its m
 a weight, GaLore projects whole gradient matrices.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import nn
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 from llava_ray.config.run import TrainConfig
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 _BASIS = "ortho_matrix"
 """GaLore's projection, which its optimizer keeps in an object of its own."""
@@ -26,14 +27,11 @@ class ReplicaEngine:
 
     def __init__(
         self,
-        module: "nn.Module",
+        module: nn.Module,
         groups: list[dict[str, Any]],
         train: TrainConfig,
-        dtype: "torch.dtype",
+        dtype: torch.dtype,
     ) -> None:
-        import torch
-        from torch import nn
-
         self.module = module
         self._trained: list[nn.Parameter] = [p for group in groups for p in group["params"]]
         self.device = self._trained[0].device
@@ -52,7 +50,7 @@ class ReplicaEngine:
         self._norm: torch.Tensor | None = None
         module.train()
 
-    def __call__(self, **batch: "torch.Tensor") -> "torch.Tensor":
+    def __call__(self, **batch: torch.Tensor) -> torch.Tensor:
         """Return the module's loss."""
         loss: torch.Tensor = self.module(**batch)
         return loss
@@ -65,7 +63,7 @@ class ReplicaEngine:
         """Turn dropout off."""
         self.module.eval()
 
-    def backward(self, loss: "torch.Tensor") -> None:
+    def backward(self, loss: torch.Tensor) -> None:
         """Add a micro-batch's share to the gradients."""
         (loss / self._accumulation).backward()  # type: ignore[no-untyped-call]
         for parameter, master in zip(self._trained, self._changed, strict=True):
@@ -82,8 +80,6 @@ class ReplicaEngine:
         self._micro_steps += 1
         if self._micro_steps % self._accumulation:
             return
-        import torch
-        from torch.nn.utils import clip_grad_norm_
 
         _average_gradients(self._changed)
         self._norm = clip_grad_norm_(self._changed, self._max_norm)
@@ -97,14 +93,12 @@ class ReplicaEngine:
         """Return the norm of the last step's gradient before clipping."""
         return None if self._norm is None else float(self._norm)
 
-    def weight(self, parameter: "nn.Parameter") -> "torch.Tensor":
+    def weight(self, parameter: nn.Parameter) -> torch.Tensor:
         """Return a trained weight in the precision that AdamW changes it in."""
         return self._masters[id(parameter)].detach()
 
-    def tensors(self, parameter: "nn.Parameter") -> "dict[str, torch.Tensor]":
+    def tensors(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
         """Return a weight and its optimizer's state by kind, on the CPU."""
-        import torch
-
         state = self.optimizer.state.get(self._masters[id(parameter)], {})
         found = {kind: value for kind, value in state.items() if isinstance(value, torch.Tensor)}
         basis = getattr(state.get("projector"), _BASIS, None)
@@ -114,12 +108,8 @@ class ReplicaEngine:
         found["weight"] = self.weight(parameter)
         return {kind: value.detach().cpu().clone().contiguous() for kind, value in found.items()}
 
-    def load(
-        self, parameter: "nn.Parameter", tensors: "dict[str, torch.Tensor]", step: int
-    ) -> None:
+    def load(self, parameter: nn.Parameter, tensors: dict[str, torch.Tensor], step: int) -> None:
         """Set what `tensors` returned, and how many steps were done."""
-        import torch
-
         master = self._masters[id(parameter)]
         with torch.no_grad():
             master.copy_(tensors.pop("weight").view_as(master))
@@ -139,7 +129,7 @@ class ReplicaEngine:
             state |= {k: v.view_as(master) for k, v in state.items() if k != "step"}
         self.optimizer.state[master] = state
 
-    def _projector(self, parameter: "nn.Parameter", basis: "torch.Tensor") -> Any:
+    def _projector(self, parameter: nn.Parameter, basis: torch.Tensor) -> Any:
         from galore_torch.galore_projector import GaLoreProjector
 
         group = next(
@@ -153,11 +143,8 @@ class ReplicaEngine:
         return projector
 
 
-def _average_gradients(parameters: "list[nn.Parameter]") -> None:
+def _average_gradients(parameters: list[nn.Parameter]) -> None:
     """Average gradients over all workers in one message."""
-    import torch.distributed
-    from torch.nn.utils import parameters_to_vector, vector_to_parameters
-
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     gradients = [p.grad for p in parameters if p.grad is not None]
     if world > 1 and gradients:
@@ -167,10 +154,8 @@ def _average_gradients(parameters: "list[nn.Parameter]") -> None:
 
 
 def _optimizer(
-    module: "nn.Module", groups: list[dict[str, Any]], train: TrainConfig
-) -> "torch.optim.Optimizer":
-    import torch
-
+    module: nn.Module, groups: list[dict[str, Any]], train: TrainConfig
+) -> torch.optim.Optimizer:
     if train.optimizer == "adamw":
         on_gpu = all(p.is_cuda for group in groups for p in group["params"])
         return torch.optim.AdamW(groups, fused=on_gpu)
@@ -188,7 +173,7 @@ def _optimizer(
 
 
 def _galore_groups(
-    module: "nn.Module", groups: list[dict[str, Any]], train: TrainConfig
+    module: nn.Module, groups: list[dict[str, Any]], train: TrainConfig
 ) -> list[dict[str, Any]]:
     """Split the layers' matrices off: embedding, head, norms and projector keep plain AdamW.
 

@@ -12,7 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import torch.distributed
 
 from llava_ray.artifacts.records import DatasetRecord, Frozen
 from llava_ray.artifacts.store import local_folder
@@ -35,9 +38,6 @@ from llava_ray.train.batches import (
 )
 from llava_ray.train.checkpoint import TrainState
 from llava_ray.train.trackers import METRICS, Log, open_trackers, read_metrics, write_metrics
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class DistributedContext:
 
     rank: int
     world_size: int
-    device: "torch.device"
+    device: torch.device
     report: Callable[[dict[str, Any], Path | None], None]
     """Takes values, and the folder with this rank's part of a checkpoint where one is made."""
 
@@ -104,7 +104,9 @@ class Loop:
         self.rank, self.world_size = distributed.rank, distributed.world_size
         self.device = distributed.device
         self.gpu = self.device.type == "cuda"
-        self.precision = zero.precision_of(self.train, gpu=self.gpu)
+        self.precision: zero.Precision = "bf16" if self.gpu else "fp32"
+        if self.train.precision != "auto":
+            self.precision = self.train.precision
         zero.prepare_environment(gpu=self.gpu)
         data = local_folder(task.dataset)
         self.data = self._samples(data / "train.json")
@@ -191,8 +193,6 @@ class Loop:
         )
 
     def _engine(self) -> Any:
-        import torch
-
         config = zero.zero_config(self.train, self.precision, gpu=self.gpu)
         # While this object lives, from_pretrained shards each weight as it is read; without it
         # every rank of ZeRO-3 would hold the whole model in RAM.
@@ -247,9 +247,6 @@ class Loop:
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, float] | None:
         """Take one optimizer step; return its measurements where they are logged."""
-        import torch
-        import torch.distributed
-
         step = self.state.step
         # Not the step: after a resume with other workers a step has another size.
         factor = self.rate_factor(self.state.samples // self.per_step)
@@ -314,9 +311,6 @@ class Loop:
 
     def _evaluate(self) -> dict[str, float]:
         """Return the held-out loss, in nats per supervised token over all workers."""
-        import torch
-        import torch.distributed
-
         if not len(self.held_out):
             return {}
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)

@@ -7,37 +7,25 @@ starts CUDA there (https://github.com/ray-project/ray/issues/50406).
 import logging
 import os
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from torch import nn
 
 from llava_ray.config.run import TrainConfig
+from llava_ray.train.estimate import BUCKET
 from llava_ray.train.replica import ReplicaEngine
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 logger = logging.getLogger(__name__)
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
-BUCKET = 50_000_000
-"""Gradient entries that are sent at once."""
-
 _KEPT_WHOLE = 1_000_000
 """ZeRO-3 does not share out smaller weights: LoRA's would be gathered one by one at each use."""
 
 
-def precision_of(train: TrainConfig, *, gpu: bool) -> Precision:
-    """Resolve precision `auto`."""
-    if train.precision == "auto":
-        return "bf16" if gpu else "fp32"
-    return train.precision
-
-
-def torch_dtype(precision: Precision) -> "torch.dtype":
+def torch_dtype(precision: Precision) -> torch.dtype:
     """Return the weights' dtype."""
-    import torch
-
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
@@ -83,10 +71,9 @@ def prepare_environment(*, gpu: bool) -> None:
         deepspeed.ops.__compatible_ops__ = {}
 
 
-def make_engine(module: "nn.Module", groups: list[dict[str, Any]], config: dict[str, Any]) -> Any:
+def make_engine(module: nn.Module, groups: list[dict[str, Any]], config: dict[str, Any]) -> Any:
     """Return a DeepSpeed engine with AdamW over the given parameter groups."""
     import deepspeed
-    import torch
 
     deepspeed.init_distributed()
     on_gpu = all(p.is_cuda for group in groups for p in group["params"])
@@ -105,8 +92,6 @@ def _make_moments(engine: Any) -> None:
     ZeRO-2 else links the moments after stepping its first parameter group, when the others have
     none yet; ZeRO-3 makes them by a step of its own, which must not count.
     """
-    import torch
-
     zero, stage2 = engine.optimizer, engine.zero_optimization_stage() == 2
     flats = zero.single_partition_of_fp32_groups if stage2 else zero.fp32_partitioned_groups_flat
     for flat in flats:
@@ -129,7 +114,7 @@ def set_adam_step(engine: Any, step: int) -> None:
             state["step"].fill_(step)
 
 
-def full_weight(engine: Any, parameter: "nn.Parameter") -> "torch.Tensor":
+def full_weight(engine: Any, parameter: nn.Parameter) -> torch.Tensor:
     """Return a trained parameter whole and in fp32; all ranks call this together."""
     if isinstance(engine, ReplicaEngine):
         return engine.weight(parameter).float().cpu().clone()
