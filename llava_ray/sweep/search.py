@@ -50,9 +50,12 @@ def search(
     config: RunConfig, dataset: DatasetRecord, *, work_uri: str, score: Scorer | None
 ) -> Search:
     """Run the trials of a sweep, leaving out those that an earlier run below `work_uri` ended."""
-    nodes = free_nodes()
-    plan = plan_workers(_trial_train(config.train, nodes), nodes)
-    total = total_steps(config.train, plan, dataset.num_train)
+    nodes, train = free_nodes(), config.train
+    if train.cpus_per_worker is None and not any(node.num_gpus for node in nodes):
+        # One CPU for each trial's worker, so that several trials run at a time.
+        train = train.model_copy(update={"cpus_per_worker": 1})
+    plan = plan_workers(train, nodes)
+    total = total_steps(train, plan, dataset.num_train)
     task = TrialTask(
         config=config,
         dataset=dataset,
@@ -70,11 +73,12 @@ def search(
     tuner = _tuner(config, trainable, places, total, Storage(work_uri).uri)
     grid = tuner.fit()
     results = [grid[index] for index in range(len(grid))]
+    devices = [(result.metrics or {}).get("device") for result in results]
     return Search(
         trials=tuple(_row(number, r, total, config) for number, r in enumerate(results)),
         curves=tuple(_curve(result) for result in results),
         steps_per_trial=total,
-        device=_device(results) or plan.device,
+        device=next((name for name in devices if name), "cuda" if plan.each.num_gpus else "cpu"),
     )
 
 
@@ -94,13 +98,6 @@ def concurrent_trials(plan: WorkerPlan, nodes: Sequence[Resources], *, scored: b
     """
     places = room(plan, nodes) // plan.num_workers
     return max(1, places - 1 if scored else places)
-
-
-def _trial_train(train: TrainConfig, nodes: Sequence[Resources]) -> TrainConfig:
-    """Without GPUs give each trial's worker one CPU, so that several trials run at a time."""
-    if train.cpus_per_worker is None and not any(node.num_gpus for node in nodes):
-        return train.model_copy(update={"cpus_per_worker": 1})
-    return train
 
 
 def _tuner(config: RunConfig, trainable: Any, concurrent: int, total: int, work: str) -> tune.Tuner:
@@ -166,11 +163,6 @@ class _TrialProgress(tune.Callback):
         self._done += 1
         self._progress.total = len(trials)  # Those that are drawn so far.
         self._progress.at(self._done)
-
-
-def _device(results: Sequence[Any]) -> str | None:
-    names = [(result.metrics or {}).get("device") for result in results]
-    return next((str(name) for name in names if name), None)
 
 
 def _row(number: int, result: Any, total: int, config: RunConfig) -> Trial:
