@@ -123,7 +123,8 @@ def _tuner(config: RunConfig, trainable: Any, concurrent: int, total: int, work:
             storage_path=work,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=0),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=2, checkpoint_frequency=1),
+            # All are kept: they are paths alone, and another trial may start from an older one.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
             callbacks=[_TrialProgress()],
         ),
     )

@@ -58,12 +58,13 @@ class TrialRun(tune.Trainable):
         """Take the settings; training starts at the first step, after a checkpoint was loaded."""
         assert task is not None
         self._task, self._score = task, score
+        # Training goes on while a checkpoint is scored, or before another trial starts from it.
+        all_kept = score is not None or task.config.sweep.scheduler == "pbt"
         own = {
             "eval_every_steps": task.report_every_steps,
             "checkpoint_every_steps": task.report_every_steps,
-            # Tune's last checkpoint of a trial may be older than the trial's own last one, and
-            # training goes on while a checkpoint is scored.
-            "checkpoints_kept": 3 if score is None else task.reports + 1,
+            # Tune's last checkpoint of a trial may be older than the trial's own last one.
+            "checkpoints_kept": task.reports + 1 if all_kept else 3,
             "trackers": (),
         }
         train = with_settings(task.config.train, {**config, **own})
