@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from llava_ray.artifacts.storage import Storage, cache_folder, check_writable
+from llava_ray.cluster import commands
 from llava_ray.config.run import RunConfig, load_config, to_yaml
 from llava_ray.console import fail, set_up_logging
 from llava_ray.errors import ConfigError, LlavaRayError, ResourceError
@@ -30,10 +31,7 @@ examples:
 """
 _ON_THIS_MACHINE = {
     "quickstart": "the whole line on this machine: captions in, a served quantized LLaVA out",
-    "up": "start Ray on this machine, or find what runs",
-    "down": "stop it, and all that it started",
-    "status": "say whether it runs",
-    "env": "print the exports that clients of it need",
+    **commands.COMMANDS,
 }
 
 
@@ -52,10 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(run(rest))
         except LlavaRayError as error:
             fail(error)
-    elif name in _ON_THIS_MACHINE:
-        from llava_ray.cluster.commands import main as on_this_machine
-
-        on_this_machine([name, *rest])
+    elif name in commands.COMMANDS:
+        commands.main([name, *rest])
     else:
         _run_script(name, scripts.get(name), rest, scripts)
 
@@ -73,7 +69,10 @@ def _run_script(
         runpy.run_path(str(script), run_name="__main__")
         return
     group, _, command = name.rpartition(" ")
-    known = {key: _first_line(path) for key, path in scripts.items()}
+    known = {
+        key: (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
+        for key, path in scripts.items()
+    }
     known = known if group else _ON_THIS_MACHINE | known | {"bench": "measure; 'bench' lists what"}
     if command not in ("-h", "--help"):
         near = difflib.get_close_matches(command, known, n=1)
@@ -82,11 +81,6 @@ def _run_script(
     print(f"usage: llava-ray {group + ' ' if group else ''}COMMAND ...\n")
     print("\n".join(f"  {key:<11}{text}" for key, text in known.items()))
     print(_EXAMPLES)
-
-
-def _first_line(script: Path) -> str:
-    text = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
-    return text.partition("\n")[0]
 
 
 def run_job(
@@ -118,7 +112,6 @@ def run_job(
         return stage(config)
     except LlavaRayError as error:
         fail(error)
-        raise AssertionError from error
 
 
 def connect() -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+from typing import NoReturn
 
 from llava_ray.errors import LlavaRayError
 
@@ -12,7 +13,7 @@ logger = logging.getLogger(__name__)
 EXIT_USER_ERROR = 2
 
 
-def fail(error: LlavaRayError) -> None:
+def fail(error: LlavaRayError) -> NoReturn:
     """Print an expected failure in one line and exit with 2."""
     # Ray wraps a task's error in a class that is also a LlavaRayError but prints its traceback.
     cause = getattr(error, "cause", None) or error

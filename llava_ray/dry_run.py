@@ -59,12 +59,10 @@ def describe_requests(config: RunConfig) -> str:
 def find_base(config: RunConfig) -> Base:
     """Look for the base model on this machine: in the package, a folder or the hub's cache."""
     path = config.model.path
-    folder = EMBEDDED if path == "embedded" else Path(path).expanduser()
-    if not folder.is_dir():
-        cached = _cached(path, config.model.revision)
-        if cached is None:
-            return Base(None, f"{path} is not on this machine")
-        folder = cached
+    named = EMBEDDED if path == "embedded" else Path(path).expanduser()
+    folder = named if named.is_dir() else _cached(path, config.model.revision)
+    if folder is None:
+        return Base(None, f"{path} is not on this machine")
     try:
         vision_shape(folder)
         return _read_base(folder)

@@ -6,7 +6,7 @@ Finished artifacts are found by their ids, so asking for the last stage does onl
 import logging
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from llava_ray import benchmark, choose, deploy, merge, prepare, quantize, sweep, train
 from llava_ray.artifacts.records import (
@@ -26,12 +26,13 @@ from llava_ray.trial_score import scorer_for
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def run_prepare(config: RunConfig) -> DatasetRecord:
     """Turn captions and images into LLaVA JSON."""
-    return _stage("prepare", lambda: prepare.run(config))
+    return _stage("prepare", prepare.run, config)
 
 
 def run_sweep(config: RunConfig) -> SweepResult:
@@ -42,8 +43,7 @@ def run_sweep(config: RunConfig) -> SweepResult:
     if not config.sweep.space:
         raise ConfigError("sweep.space is empty: name keys of train, such as learning_rate")
     score = scorer_for(config)
-    dataset = run_prepare(config)
-    return _stage("sweep", lambda: sweep.run(config, dataset, score))
+    return _stage("sweep", sweep.run, config, run_prepare(config), score)
 
 
 def run_train(config: RunConfig) -> AdapterCheckpoint:
@@ -51,25 +51,22 @@ def run_train(config: RunConfig) -> AdapterCheckpoint:
     dataset = run_prepare(config)
     if config.sweep.space:
         config = sweep.best_config(config, run_sweep(config))
-    return _stage("train", lambda: train.run(config, dataset))
+    return _stage("train", train.run, config, dataset)
 
 
 def run_merge(config: RunConfig) -> MergedModel:
     """Fold the adapter into the base."""
-    adapter = run_train(config)
-    return _stage("merge", lambda: merge.run(config, adapter))
+    return _stage("merge", merge.run, config, run_train(config))
 
 
 def run_quantize(config: RunConfig) -> list[Variant | VariantFailure]:
     """Make all variants, in parallel."""
-    dataset, merged = run_prepare(config), run_merge(config)
-    return _stage("quantize", lambda: quantize.run(config, merged, dataset))
+    return _stage("quantize", quantize.run, config, run_merge(config), run_prepare(config))
 
 
 def run_benchmark(config: RunConfig) -> list[Scorecard | VariantFailure]:
     """Measure all variants."""
-    dataset, variants = run_prepare(config), run_quantize(config)
-    return _stage("benchmark", lambda: benchmark.run(config, variants, dataset))
+    return _stage("benchmark", benchmark.run, config, run_quantize(config), run_prepare(config))
 
 
 def run_choose(config: RunConfig) -> ChosenVariant:
@@ -77,18 +74,17 @@ def run_choose(config: RunConfig) -> ChosenVariant:
     measured = run_benchmark(config)
     scorecards = [card for card in measured if isinstance(card, Scorecard)]
     failures = [failure for failure in measured if isinstance(failure, VariantFailure)]
-    return _stage("choose", lambda: choose.run(config, scorecards, failures))
+    return _stage("choose", choose.run, config, scorecards, failures)
 
 
 def run_deploy(config: RunConfig, chosen: ChosenVariant | None = None) -> DeploymentRecord:
     """Serve the winner, or the variant that was chosen before."""
-    winner = run_choose(config) if chosen is None else chosen
-    return _stage("deploy", lambda: deploy.run(config, winner))
+    return _stage("deploy", deploy.run, config, chosen or run_choose(config))
 
 
-def _stage(name: str, work: Callable[[], T]) -> T:
+def _stage(name: str, run: Callable[P, T], /, *arguments: P.args, **keywords: P.kwargs) -> T:
     start = time.monotonic()
     logger.info("%s: starts", name)
-    result = work()
+    result = run(*arguments, **keywords)
     logger.info("%s: done in %.1f s", name, time.monotonic() - start)
     return result

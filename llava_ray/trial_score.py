@@ -5,7 +5,7 @@ The stages' own functions do it, over a storage of its own that vanishes with th
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llava_ray import benchmark, merge, quantize
 from llava_ray.artifacts.records import DatasetRecord, VariantFailure
@@ -14,51 +14,49 @@ from llava_ray.config.run import RunConfig
 from llava_ray.errors import DataError, VariantError
 from llava_ray.quantize.registry import spec_for
 from llava_ray.sweep.objective import Objective
-from llava_ray.train.midway import seal_midway
+from llava_ray.train import seal_midway
+
+if TYPE_CHECKING:
+    from llava_ray.sweep.trial import Scorer
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TrialScore:
-    """A `sweep.trial.Scorer`."""
+def score_trial(config: RunConfig, dataset: DatasetRecord, checkpoint: str, step: int) -> float:
+    """Return what the captions of the checkpoint's model lack of the best score.
 
-    objective: Objective
-
-    def __call__(
-        self, config: RunConfig, dataset: DatasetRecord, checkpoint: str, step: int
-    ) -> float:
-        """Return what the captions of the checkpoint's model lack of the best score.
-
-        Raises VariantError where the variant cannot be made, DataError without held-out samples.
-        """
-        slug = self.objective.slug or config.benchmark.baseline
-        storage = Storage(_scratch_uri(config, checkpoint))
-        apart = config.model_copy(
-            update={
-                "storage": config.storage.model_copy(update={"uri": storage.uri}),
-                "quantize": config.quantize.model_copy(update={"variants": (slug,)}),
-            }
+    A `sweep.trial.Scorer`. Raises VariantError where the variant cannot be made, DataError without
+    held-out samples.
+    """
+    objective = Objective.parse(config.sweep.objective)
+    slug = objective.slug or config.benchmark.baseline
+    name = hashlib.sha256(checkpoint.encode()).hexdigest()[:12]
+    storage = Storage(f"{config.storage.uri.rstrip('/')}/work/score-{name}")
+    apart = config.model_copy(
+        update={
+            "storage": config.storage.model_copy(update={"uri": storage.uri}),
+            "quantize": config.quantize.model_copy(update={"variants": (slug,)}),
+        }
+    )
+    try:
+        adapter = seal_midway(apart, dataset, checkpoint, step)
+        (variant,) = quantize.run(apart, merge.run(apart, adapter), dataset)
+        if isinstance(variant, VariantFailure):
+            raise VariantError(f"variant {slug!r}: {variant.reason}")
+        scores = benchmark.score_captions(apart, variant, dataset)
+    finally:
+        storage.remove()
+    found = scores.get(objective.measure)
+    if found is None:
+        raise DataError(
+            f"sweep.objective {objective.measure!r}: the held-out captions quote no words to be "
+            "read; use rouge_l or cider_d"
         )
-        try:
-            adapter = seal_midway(apart, dataset, checkpoint, step)
-            (variant,) = quantize.run(apart, merge.run(apart, adapter), dataset)
-            if isinstance(variant, VariantFailure):
-                raise VariantError(f"variant {slug!r}: {variant.reason}")
-            scores = benchmark.score_captions(apart, variant, dataset)
-        finally:
-            storage.remove()
-        found = scores.get(self.objective.measure)
-        if found is None:
-            raise DataError(
-                f"sweep.objective {self.objective.measure!r}: the held-out captions quote no "
-                "words to be read; use rouge_l or cider_d"
-            )
-        logger.info("step %d: %s is %.4f as %s", step, self.objective.measure, found, slug)
-        return self.objective.loss(found)
+    logger.info("step %d: %s is %.4f as %s", step, objective.measure, found, slug)
+    return objective.loss(found)
 
 
-def scorer_for(config: RunConfig) -> TrialScore | None:
+def scorer_for(config: RunConfig) -> "Scorer | None":
     """Return what judges a trial's checkpoints, or None where the training's own loss does.
 
     Raises ConfigError for an objective or a slug that does not exist.
@@ -67,9 +65,4 @@ def scorer_for(config: RunConfig) -> TrialScore | None:
     if objective.measure == "eval_loss":
         return None
     spec_for(objective.slug or config.benchmark.baseline)
-    return TrialScore(objective)
-
-
-def _scratch_uri(config: RunConfig, checkpoint: str) -> str:
-    name = hashlib.sha256(checkpoint.encode()).hexdigest()[:12]
-    return f"{config.storage.uri.rstrip('/')}/work/score-{name}"
+    return score_trial

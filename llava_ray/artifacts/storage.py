@@ -46,12 +46,29 @@ class Storage:
     """
 
     def __init__(self, uri: str) -> None:
+        """Raises ConfigError for a scheme that is unknown or lacks its package."""
+        import fsspec
+
         scheme, separator, rest = uri.partition("://")
         self.is_local = not separator or scheme in ("file", "local")
         if self.is_local:
             uri = str(Path(rest if separator else uri).expanduser().absolute())
         self.uri = uri.rstrip("/")
-        self._fs, self.root = _open_filesystem(self.uri, self.is_local)
+        self._fs: Any
+        if self.is_local:
+            self._fs, self.root = fsspec.filesystem("file"), self.uri
+            return
+        try:
+            self._fs, root = fsspec.core.url_to_fs(self.uri)
+        except ImportError as error:
+            extra = _EXTRAS.get(scheme)
+            cure = f"'pip install llava_ray[{extra}]'" if extra else "its fsspec package"
+            raise ConfigError(f"storage.uri {uri!r}: {scheme}:// needs {cure}") from error
+        except ValueError as error:
+            raise ConfigError(
+                f"storage.uri {uri!r}: unknown scheme {scheme!r}; use a path, s3:// or gs://"
+            ) from error
+        self.root = root.rstrip("/")
 
     def join(self, relative: str) -> str:
         """Return the URI of a path below the root."""
@@ -138,22 +155,3 @@ def check_writable(folder: Path, name: str) -> None:
         raise ConfigError(
             f"{name}: no files can be written to {folder} ({error.strerror}); give another folder"
         ) from error
-
-
-def _open_filesystem(uri: str, is_local: bool) -> tuple[Any, str]:
-    import fsspec
-
-    if is_local:
-        return fsspec.filesystem("file"), uri
-    scheme = uri.partition("://")[0]
-    try:
-        filesystem, root = fsspec.core.url_to_fs(uri)
-    except ImportError as error:
-        extra = _EXTRAS.get(scheme)
-        cure = f"'pip install llava_ray[{extra}]'" if extra else "its fsspec package"
-        raise ConfigError(f"storage.uri {uri!r}: {scheme}:// needs {cure}") from error
-    except ValueError as error:
-        raise ConfigError(
-            f"storage.uri {uri!r}: unknown scheme {scheme!r}; use a path, s3:// or gs://"
-        ) from error
-    return filesystem, root.rstrip("/")

@@ -10,27 +10,39 @@ from llava_ray.console import fail
 from llava_ray.errors import LlavaRayError, ResourceError
 from llava_ray.shipped import shipped
 
+COMMANDS = {
+    "up": "start Ray on this machine, or find what runs",
+    "down": "stop it, and all that it started",
+    "status": "say whether it runs",
+    "env": "print the exports that clients of it need",
+}
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; an expected failure is one line on stderr and exit code 2."""
-    args = _parser().parse_args(argv)
+
+def main(argv: Sequence[str]) -> None:
+    """Run one of COMMANDS; an expected failure is one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(prog=f"llava-ray {argv[0]}", description=COMMANDS[argv[0]])
+    parser.add_argument(
+        "yaml", type=Path, nargs="?", default=shipped("cluster/local.yaml"),
+        help="a cluster YAML whose head is this machine; default: %(default)s",
+    )  # fmt: skip
+    path = parser.parse_args(argv[1:]).yaml
     try:
-        args.run(args)
+        {"up": _up, "down": _down, "status": _status, "env": _env}[argv[0]](path)
     except LlavaRayError as error:
         fail(error)
 
 
-def _up(args: argparse.Namespace) -> None:
-    head = up(args.yaml)
+def _up(path: Path) -> None:
+    head = up(path)
     print(f"Ray runs at {head.address}, jobs go to {head.dashboard}")
 
 
-def _down(args: argparse.Namespace) -> None:
-    print(f"{down(args.yaml)} processes stopped")
+def _down(path: Path) -> None:
+    print(f"{down(path)} processes stopped")
 
 
-def _status(args: argparse.Namespace) -> None:
-    head = running(args.yaml)
+def _status(path: Path) -> None:
+    head = running(path)
     if head is None:
         print("not running")
         return
@@ -38,29 +50,11 @@ def _status(args: argparse.Namespace) -> None:
     print(f"running at {head.address}, jobs go to {head.dashboard}, {processes} processes")
 
 
-def _env(args: argparse.Namespace) -> None:
-    head = running(args.yaml)
+def _env(path: Path) -> None:
+    head = running(path)
     if head is None:
-        raise ResourceError(f"the cluster of {args.yaml} does not run: 'llava-ray up {args.yaml}'")
+        raise ResourceError(f"the cluster of {path} does not run: 'llava-ray up {path}'")
     # A token in the environment would win over the file.
     print("unset RAY_AUTH_TOKEN")
     for name, value in head.environment().items():
         print(f"export {name}={shlex.quote(value)}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="llava-ray", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="command")
-    for name, run, text in (
-        ("up", _up, "start the head, or find the one that runs"),
-        ("down", _down, "stop the head and all that it started"),
-        ("status", _status, "say whether the head runs"),
-        ("env", _env, "print the exports that clients need"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument(
-            "yaml", type=Path, nargs="?", default=shipped("cluster/local.yaml"),
-            help="a cluster YAML whose head is this machine; default: %(default)s",
-        )  # fmt: skip
-        command.set_defaults(run=run)
-    return parser

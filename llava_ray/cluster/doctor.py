@@ -2,7 +2,7 @@
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,20 @@ import yaml
 from pathspec import GitIgnoreSpec
 
 from llava_ray import __version__
-from llava_ray.cluster.demand import Demand, demands_of
 from llava_ray.cluster.groups import Cluster, NodeGroup, read_groups, strings_of
 from llava_ray.cluster.local import WORKER_PORTS
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
 from llava_ray.inference.llama_cpp.trial import features
+from llava_ray.models.folder import EMBEDDED
+from llava_ray.quantize.registry import spec_for
+from llava_ray.resources.capacity import Resources
 
 WORKING_DIR_LIMIT_BYTES = 100 * 2**20
 """Ray uploads larger folders too, but each node downloads them before a job starts."""
+
+LLAVA_7B_BYTES = 14_128_000_000
+"""Weights of llava-1.5-7b-hf in fp16; assumed for a model that is not on this disk."""
 
 _PLACEHOLDER = re.compile(
     r"\b(PROJECT|BUCKET|REGISTRY|VARIANT)\b|OWNER/NAME|203\.0\.113\.\d+", re.ASCII
@@ -45,19 +50,18 @@ def examine(path: Path, config: RunConfig, working_dir: Path, runtime_env: Path)
     Raises ConfigError for a YAML that Ray's own schema refuses.
     """
     cluster = read_groups(path)
-    demands = demands_of(config, gpu=any(group.each.num_gpus for group in cluster.workers))
-    checks: dict[str, Callable[[], Iterator[str]]] = {
-        "authentication": lambda: _authentication(cluster),
-        "open ports": lambda: _open_ports(cluster),
-        "versions": lambda: _versions(cluster),
-        "driver": lambda: _driver(cluster),
-        "spot fallback": lambda: _spot_fallback(cluster),
-        "capacity": lambda: _capacity(cluster, demands),
-        "storage": lambda: _storage(cluster, config),
-        "working_dir": lambda: _working_dir(working_dir, runtime_env),
-        "placeholders": lambda: _placeholders(cluster, config),
+    checks = {
+        "authentication": _authentication(cluster),
+        "open ports": _open_ports(cluster),
+        "versions": _versions(cluster),
+        "driver": _driver(cluster),
+        "spot fallback": _spot_fallback(cluster),
+        "capacity": _capacity(cluster, config),
+        "storage": _storage(cluster, config),
+        "working_dir": _working_dir(working_dir, runtime_env),
+        "placeholders": _placeholders(cluster, config),
     }
-    found = [Finding(name, tuple(check())) for name, check in checks.items()]
+    found = [Finding(name, tuple(problems)) for name, problems in checks.items()]
     return [*found, Finding("llama.cpp on this machine", (), tuple(_llama_cpp()))]
 
 
@@ -153,22 +157,39 @@ def _is_fallback(spot: NodeGroup, other: NodeGroup) -> bool:
     )
 
 
-def _capacity(cluster: Cluster, demands: list[Demand]) -> Iterator[str]:
+def _demands(config: RunConfig, *, gpu: bool) -> Iterator[tuple[str, Resources, int]]:
+    """Yield what train, quantize and serve ask of a node, and how often at a time.
+
+    Raises ConfigError for an unknown variant.
+    """
+    train, serve, gpus = config.train, config.serve, 1 if gpu else 0
+    each = Resources(train.cpus_per_worker or (4 if gpu else 1), gpus)
+    yield "train", each, train.num_workers or 1
+    folder = EMBEDDED if config.model.path == "embedded" else Path(config.model.path).expanduser()
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) or LLAVA_7B_BYTES
+    for slug in dict.fromkeys(config.quantize.variants):
+        yield f"quantize {slug}", spec_for(slug).resources(size, gpu=gpu), 1
+    served = serve.gpus_per_replica
+    each = Resources(serve.cpus_per_replica, gpus if served is None else served)
+    yield "serve", each, serve.max_replicas
+
+
+def _capacity(cluster: Cluster, config: RunConfig) -> Iterator[str]:
     if cluster.head is None:
         return  # Known only once Ray runs there.
-    for demand in demands:
-        fitting = [group for group in cluster.workers if group.room_for(demand.each) > 0]
+    gpu = any(group.each.num_gpus for group in cluster.workers)
+    for what, each, count in _demands(config, gpu=gpu):
+        fitting = [group for group in cluster.workers if group.room_for(each) > 0]
         if not fitting:
             yield (
-                f"{demand.what} asks for {demand.each}: no node group has that "
+                f"{what} asks for {each}: no node group has that "
                 f"({', '.join(map(_describe, cluster.workers)) or 'no workers'})"
             )
             continue
         # Groups on spot and their fallback stand for the same nodes.
-        room = max(group.room_for(demand.each) * group.max_count for group in fitting)
-        if room < demand.count:
-            asked = f"{demand.count} times {demand.each}"
-            yield f"{demand.what} asks for {asked}: room for {room}"
+        room = max(group.room_for(each) * group.max_count for group in fitting)
+        if room < count:
+            yield f"{what} asks for {count} times {each}: room for {room}"
 
 
 def _storage(cluster: Cluster, config: RunConfig) -> Iterator[str]:

@@ -5,9 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from llava_ray.cluster.schema import read_cluster
+from llava_ray.cluster.schema import read_cluster, read_documents
 from llava_ray.errors import ConfigError
 from llava_ray.resources.capacity import Resources
 
@@ -38,13 +36,11 @@ class NodeGroup:
 class Cluster:
     """A cluster YAML, of Ray's launcher or of KubeRay."""
 
-    path: Path
     tree: Tree
     kuberay: bool
     head: NodeGroup | None
     """None where Ray finds out by itself what the head has (provider local)."""
     workers: tuple[NodeGroup, ...]
-    max_workers: int
 
     @property
     def spec(self) -> Tree:
@@ -61,11 +57,10 @@ def read_groups(path: Path) -> Cluster:
     if tree is not None:
         groups = [_pod_group(group) for group in ray_cluster_spec(tree)["workerGroupSpecs"]]
         head = _pod_group({"groupName": "head", **ray_cluster_spec(tree)["headGroupSpec"]})
-        total = sum(group.max_count for group in groups)
-        return Cluster(path, tree, True, head, tuple(groups), total)
+        return Cluster(tree, True, head, tuple(groups))
     tree = read_cluster(path)
     if tree["provider"]["type"] == "local":
-        return Cluster(path, tree, False, None, (), int(tree.get("max_workers", 0)))
+        return Cluster(tree, False, None, ())
     types = tree.get("available_node_types") or {}
     head_name = str(tree.get("head_node_type"))
     if head_name not in types:
@@ -77,7 +72,7 @@ def read_groups(path: Path) -> Cluster:
         _node_group(name, node, max_workers) for name, node in types.items() if name != head_name
     ]
     head = _node_group(head_name, types[head_name], 1)
-    return Cluster(path, tree, False, head, tuple(groups), max_workers)
+    return Cluster(tree, False, head, tuple(groups))
 
 
 def ray_cluster_spec(tree: Tree) -> Tree:
@@ -89,13 +84,7 @@ def ray_cluster_spec(tree: Tree) -> Tree:
 
 def _read_manifest(path: Path) -> Tree | None:
     """Return the ray.io object of a Kubernetes manifest, None for another YAML."""
-    try:
-        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError(f"no cluster YAML at {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-    objects = [d for d in documents if isinstance(d, dict) and "apiVersion" in d]
+    objects = [d for d in read_documents(path) if isinstance(d, dict) and "apiVersion" in d]
     if not objects:
         return None
     for tree in objects:
@@ -158,9 +147,6 @@ def strings_of(node: Any) -> Iterator[str]:
     """Yield every string inside a tree."""
     if isinstance(node, str):
         yield node
-    elif isinstance(node, dict):
-        for value in node.values():
-            yield from strings_of(value)
-    elif isinstance(node, list):
-        for value in node:
+    elif isinstance(node, dict | list):
+        for value in node.values() if isinstance(node, dict) else node:
             yield from strings_of(value)

@@ -151,8 +151,11 @@ def _check_ports(commands: list[str]) -> dict[str, int]:
     for command in commands:
         for option, text in _PORT_OPTION.findall(command):
             variable = _VARIABLE.search(text)
-            variables[option] = variable[1] if variable else f"--{option}"
-            ports[option] = _port(variables[option], _expand(text))
+            name = variables[option] = variable[1] if variable else f"--{option}"
+            value = _expand(text)
+            if not value.isdecimal() or not 1024 <= int(value) <= 65535:
+                raise ConfigError(f"{name}={value!r}: not a port between 1024 and 65535")
+            ports[option] = int(value)
     for option, port in ports.items():
         cure = f"set {variables.get(option, f'--{option}')} to a free one"
         if port in WORKER_PORTS:
@@ -167,12 +170,6 @@ def _check_ports(commands: list[str]) -> dict[str, int]:
                     "or stop what listens there"
                 ) from error
     return ports
-
-
-def _port(name: str, text: str) -> int:
-    if not text.isdecimal() or not 1024 <= int(text) <= 65535:
-        raise ConfigError(f"{name}={text!r}: not a port between 1024 and 65535")
-    return int(text)
 
 
 def _expand(command: str) -> str:

@@ -13,26 +13,32 @@ from llava_ray.errors import ConfigError
 def read_cluster(path: Path) -> dict[str, Any]:
     """Return the tree of a Ray cluster YAML.
 
-    Raises ConfigError with every mistake when Ray's launcher would refuse it.
+    Raises ConfigError with every mistake that Ray's own schema has against it.
     """
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"no cluster YAML at {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-    mistakes = schema_mistakes(tree)
+    from jsonschema import Draft7Validator
+
+    documents = read_documents(path)
+    tree = documents[0] if len(documents) == 1 else documents
+    mistakes = [
+        f"{'.'.join(map(str, error.path)) or 'the file'}: {error.message}"
+        for error in Draft7Validator(_ray_schema()).iter_errors(tree)
+    ]
     if mistakes:
         raise ConfigError(f"{path}: {'; '.join(mistakes)}")
     return dict(tree)
 
 
-def schema_mistakes(tree: Any) -> list[str]:
-    """Return what Ray's own schema has against a cluster's tree."""
-    from jsonschema import Draft7Validator
+def read_documents(path: Path) -> list[Any]:
+    """Return what a YAML file holds.
 
-    errors = Draft7Validator(_ray_schema()).iter_errors(tree)
-    return [f"{'.'.join(map(str, error.path)) or 'the file'}: {error.message}" for error in errors]
+    Raises ConfigError where it cannot be read.
+    """
+    try:
+        return list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"no cluster YAML at {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
 
 
 @cache

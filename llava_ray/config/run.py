@@ -3,13 +3,14 @@
 All mistakes are reported at once, before a worker is asked for.
 """
 
+import contextlib
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from llava_ray.config.section import Count as Count
 from llava_ray.config.section import Positive as Positive
@@ -140,39 +141,45 @@ class ChooseConfig(Section):
     may_choose_baseline: bool = Field(default=False)
 
 
-class ServeConfig(Section):
+class EndpointConfig(Section):
+    """An endpoint's replicas and what they accept, as a run and a Serve application set it."""
+
+    api_key_env: str = Field(default="LLAVA_RAY_API_KEY")
+    """Environment variable with the API key; needed unless host is a loopback address."""
+    min_replicas: Count = Field(default=1)
+    max_replicas: Count = Field(default=1)
+    cpus_per_replica: Positive = Field(default=1)
+    context: Count = Field(default=2048)
+    """Tokens of one conversation, its images included; less where the model has less. Memory grows
+    with it times max_concurrent_requests."""
+    max_concurrent_requests: Count = Field(default=16)
+    """Answers of each model that one replica works on at a time; fewer where memory is short."""
+    max_queued_requests: Count = Field(default=64)
+    """Requests that wait in a replica; more are refused with 429."""
+    max_new_tokens: Count = Field(default=1024)
+    request_timeout_s: Positive = Field(default=120)
+    step_timeout_s: Positive = Field(default=120)
+    """An engine that takes no step for so long is started again."""
+    max_images: Count = Field(default=8)
+    """Of one request, as far as the context goes."""
+    max_image_bytes: Count = Field(default=10_000_000)
+    max_image_pixels: Count = Field(default=40_000_000)
+    image_hosts: tuple[str, ...] = Field(default=())
+    """Hosts whose image URLs are fetched, such as images.example.com; default: data URLs only."""
+
+
+class ServeConfig(EndpointConfig):
     """The endpoint."""
 
     host: str = Field(default="127.0.0.1")
     port: int = Field(default=8000, ge=1, le=65535)
     model_name: str | None = Field(default=None)
     """Default: the variant's slug."""
-    api_key_env: str = Field(default="LLAVA_RAY_API_KEY")
-    """Environment variable with the key; needed unless host is a loopback address."""
-    min_replicas: Count = Field(default=1)
-    max_replicas: Count = Field(default=1)
-    cpus_per_replica: Positive = Field(default=1)
     gpus_per_replica: float | None = Field(default=None, ge=0)
     """Default: 1 where the cluster has GPUs, else 0."""
-    context: Count = Field(default=2048)
-    """Tokens of one conversation; memory grows with it times max_concurrent_requests."""
-    max_concurrent_requests: Count = Field(default=16)
-    """The requests that one replica answers at a time; fewer where its memory has no room."""
-    max_queued_requests: Count = Field(default=64)
-    """Those that wait in one replica; more are refused with 429."""
-    max_new_tokens: Count = Field(default=1024)
-    request_timeout_s: Positive = Field(default=120)
-    step_timeout_s: Positive = Field(default=120)
-    """An engine that takes no step for so long is started again."""
     proxy: Literal["python", "haproxy"] = Field(default="python")
     """What takes HTTP in: Ray Serve's own proxy, or HAProxy, which is faster but also binds pages
     about itself to all interfaces: a firewall has to close their ports."""
-    max_image_bytes: Count = Field(default=10_000_000)
-    max_image_pixels: Count = Field(default=40_000_000)
-    max_images: Count = Field(default=8)
-    """Of one request, as far as the context goes."""
-    image_hosts: tuple[str, ...] = Field(default=())
-    """Hosts whose image URLs are fetched; default: images come as data URLs only."""
     beside: tuple[str, ...] = Field(default=())
     """Slugs of further variants, served under their slugs as `model`."""
     canary: str | None = Field(default=None)
@@ -237,16 +244,10 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+def known_keys() -> list[str]:
     """Return every dotted key, sections left out."""
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            keys += known_keys(kind, f"{prefix}{name}.")
-        else:
-            keys.append(f"{prefix}{name}")
-    return keys
+    tree = RunConfig().model_dump()
+    return [f"{section}.{key}" for section, keys in tree.items() for key in keys]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -276,7 +277,8 @@ def _apply(tree: dict[str, Any], text: str) -> str | None:
         return f"override {text!r}: the value is not YAML"
     # YAML 1.1 reads 1e-4 (without a dot) as text.
     if isinstance(parsed, str):
-        parsed = _number(parsed)
+        with contextlib.suppress(ValueError):
+            parsed = float(parsed)
     node = tree
     *sections, last = key.split(".")
     for section in sections:
@@ -286,13 +288,6 @@ def _apply(tree: dict[str, Any], text: str) -> str | None:
         node = child
     node[last] = parsed
     return None
-
-
-def _number(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 _TYPES = {
@@ -309,15 +304,12 @@ _TYPES = {
 
 
 def _explain(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
+    key, kind = ".".join(str(part) for part in item["loc"]), item["type"]
+    if kind == "extra_forbidden":
         near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         return f"unknown key '{key}'{hint}"
-    message = item["msg"].removeprefix("Value error, ")
-    message = _TYPES.get(item["type"], message)
-    return (
-        f"{key}={item['input']!r}: {message}"
-        if key and item["type"] != "value_error"
-        else (f"{key}: {message}" if key else message)
-    )
+    message: str = _TYPES.get(kind, item["msg"].removeprefix("Value error, "))
+    if not key:
+        return message
+    return f"{key}: {message}" if kind == "value_error" else f"{key}={item['input']!r}: {message}"

@@ -87,6 +87,11 @@ class TrainConfig(Section):
     )
     seed: int = Field(default=0)
 
+    @property
+    def runs_fused(self) -> bool:
+        """Whether layers run with a backward of their own, where the model's are plain LLaMA's."""
+        return self.fused_layers and self.method == "lora" and self.zero_stage != 3
+
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
         stage = self.zero_stage

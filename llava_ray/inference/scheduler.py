@@ -225,7 +225,6 @@ class Scheduler:
     def _decode(self, batches: Sequence[_Batch]) -> _Batch | None:
         import torch  # Not above: who only asks an engine's process needs none.
 
-
         answers: list[Answer] = []
         tokens: list[torch.Tensor] = []
         for batch in batches:

@@ -2,11 +2,11 @@
 
 import logging
 
-from llava_ray.artifacts.records import AdapterCheckpoint, DatasetRecord, MergedModel
-from llava_ray.artifacts.store import ArtifactStore, artifact_id, read_record
+from llava_ray.artifacts.records import AdapterCheckpoint, MergedModel
+from llava_ray.artifacts.store import ArtifactStore, artifact_id
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ResourceError, VariantError
-from llava_ray.merge.fold import MergeTask, merge_task
+from llava_ray.merge.fold import merge_task
 from llava_ray.models.folder import model_folder
 from llava_ray.resources.capacity import Resources, free_nodes
 from llava_ray.resources.tasks import Task, run_task
@@ -30,17 +30,9 @@ def run(config: RunConfig, adapter: AdapterCheckpoint) -> MergedModel:
     if found is not None:
         logger.info("merge: %s is there already", id)
         return found
-    task = MergeTask(
-        id=id,
-        storage_uri=store.storage.uri,
-        merge=config.merge,
-        model=config.model,
-        adapter=adapter,
-        dataset=read_record(DatasetRecord, adapter.dataset_uri),
-        max_image_pixels=config.data.max_image_pixels,
-    )
+    arguments = (config, adapter, id, store.storage.uri)
     try:
-        record = run_task(Task(f"merge {id}", _resources(config), merge_task, (task,)))
+        record = run_task(Task(f"merge {id}", _resources(config), merge_task, arguments))
     except VariantError as error:
         raise ResourceError(f"merge: {error}") from error
     logger.info(

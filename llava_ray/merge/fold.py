@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
-
 from llava_ray.artifacts.records import AdapterCheckpoint, DatasetRecord, MergedModel
-from llava_ray.artifacts.store import ArtifactStore, local_folder
-from llava_ray.config.run import MergeConfig, ModelConfig
+from llava_ray.artifacts.store import ArtifactStore, local_folder, read_record
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import ArtifactError
 from llava_ray.models.conversation import encode_sample, read_samples
 from llava_ray.models.folder import model_folder, vision_shape, weights_sha256
@@ -31,49 +29,38 @@ _CARRIED = ("*.json", "*.jinja", "*.model", "*.txt")
 """Tokenizer, processor, chat template and generation config of the base."""
 
 
-class MergeTask(BaseModel):
-    """All that the task needs to know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    id: str
-    storage_uri: str
-    merge: MergeConfig
-    model: ModelConfig
-    adapter: AdapterCheckpoint
-    dataset: DatasetRecord
-    max_image_pixels: int
-
-
-def merge_task(task: MergeTask) -> MergedModel:
+def merge_task(
+    config: RunConfig, adapter: AdapterCheckpoint, id: str, storage_uri: str
+) -> MergedModel:
     """Merge, compare logits before and after, and write a plain Hugging Face folder."""
     import torch
 
-    base = model_folder(task.model)
-    _check_base(task, base)
-    store = ArtifactStore(task.storage_uri)
-    settings = task.merge.model_dump(mode="json")
+    base = model_folder(config.model)
+    _check_base(config.model.path, base, adapter)
+    store = ArtifactStore(storage_uri)
+    settings = config.merge.model_dump(mode="json")
     with (
         torch.inference_mode(),
-        store.build(MergedModel, task.id, settings=settings, parents=[task.adapter.id]) as build,
+        store.build(MergedModel, id, settings=settings, parents=[adapter.id]) as build,
     ):
         device = _device(base)
         reset_peaks(device)
-        probe = [_moved(inputs, device) for inputs in _probe(task, base)]
-        adapted = adapted_model(base, local_folder(task.adapter), device, hqq=hqq_of(task.adapter))
+        data = local_folder(read_record(DatasetRecord, adapter.dataset_uri))
+        probe = list(_probe(config, data, base, device))
+        adapted = adapted_model(base, local_folder(adapter), device, hqq=hqq_of(adapter))
         before = [_logits(adapted, inputs) for inputs in probe]
         logger.info("merge: folding the adapter in")
         merged = adapted.merge_and_unload() if hasattr(adapted, "peft_config") else adapted
         exact = _differences(merged, probe, before)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-        merged.to(dtype[task.merge.dtype]).save_pretrained(build.folder)
+        merged.to(dtype[config.merge.dtype]).save_pretrained(build.folder)
         rounded = _differences(merged.float(), probe, before)
         _carry(base, build.folder)
         return build.finish(
             MergedModel,
             device=device_name(device),
-            base_model=task.model.path,
-            base_model_sha256=task.adapter.base_model_sha256,
+            base_model=config.model.path,
+            base_model_sha256=adapter.base_model_sha256,
             max_logit_difference=exact[0],
             mean_logit_difference=exact[1],
             rounded_max_logit_difference=rounded[0],
@@ -96,10 +83,6 @@ def _device(base: Path) -> str:
     weights = sum(path.stat().st_size for path in base.glob("*.safetensors")) // 2
     fits = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.25 * 4 * weights
     return "cuda" if fits else "cpu"
-
-
-def _moved(inputs: dict[str, "torch.Tensor"], device: str) -> dict[str, "torch.Tensor"]:
-    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def adapted_model(
@@ -137,32 +120,36 @@ def _load_over(model: Any, path: Path) -> None:
         raise ArtifactError(f"{path}: the base model has no weight {unexpected[0]!r}")
 
 
-def _check_base(task: MergeTask, base: Path) -> None:
-    found, expected = weights_sha256(base), task.adapter.base_model_sha256
+def _check_base(path: str, base: Path, adapter: AdapterCheckpoint) -> None:
+    found, expected = weights_sha256(base), adapter.base_model_sha256
     if found != expected:
         raise ArtifactError(
-            f"model.path {task.model.path!r} has weights {found[:12]}, but {task.adapter.id} was "
-            f"trained on {expected[:12]} ({task.adapter.base_model}): train again, or set "
-            "model.path and model.revision to that base"
+            f"model.path {path!r} has weights {found[:12]}, but {adapter.id} was trained on "
+            f"{expected[:12]} ({adapter.base_model}): train again, or set model.path and "
+            "model.revision to that base"
         )
 
 
-def _probe(task: MergeTask, base: Path) -> Iterator[dict[str, "torch.Tensor"]]:
+def _probe(
+    config: RunConfig, data: Path, base: Path, device: str
+) -> Iterator[dict[str, "torch.Tensor"]]:
     """Give the first held-out samples (training ones where none is held out) as model inputs."""
     import torch
     from transformers import AutoTokenizer
 
-    data = local_folder(task.dataset)
     samples = read_samples(data / "test.json") or read_samples(data / "train.json")
     tokenizer, shape = AutoTokenizer.from_pretrained(base), vision_shape(base)
-    for sample in samples[: task.merge.probe_samples]:
+    for sample in samples[: config.merge.probe_samples]:
         ids, _ = encode_sample(
             tokenizer, sample, tokens_per_image=shape.tokens_per_image, max_length=2048,
-            system=task.model.system_prompt,
+            system=config.model.system_prompt,
         )  # fmt: skip
-        image = open_image(data / "images" / sample.image, max_pixels=task.max_image_pixels)
+        image = open_image(data / "images" / sample.image, max_pixels=config.data.max_image_pixels)
         pixels = normalize(square_pixels(image, shape.image_size))
-        yield {"input_ids": torch.tensor([ids]), "pixel_values": pixels[None]}
+        yield {
+            "input_ids": torch.tensor([ids], device=device),
+            "pixel_values": pixels[None].to(device),
+        }
 
 
 def _logits(model: Any, inputs: dict[str, "torch.Tensor"]) -> "torch.Tensor":

@@ -17,10 +17,9 @@ from llava_ray.artifacts.store import ArtifactStore, artifact_id
 from llava_ray.config.run import DataConfig, RunConfig
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.models.conversation import IMAGE_TOKEN
-from llava_ray.prepare.pictures import StoredRow, hash_image_files, store_images
-from llava_ray.prepare.rows import Rejection, RowReader
+from llava_ray.prepare.pictures import hash_image_files, store_images
+from llava_ray.prepare.rows import Rejection, Row, RowReader
 from llava_ray.prepare.sources import SCENE_TEXT, open_file, open_table
-from llava_ray.prepare.split import split_rows
 from llava_ray.prepare.table import Table
 
 logger = logging.getLogger(__name__)
@@ -67,27 +66,26 @@ def _build(
 ) -> DatasetRecord:
     num_rows = min(table.num_rows, config.limit or table.num_rows)
     with store.build(DatasetRecord, identity, settings=settings) as build:
-        checked = store_images(
-            reader,
-            source=folder,
-            target=build.folder / "images",
-            max_pixels=config.max_image_pixels,
-            num_rows=num_rows,
+        checked = list(
+            store_images(
+                reader,
+                source=folder,
+                target=build.folder / "images",
+                max_pixels=config.max_image_pixels,
+                num_rows=num_rows,
+            )
         )
-        rows: list[StoredRow] = []
-        rejections: list[Rejection] = []
-        for result in checked:
-            if isinstance(result, Rejection):
-                rejections.append(result)
-            else:
-                rows.append(result)
+        rows = [result for result in checked if isinstance(result, Row)]
+        rejections = [result for result in checked if isinstance(result, Rejection)]
         counts = Counter(rejection.reason for rejection in rejections)
         _check_counts(config, rows, rejections, counts)
         train, test = split_rows(rows, test_share=config.test_share, seed=config.seed)
         _write_llava_json(train, build.folder / "train.json")
         _write_llava_json(test, build.folder / "test.json")
-        _write_rejections(rejections, build.folder / "rejected.jsonl")
-        left_out = sum(stored.row.further_exchanges for stored in rows)
+        lines = [json.dumps(asdict(rejection), ensure_ascii=False) for rejection in rejections]
+        text = "".join(f"{line}\n" for line in lines)
+        (build.folder / "rejected.jsonl").write_text(text, encoding="utf-8")
+        left_out = sum(row.further_exchanges for row in rows)
         if left_out:
             logger.warning("prepare: %d further exchanges of conversations left out", left_out)
         logger.info(
@@ -135,7 +133,7 @@ def _content_sha256(table: Table, reader: RowReader, folder: Path | None) -> str
 
 def _check_counts(
     config: DataConfig,
-    rows: Sequence[StoredRow],
+    rows: Sequence[Row],
     rejections: Sequence[Rejection],
     counts: Counter[str],
 ) -> None:
@@ -161,27 +159,37 @@ def _check_counts(
         )
 
 
-def _write_llava_json(rows: Sequence[StoredRow], path: Path) -> None:
-    from datasets import Dataset, disable_progress_bars
-
-    disable_progress_bars()
+def _write_llava_json(rows: Sequence[Row], path: Path) -> None:
     content = [
         {
-            "id": stored.row.id,
-            "image": stored.image,
+            "id": row.id,
+            "image": row.image,
             "conversations": [
-                {"from": "human", "value": f"{IMAGE_TOKEN}\n{stored.row.question}"},
-                {"from": "gpt", "value": stored.row.caption},
+                {"from": "human", "value": f"{IMAGE_TOKEN}\n{row.question}"},
+                {"from": "gpt", "value": row.caption},
             ],
         }
-        for stored in rows
+        for row in rows
     ]
-    # One batch: datasets writes a JSON list only whole.
-    Dataset.from_list(content).to_json(
-        path, lines=False, indent=1, force_ascii=False, batch_size=len(content)
-    )
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-def _write_rejections(rejections: Sequence[Rejection], path: Path) -> None:
-    lines = [json.dumps(asdict(rejection), ensure_ascii=False) for rejection in rejections]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+def split_rows(rows: Sequence[Row], *, test_share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Return train and test rows by a hash of each row's id, at least one of both.
+
+    So a row stays where it is when others are added. `rows` has two or more entries.
+    """
+    places = [_place(row.id, seed) for row in rows]
+    in_test = {i for i, place in enumerate(places) if place < test_share}
+    if not in_test:
+        in_test.add(places.index(min(places)))
+    if len(in_test) == len(rows):
+        in_test.remove(places.index(max(places)))
+    train = [row for i, row in enumerate(rows) if i not in in_test]
+    return train, [rows[i] for i in sorted(in_test)]
+
+
+def _place(row_id: str, seed: int) -> float:
+    """Map an id to [0, 1), the same on every machine."""
+    digest = hashlib.sha256(f"{seed}:{row_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

@@ -5,7 +5,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from llava_ray.console import Progress
@@ -17,15 +17,6 @@ HASHED_BYTES = 64 * 1024
 _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"BM": ".bmp"}
 
 
-@dataclass(frozen=True)
-class StoredRow:
-    """A row whose image lies in the artifact."""
-
-    row: Row
-    image: str
-    """Relative to images/."""
-
-
 def store_images(
     rows: Iterable[Row | Rejection],
     *,
@@ -33,13 +24,13 @@ def store_images(
     target: Path,
     max_pixels: int,
     num_rows: int,
-) -> Iterator[StoredRow | Rejection]:
+) -> Iterator[Row | Rejection]:
     """Decode every image once and copy the good ones below `target`; the order is kept.
 
-    Decoding releases Python's lock, so threads are enough.
+    A row then has its image's path there. Decoding releases Python's lock, so threads are enough.
     """
 
-    def check(row: Row | Rejection) -> StoredRow | Rejection:
+    def check(row: Row | Rejection) -> Row | Rejection:
         if isinstance(row, Rejection):
             return row
         try:
@@ -47,8 +38,8 @@ def store_images(
         except RowProblem as problem:
             return Rejection(row.number, row.id, problem.reason, problem.detail)
 
-    def checked() -> Iterator[StoredRow | Rejection]:
-        waiting: deque[Future[StoredRow | Rejection]] = deque()
+    def checked() -> Iterator[Row | Rejection]:
+        waiting: deque[Future[Row | Rejection]] = deque()
         for row in rows:
             waiting.append(pool.submit(check, row))
             # Bounded, so that image bytes of a large table do not pile up.
@@ -92,7 +83,7 @@ def _ends_of_file(path: Path) -> bytes:
     return digest.digest()
 
 
-def _store(row: Row, source: Path | None, target: Path, max_pixels: int) -> StoredRow:
+def _store(row: Row, source: Path | None, target: Path, max_pixels: int) -> Row:
     content, name = _content(row.image, source)
     try:
         open_image(content, max_pixels=max_pixels)
@@ -101,7 +92,7 @@ def _store(row: Row, source: Path | None, target: Path, max_pixels: int) -> Stor
     path = target / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
-    return StoredRow(row, name)
+    return replace(row, image=name)
 
 
 def _content(image: str | bytes, source: Path | None) -> tuple[bytes, str]:

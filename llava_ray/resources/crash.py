@@ -18,7 +18,7 @@ from pathlib import Path
 
 import llava_ray
 from llava_ray.artifacts.storage import cache_folder
-from llava_ray.errors import LlavaRayError, VariantError
+from llava_ray.errors import VariantError
 
 _SIGNALS = {
     "Segmentation fault": signal.SIGSEGV,
@@ -155,21 +155,6 @@ def run_child(
     if done.returncode:
         raise VariantError(f"{name}: {said.removeprefix('error: ')}")
     return printed, None
-
-
-def failure_reason(error: Exception) -> str:
-    """Say in one line why a Ray task failed."""
-    import ray
-
-    if isinstance(error, ray.exceptions.OutOfMemoryError):
-        return "its process was ended because the node ran out of memory: use a larger node"
-    if isinstance(error, ray.exceptions.WorkerCrashedError):
-        return "its worker process died (killed, or out of memory): see the node's Ray logs"
-    # Ray wraps a task's error in a class that is also the error's own.
-    cause = getattr(error, "cause", None) or error
-    if isinstance(cause, LlavaRayError):
-        return " ".join(str(cause).split())
-    return f"{type(cause).__name__}: {last_line(str(cause))}"
 
 
 def last_line(text: str) -> str:

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from llava_ray.console import set_up_logging
 from llava_ray.errors import ResourceError
 from llava_ray.resources.crash import crash_file, crash_recorded, read_crash
 
@@ -93,24 +94,20 @@ def _run(sender: Any, task: bytes) -> None:
     os.environ.update(environment)
     os.setpgrp()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _set_up()
-    with crash_recorded(name):
-        try:
-            answer = _pickled((True, work(*arguments)))
-        except Exception as error:
-            answer = _pickled((False, _portable(error)))
-    sender.send_bytes(answer)
-
-
-def _set_up() -> None:
-    """Do what Ray does at a worker's start: logging, and as many threads as the task has CPUs."""
-    from llava_ray.console import set_up_logging
-
+    # What Ray does at a worker's start: logging, and as many threads as the task has CPUs.
     set_up_logging()
     if threads := os.environ.get("OMP_NUM_THREADS"):
         import torch
 
         torch.set_num_threads(int(threads))
+    with crash_recorded(name):
+        try:
+            answer = _pickled((True, work(*arguments)))
+        except Exception as error:
+            # Pickle drops the traceback.
+            error.add_note("".join(traceback.format_exception(error)))
+            answer = _pickled((False, error))
+    sender.send_bytes(answer)
 
 
 def _end_with_parent() -> None:
@@ -118,12 +115,6 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os.killpg(0, signal.SIGKILL)
-
-
-def _portable(error: Exception) -> Exception:
-    """Keep the traceback, which pickle drops."""
-    error.add_note("".join(traceback.format_exception(error)))
-    return error
 
 
 def _pickled(answer: tuple[bool, Any]) -> bytes:

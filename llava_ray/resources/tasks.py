@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from llava_ray.errors import LlavaRayError, VariantError
 from llava_ray.resources.capacity import Resources, free_nodes
-from llava_ray.resources.crash import failure_reason
+from llava_ray.resources.crash import last_line
 from llava_ray.resources.forked import run_forked
 
 T = TypeVar("T")
@@ -43,8 +43,10 @@ def run_task(task: Task[T]) -> T:
 
     Raises the work's own LlavaRayError, and else VariantError that says in one line why it failed.
     """
-    result: T = _result(task.start())
-    return result
+    outcome: T | LlavaRayError = _outcome(task.start())
+    if isinstance(outcome, LlavaRayError):
+        raise outcome
+    return outcome
 
 
 def run_tasks(
@@ -76,20 +78,21 @@ def run_tasks(
 
 
 def _outcome(ref: Any) -> Any:
-    try:
-        return _result(ref)
-    except LlavaRayError as error:
-        return error
-
-
-def _result(ref: Any) -> Any:
+    """Wait for a result, or for the error that says why there is none."""
     import ray
 
     try:
         return ray.get(ref)
     except ray.exceptions.RayError as error:
         # Ray's wrapper prints the task's traceback; its cause is the error itself.
-        cause = getattr(error, "cause", None)
+        cause = getattr(error, "cause", None) or error
         if isinstance(cause, LlavaRayError):
-            raise cause from None
-        raise VariantError(failure_reason(error)) from error
+            return cause
+        reason = f"{type(cause).__name__}: {last_line(str(cause))}"
+        if isinstance(error, ray.exceptions.OutOfMemoryError):
+            reason = "its process was ended because the node ran out of memory: use a larger node"
+        elif isinstance(error, ray.exceptions.WorkerCrashedError):
+            reason = "its worker process died (killed, or out of memory): see the node's Ray logs"
+        failure = VariantError(reason)
+        failure.__cause__ = error
+        return failure

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llava_ray.config.run import Count, Positive, Section, Share
+from llava_ray.config.run import Count, EndpointConfig, Section, Share
 
 
 class ModelArgs(Section):
@@ -48,7 +48,7 @@ class CanaryArgs(Section):
     share: Share = Field(default=0.1)
 
 
-class AppArgs(Section):
+class AppArgs(EndpointConfig):
     """Arguments of `build`, the Serve application."""
 
     models: tuple[ModelArgs, ...] = Field(min_length=1)
@@ -56,38 +56,17 @@ class AppArgs(Section):
     canary: CanaryArgs | None = Field(default=None)
     deployment_id: str = Field(default="")
     """Shown in /v1/models, so that two deployments of the same differ."""
-    min_replicas: Count = Field(default=1)
-    max_replicas: Count = Field(default=1)
-    cpus_per_replica: Positive = Field(default=1)
     gpus_per_replica: float = Field(default=0, ge=0)
     """All models of a replica share them."""
     surge: bool = Field(default=False)
     """An upgrade starts new replicas before it stops the old; needs room for both."""
     host: str = Field(default="0.0.0.0")
     """Where the proxy listens; on a loopback address no API key is needed."""
-    api_key_env: str = Field(default="LLAVA_RAY_API_KEY")
-    """Environment variable with the API key."""
     system_prompt: str = Field(default="")
     """Text before the first turn where a request has no system message."""
-    context: Count = Field(default=2048)
-    """Tokens of one conversation, its images included; less where the model has less."""
-    max_concurrent_requests: Count = Field(default=16)
-    """Answers of each model that one replica works on at a time; fewer where memory is short."""
-    max_queued_requests: Count = Field(default=64)
-    """Requests that wait in a replica; more are refused with 429."""
-    max_new_tokens: Count = Field(default=1024)
-    request_timeout_s: Positive = Field(default=120)
-    step_timeout_s: Positive = Field(default=120)
-    """An engine that takes no step for so long is started again."""
     max_choices: Count = Field(default=8)
     """Largest `n`."""
     max_messages: Count = Field(default=64)
-    max_images: Count = Field(default=8)
-    """The limit of one request, as far as the context goes."""
-    max_image_bytes: Count = Field(default=10_000_000)
-    max_image_pixels: Count = Field(default=40_000_000)
-    image_hosts: tuple[str, ...] = Field(default=())
-    """Hosts whose image URLs are fetched, such as images.example.com; default: data URLs only."""
     kept_prefixes: int = Field(default=32, ge=0)
     """Images whose prefill is kept, per replica."""
 

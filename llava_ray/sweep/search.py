@@ -4,20 +4,21 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from ray import tune
+from ray.tune import schedulers
+from ray.tune.search import BasicVariantGenerator
 
 from llava_ray.artifacts.records import DatasetRecord, Trial
 from llava_ray.artifacts.storage import Storage
 from llava_ray.config.run import RunConfig, TrainConfig
+from llava_ray.config.section import need_package
 from llava_ray.console import Progress
-from llava_ray.errors import ConfigError
 from llava_ray.resources.capacity import Resources, free_nodes
 from llava_ray.sweep.space import domains, num_samples
 from llava_ray.sweep.trial import Scorer, TrialRun, TrialTask
 from llava_ray.train.resources import WorkerPlan, plan_workers, room
-
-if TYPE_CHECKING:
-    from ray import tune
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +50,12 @@ def search(
     config: RunConfig, dataset: DatasetRecord, *, work_uri: str, score: Scorer | None
 ) -> Search:
     """Run the trials of a sweep, leaving out those that an earlier run below `work_uri` ended."""
-    from ray import tune
-
-    nodes = free_nodes()
-    plan = plan_workers(_trial_train(config.train, nodes), nodes)
-    total = total_steps(config.train, plan, dataset.num_train)
+    nodes, train = free_nodes(), config.train
+    if train.cpus_per_worker is None and not any(node.num_gpus for node in nodes):
+        # One CPU for each trial's worker, so that several trials run at a time.
+        train = train.model_copy(update={"cpus_per_worker": 1})
+    plan = plan_workers(train, nodes)
+    total = total_steps(train, plan, dataset.num_train)
     task = TrialTask(
         config=config,
         dataset=dataset,
@@ -71,11 +73,12 @@ def search(
     tuner = _tuner(config, trainable, places, total, Storage(work_uri).uri)
     grid = tuner.fit()
     results = [grid[index] for index in range(len(grid))]
+    devices = [(result.metrics or {}).get("device") for result in results]
     return Search(
         trials=tuple(_row(number, r, total, config) for number, r in enumerate(results)),
         curves=tuple(_curve(result) for result in results),
         steps_per_trial=total,
-        device=_device(results) or plan.device,
+        device=next((name for name in devices if name), "cuda" if plan.each.num_gpus else "cpu"),
     )
 
 
@@ -97,18 +100,7 @@ def concurrent_trials(plan: WorkerPlan, nodes: Sequence[Resources], *, scored: b
     return max(1, places - 1 if scored else places)
 
 
-def _trial_train(train: TrainConfig, nodes: Sequence[Resources]) -> TrainConfig:
-    """Without GPUs give each trial's worker one CPU, so that several trials run at a time."""
-    if train.cpus_per_worker is None and not any(node.num_gpus for node in nodes):
-        return train.model_copy(update={"cpus_per_worker": 1})
-    return train
-
-
-def _tuner(
-    config: RunConfig, trainable: Any, concurrent: int, total: int, work: str
-) -> "tune.Tuner":
-    from ray import tune
-
+def _tuner(config: RunConfig, trainable: Any, concurrent: int, total: int, work: str) -> tune.Tuner:
     samples = num_samples(config.sweep)
     if tune.Tuner.can_restore(f"{work}/tune"):
         logger.info("sweep: goes on with the trials that an earlier run left")
@@ -131,15 +123,14 @@ def _tuner(
             storage_path=work,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=0),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=2, checkpoint_frequency=1),
-            callbacks=[_progress()],
+            # All are kept: they are paths alone, and another trial may start from an older one.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
+            callbacks=[_TrialProgress()],
         ),
     )
 
 
 def _scheduler(config: RunConfig, total: int) -> Any:
-    from ray.tune import schedulers
-
     if config.sweep.scheduler == "asha":
         return schedulers.AsyncHyperBandScheduler(
             time_attr="step",
@@ -157,39 +148,22 @@ def _scheduler(config: RunConfig, total: int) -> Any:
 
 
 def _search_algorithm(config: RunConfig, concurrent: int) -> Any:
-    from ray.tune.search import BasicVariantGenerator
-
     if config.sweep.search == "random":
         return BasicVariantGenerator(random_state=config.sweep.seed, max_concurrent=concurrent)
-    try:
-        import optuna  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("sweep.search 'optuna': needs 'pip install llava_ray[optuna]'") from error
+    need_package("sweep.search 'optuna'", "optuna", "llava_ray[optuna]")
     from ray.tune.search.optuna import OptunaSearch
 
     return OptunaSearch(metric="objective", mode="min", seed=config.sweep.seed)
 
 
-def _progress() -> Any:
-    from ray.tune import Callback
+class _TrialProgress(tune.Callback):
+    def __init__(self) -> None:
+        self._done, self._progress = 0, Progress("sweep", 0, "trials", every_s=0)
 
-    class TrialProgress(Callback):
-        def __init__(self) -> None:
-            self._done, self._progress = 0, Progress("sweep", 0, "trials", every_s=0)
-
-        def on_trial_complete(
-            self, iteration: int, trials: list[Any], trial: Any, **_: Any
-        ) -> None:
-            self._done += 1
-            self._progress.total = len(trials)  # Those that are drawn so far.
-            self._progress.at(self._done)
-
-    return TrialProgress()
-
-
-def _device(results: Sequence[Any]) -> str | None:
-    names = [(result.metrics or {}).get("device") for result in results]
-    return next((str(name) for name in names if name), None)
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._done += 1
+        self._progress.total = len(trials)  # Those that are drawn so far.
+        self._progress.at(self._done)
 
 
 def _row(number: int, result: Any, total: int, config: RunConfig) -> Trial:

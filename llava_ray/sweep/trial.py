@@ -6,42 +6,36 @@ its workers' placement group then waits for a dashboard that need not be there. 
 reach Tune too, as paths, so that population based training can start a trial from another's.
 """
 
-import json
 import logging
 import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+import ray
 from ray import tune
+from ray.train import Checkpoint, UserCallback
+from ray.util.queue import Empty, Queue
 
-from llava_ray.artifacts.records import DatasetRecord
+from llava_ray.artifacts.records import DatasetRecord, Frozen
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
 from llava_ray.sweep.space import with_settings
 from llava_ray.train.resources import WorkerPlan
 from llava_ray.train.trainer import fit, make_trainer
 
-if TYPE_CHECKING:
-    from ray.train import Checkpoint, UserCallback
-    from ray.util.queue import Queue
-
 logger = logging.getLogger(__name__)
-
-POINTER = "checkpoint.json"
 
 _LET_GO_S = 20.0
 
 Scorer = Callable[[RunConfig, DatasetRecord, str, int], float]
-"""Takes a trial's config, the data set, a checkpoint's path and its step; smaller is better."""
+"""A function of a trial's config, the data set, a checkpoint's path and its step; smaller is
+better."""
 
 
-class TrialTask(BaseModel):
+class TrialTask(Frozen):
     """What every trial of a sweep shares."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: RunConfig
     dataset: DatasetRecord
@@ -62,16 +56,15 @@ class TrialRun(tune.Trainable):
         self, config: dict[str, Any], task: TrialTask | None = None, score: Scorer | None = None
     ) -> None:
         """Take the settings; training starts at the first step, after a checkpoint was loaded."""
-        from ray.util.queue import Queue
-
         assert task is not None
         self._task, self._score = task, score
+        # Training goes on while a checkpoint is scored, or before another trial starts from it.
+        all_kept = score is not None or task.config.sweep.scheduler == "pbt"
         own = {
             "eval_every_steps": task.report_every_steps,
             "checkpoint_every_steps": task.report_every_steps,
-            # Tune's last checkpoint of a trial may be older than the trial's own last one, and
-            # training goes on while a checkpoint is scored.
-            "checkpoints_kept": 3 if score is None else task.reports + 1,
+            # Tune's last checkpoint of a trial may be older than the trial's own last one.
+            "checkpoints_kept": task.reports + 1 if all_kept else 3,
             "trackers": (),
         }
         train = with_settings(task.config.train, {**config, **own})
@@ -99,22 +92,22 @@ class TrialRun(tune.Trainable):
             assert path is not None
             value = self._judge(path, metrics["step"])
         if last:
-            self._finish()
+            self._thread.join()
+            # A loss that is not finite is a result, not an error.
+            if self._failure is not None and not isinstance(self._failure, ConfigError):
+                raise self._failure
         return {**metrics, "objective": value, "done": last}
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Write where the training's last checkpoint lies."""
-        text = json.dumps({"path": self._path})
-        (Path(checkpoint_dir) / POINTER).write_text(text, encoding="utf-8")
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, str | None]:
+        """Say where the training's last checkpoint lies; Tune keeps it."""
+        return {"path": self._path}
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Go on from a checkpoint, this trial's or another's."""
-        self._path = json.loads((Path(checkpoint) / POINTER).read_text(encoding="utf-8"))["path"]
+        self._path = checkpoint["path"]
 
     def cleanup(self) -> None:
         """Let go of the workers of a trial that Tune ends early."""
-        import ray
-
         if self._thread is None or not self._thread.is_alive() or self._controller is None:
             return
         try:
@@ -132,7 +125,7 @@ class TrialRun(tune.Trainable):
             self._task.plan,
             run_id=f"trial-{self.trial_id}",
             work_uri=f"{self._task.work_uri}/trials/{self.trial_id}-{part}",
-            callbacks=[_forwarder(self._reports)],
+            callbacks=[_Forwarder(self._reports)],
             start_from=self._path,
             export_always=self._score is not None,
         )
@@ -146,10 +139,9 @@ class TrialRun(tune.Trainable):
 
         Tasks that are started inside share its resources, and it has no CPU.
         """
-        import ray
-
-        remote: Any = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(_score)
-        task = remote.remote(self._score, self._run_config, self._task.dataset, path, step)
+        score: Any = self._score
+        remote: Any = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(score)
+        task = remote.remote(self._run_config, self._task.dataset, path, step)
         try:
             value: float = ray.get(task)
         except ray.exceptions.RayTaskError as error:
@@ -157,8 +149,6 @@ class TrialRun(tune.Trainable):
         return value
 
     def _next_report(self) -> tuple[dict[str, Any], str | None, Any]:
-        from ray.util.queue import Empty
-
         assert self._thread is not None
         while True:
             alive = self._thread.is_alive()
@@ -169,31 +159,17 @@ class TrialRun(tune.Trainable):
                 if not alive:
                     raise self._failure or RuntimeError("training ended without a report") from None
 
-    def _finish(self) -> None:
-        """Wait for the end; a loss that is not finite is a result, not an error."""
-        assert self._thread is not None
-        self._thread.join()
-        if self._failure is not None and not isinstance(self._failure, ConfigError):
-            raise self._failure
 
+class _Forwarder(UserCallback):
+    """Runs in Train's controller: sends rank 0's reports and the controller to the trial."""
 
-def _score(score: Scorer, config: RunConfig, dataset: DatasetRecord, path: str, step: int) -> float:
-    return score(config, dataset, path, step)
+    def __init__(self, reports: Queue) -> None:
+        self._reports = reports
 
-
-def _forwarder(reports: "Queue") -> "UserCallback":
-    import ray
-    from ray.train import UserCallback
-
-    class Forward(UserCallback):
-        """Runs in Train's controller: sends rank 0's reports and the controller to the trial."""
-
-        def after_report(
-            self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: "Checkpoint | None"
-        ) -> None:
-            if "eval_loss" in metrics[0]:
-                controller = ray.get_runtime_context().current_actor
-                path = checkpoint.path if checkpoint else None
-                reports.put((dict(metrics[0]), path, controller))
-
-    return Forward()
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
+    ) -> None:
+        if "eval_loss" in metrics[0]:
+            controller = ray.get_runtime_context().current_actor
+            path = checkpoint.path if checkpoint else None
+            self._reports.put((dict(metrics[0]), path, controller))

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from llava_ray.artifacts.records import AdapterCheckpoint, DatasetRecord
 from llava_ray.artifacts.store import ArtifactStore, artifact_id
-from llava_ray.config.run import RunConfig
+from llava_ray.config.run import RunConfig, TrainConfig
+from llava_ray.config.section import need_package
 from llava_ray.models.folder import model_folder, weights_sha256
 from llava_ray.resources.capacity import free_nodes
 from llava_ray.train.curve import draw_curve
-from llava_ray.train.replica import check_optimizer
 from llava_ray.train.resources import plan_workers
-from llava_ray.train.trackers import METRICS, check_trackers, read_metrics
+from llava_ray.train.trackers import METRICS, read_metrics
 
 if TYPE_CHECKING:
     from ray.train import Result
@@ -38,8 +38,7 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
     from llava_ray.train.trainer import fit, make_trainer
 
     train = config.train
-    check_trackers(train)
-    check_optimizer(train)
+    check_packages(train)
     store = ArtifactStore(config.storage.uri)
     settings = shaping_settings(config)
     id = artifact_id(AdapterCheckpoint.kind, settings, [dataset.id])
@@ -54,19 +53,70 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
         trainer = make_trainer(config, dataset, plan, run_id=id, work_uri=work)
         result = fit(trainer, train)
         _collect(result, build.folder, Path(work) if store.storage.is_local else None)
+        metrics = result.metrics or {}
         record = build.finish(
             AdapterCheckpoint,
-            device=str((result.metrics or {})["device"]),
+            device=str(metrics["device"]),
             base_model=config.model.path,
             base_model_sha256=settings["base_model_sha256"],
             dataset_uri=dataset.uri,
             num_workers=plan.num_workers,
             zero_stage=train.zero_stage,
-            **_summary(result),
+            steps=metrics["step"],
+            train_loss=metrics["train_loss"],
+            eval_loss=metrics.get("eval_loss"),
+            samples_per_s=metrics["samples_per_s"],
+            peak_memory_bytes=metrics["peak_memory_bytes"],
         )
     if store.storage.is_local:
         shutil.rmtree(work, ignore_errors=True)
     return record
+
+
+def check_packages(train: TrainConfig) -> None:
+    """Raise ConfigError when the package of a tracker or of the optimizer is missing."""
+    for name in train.trackers:
+        need_package(f"train.trackers {name!r}", name, name)
+    if train.optimizer == "galore":
+        need_package("train.optimizer 'galore'", "galore_torch", "llava_ray[galore]")
+
+
+def seal_midway(
+    config: RunConfig, dataset: DatasetRecord, checkpoint: str, step: int
+) -> AdapterCheckpoint:
+    """Make an adapter of a checkpoint of a run that still goes on, for a sweep to judge.
+
+    The run must have `export_always`; `config`'s storage gets the adapter.
+    """
+    from ray.train import Checkpoint
+
+    from llava_ray.train.checkpoint import read_state
+
+    store = ArtifactStore(config.storage.uri)
+    # Merging reads from `train` what base the adapter was trained over.
+    settings = {
+        "checkpoint": checkpoint, "step": step, "train": config.train.model_dump(mode="json"),
+    }  # fmt: skip
+    name = artifact_id(AdapterCheckpoint.kind, settings, [dataset.id])
+    with (
+        store.build(AdapterCheckpoint, name, settings=settings, parents=[dataset.id]) as build,
+        Checkpoint(checkpoint).as_directory() as folder,
+    ):
+        shutil.copytree(Path(folder) / "artifact", build.folder, dirs_exist_ok=True)
+        state = read_state(Path(folder))
+        assert state.loss is not None
+        return build.finish(
+            AdapterCheckpoint,
+            device="of the trial",
+            base_model=config.model.path,
+            base_model_sha256=weights_sha256(model_folder(config.model)),
+            dataset_uri=dataset.uri,
+            steps=step,
+            train_loss=state.loss,
+            eval_loss=None,
+            samples_per_s=state.samples_per_s,
+            num_workers=len(list(Path(folder).glob("state_*.safetensors"))),
+        )
 
 
 def shaping_settings(config: RunConfig) -> dict[str, Any]:
@@ -87,14 +137,3 @@ def _collect(result: "Result", folder: Path, work: Path | None) -> None:
     if work is not None and (work / "tensorboard").is_dir():
         shutil.copytree(work / "tensorboard", folder / "tensorboard")
     draw_curve(read_metrics(folder / METRICS), folder / "curve.png")
-
-
-def _summary(result: "Result") -> dict[str, Any]:
-    metrics = result.metrics or {}
-    return {
-        "steps": metrics["step"],
-        "train_loss": metrics["train_loss"],
-        "eval_loss": metrics.get("eval_loss"),
-        "samples_per_s": metrics["samples_per_s"],
-        "peak_memory_bytes": metrics["peak_memory_bytes"],
-    }

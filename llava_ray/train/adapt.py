@@ -4,17 +4,19 @@ Works without Ray and DeepSpeed, so the speed benchmark runs the very same model
 """
 
 import logging
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
 
 from llava_ray.config.run import TrainConfig
 from llava_ray.errors import ConfigError
 from llava_ray.models.conversation import IGNORE_INDEX
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +27,8 @@ PROJECTOR = "multi_modal_projector."
 
 
 def load_base(
-    folder: Path, *, dtype: "torch.dtype", device: str | None, nf4: bool = False
-) -> "nn.Module":
+    folder: Path, *, dtype: torch.dtype, device: str | None, nf4: bool = False
+) -> nn.Module:
     """Load the model in a dtype onto a device, or in 4-bit nf4 with double quantization.
 
     `device` None leaves the placement to DeepSpeed's ZeRO-3.
@@ -48,7 +50,7 @@ def load_base(
     return model
 
 
-def adapt(model: "nn.Module", train: TrainConfig) -> "nn.Module":
+def adapt(model: nn.Module, train: TrainConfig) -> nn.Module:
     """Freeze all but what `train` names; wrap in a PeftModel unless method is full.
 
     Raises ConfigError when lora_targets matches no layer.
@@ -64,7 +66,7 @@ def adapt(model: "nn.Module", train: TrainConfig) -> "nn.Module":
     return model
 
 
-def _with_lora(model: "nn.Module", train: TrainConfig) -> "nn.Module":
+def _with_lora(model: nn.Module, train: TrainConfig) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     pattern = lora_pattern(train.lora_targets)
@@ -95,13 +97,13 @@ def lora_pattern(targets: tuple[str, ...]) -> str:
     return rf".*language_model\..*\.({'|'.join(map(re.escape, targets))})"
 
 
-def base_of(model: "nn.Module") -> "nn.Module":
+def base_of(model: nn.Module) -> nn.Module:
     """Return the LlavaForConditionalGeneration inside a PeftModel, or the model itself."""
     inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return inner
 
 
-def parameter_groups(model: "nn.Module", train: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, train: TrainConfig) -> list[dict[str, Any]]:
     """Return AdamW groups: the projector's own rate, and no weight decay on biases and norms."""
     groups: list[dict[str, Any]] = []
     for is_projector, rate in ((False, train.learning_rate), (True, train.projector_learning_rate)):
@@ -118,21 +120,34 @@ def parameter_groups(model: "nn.Module", train: TrainConfig) -> list[dict[str, A
     return groups
 
 
-def _is_matrix(parameter: "nn.Parameter") -> bool:
+def rate_factor(train: TrainConfig, total_steps: int) -> Callable[[int], float]:
+    """Return what gives the multiple of the peak learning rate at a step, counted from 0.
+
+    transformers' schedules, as functions of the step alone.
+    """
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if train.lr_scheduler == "constant" else train.lr_scheduler
+    unused = torch.optim.SGD([torch.zeros(1)])
+    schedule: Any = get_scheduler(
+        name, unused, math.ceil(train.warmup_ratio * total_steps), total_steps
+    )
+    factor: Callable[[int], float] = schedule.lr_lambdas[0]
+    return factor
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
     # ZeRO-3 leaves an empty tensor in place of a parameter and keeps its shape beside it.
     return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
 
 
-def loss_module(model: "nn.Module", train: TrainConfig) -> "nn.Module":
+def loss_module(model: nn.Module, train: TrainConfig) -> nn.Module:
     """Return a module whose forward gives the summed cross entropy of a batch in fp32.
 
     The head runs only on positions that carry a label: with 576 image tokens and a short caption
     that leaves out most of the logits. Padding must stand at the right: under causal attention no
     token sees it, so no mask is needed, and attention runs its fastest kernel.
     """
-    import torch
-    from torch import nn
-    from torch.nn import functional
 
     class CaptionLoss(nn.Module):
         def __init__(self, model: nn.Module) -> None:
@@ -165,24 +180,18 @@ def loss_module(model: "nn.Module", train: TrainConfig) -> "nn.Module":
     return CaptionLoss(model)
 
 
-def fused_decoder(model: "nn.Module", train: TrainConfig) -> Any:
+def fused_decoder(model: nn.Module, train: TrainConfig) -> Any:
     """Return the decoder with a backward of its own, or None where peft's modules must run."""
-    if not train.fused_layers or train.method != "lora" or train.zero_stage == 3:
+    if not train.runs_fused:
         return None
     from llava_ray.train import fused
 
     llava: Any = base_of(model)
-    reason = fused.obstacle(llava)
-    if reason is None and not isinstance(llava.config.vision_feature_layer, int):
-        reason = "several vision layers are read"
-    if reason is not None:
+    if reason := fused.obstacle(llava):
         logger.info("train: layers run through transformers and peft (%s)", reason)
         return None
-    checkpointing = train.gradient_checkpointing
-    recompute: fused.Recompute = "mlp" if checkpointing == "mlp" else "none"
-    if checkpointing is True:
-        recompute = "layer"
-    return fused.Decoder(llava.model.language_model, recompute)
+    recompute: dict[Any, fused.Recompute] = {False: "none", "mlp": "mlp", True: "layer"}
+    return fused.Decoder(llava.model.language_model, recompute[train.gradient_checkpointing])
 
 
 def set_checkpointing(llava: Any, *, on: bool) -> None:
@@ -198,20 +207,9 @@ def set_checkpointing(llava: Any, *, on: bool) -> None:
         getattr(language_model, f"{name}_checkpointing_disable")()
 
 
-def _embeddings(llava: Any, input_ids: "torch.Tensor", pixels: "torch.Tensor") -> "torch.Tensor":
-    """Put the projected image where the image tokens stand.
-
-    Source: transformers, models/llava/modeling_llava.py, LlavaModel.forward.
-    """
-    import torch
-
-    config = llava.config
-    with torch.no_grad():
-        vision = llava.model.vision_tower(pixels.to(llava.dtype), output_hidden_states=True)
-        features = vision.hidden_states[config.vision_feature_layer]
-        if config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]
+def _embeddings(llava: Any, input_ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Put the projected image where the image tokens stand."""
+    images = llava.model.get_image_features(pixels.to(llava.dtype)).pooler_output
     embeddings: torch.Tensor = llava.get_input_embeddings()(input_ids)
-    image: torch.Tensor = llava.model.multi_modal_projector(features).to(embeddings.dtype)
-    places = (input_ids == config.image_token_id)[..., None]
-    return embeddings.masked_scatter(places, image)
+    places = (input_ids == llava.config.image_token_id)[..., None]
+    return embeddings.masked_scatter(places, torch.cat(images).to(embeddings.dtype))

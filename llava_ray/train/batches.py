@@ -5,21 +5,23 @@ the number of samples already seen, also with another number of workers.
 """
 
 import functools
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 
 from llava_ray.errors import ConfigError
 from llava_ray.models.conversation import IGNORE_INDEX, Sample, Turn, encode_prompt, encode_sample
 from llava_ray.models.folder import VisionShape
 from llava_ray.models.images import normalize, open_image, square_pixels
 
-if TYPE_CHECKING:
-    import torch
-
-Batch = dict[str, "torch.Tensor"]
+Batch = dict[str, torch.Tensor]
 """input_ids, attention_mask and labels [batch, length], pixel_values [batch, 3, size, size]."""
 
 _WINDOW = 16
@@ -62,21 +64,12 @@ def _epoch_order(order: StreamOrder, epoch: int) -> list[int]:
     return [index for group in groups for index in group]
 
 
-@dataclass(frozen=True)
-class RankBatches:
-    """The micro-batches of one rank, as lists of sample indices, from a position on."""
-
-    order: StreamOrder
-    start: int
-    batch_size: int
-    rank: int
-    world_size: int
-
-    def __iter__(self) -> Iterator[list[int]]:
-        position = self.start + self.rank * self.batch_size
-        while True:
-            yield [self.order.at(position + i) for i in range(self.batch_size)]
-            position += self.batch_size * self.world_size
+def rank_batches(
+    order: StreamOrder, start: int, batch_size: int, rank: int, world_size: int
+) -> Iterator[list[int]]:
+    """Give the micro-batches of one rank, as lists of sample indices, from a position on."""
+    for position in itertools.count(start + rank * batch_size, batch_size * world_size):
+        yield [order.at(position + i) for i in range(batch_size)]
 
 
 @dataclass(frozen=True)
@@ -95,8 +88,6 @@ class CaptionSamples:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Batch:
-        import torch
-
         sample = self.samples[index]
         ids, labels = encode_sample(
             self.tokenizer,
@@ -140,9 +131,6 @@ def text_lengths(samples: Sequence[Sample]) -> tuple[int, ...]:
 
 def collate(samples: Sequence[Batch], *, pad_token_id: int) -> Batch:
     """Pad to the longest sample at the right."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
     ids = [s["input_ids"] for s in samples]
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
@@ -155,11 +143,9 @@ def collate(samples: Sequence[Batch], *, pad_token_id: int) -> Batch:
 
 
 def train_batches(
-    data: CaptionSamples, batches: RankBatches, *, loader_workers: int, pin_memory: bool
+    data: CaptionSamples, batches: Iterator[list[int]], *, loader_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
     """Give a rank's micro-batches without end."""
-    from torch.utils.data import DataLoader
-
     loader: DataLoader[Batch] = DataLoader(
         data,  # type: ignore[arg-type]
         batch_sampler=batches,

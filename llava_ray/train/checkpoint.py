@@ -6,16 +6,18 @@ workers that wrote it.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
 
+from llava_ray.artifacts.records import AdapterCheckpoint
+from llava_ray.train.adapt import PROJECTOR
 from llava_ray.train.replica import ReplicaEngine
 from llava_ray.train.zero import full_weight, set_adam_step
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 STATE = "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -24,18 +26,18 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class TrainState(BaseModel):
     """Where a run stands."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(extra="forbid")
 
-    step: int
+    step: int = 0
     """Optimizer steps done."""
-    samples: int
+    samples: int = 0
     """The data cursor: samples of the stream that were seen."""
     total_samples: int
     group: int
     """Samples of a step when the run started; the stream's order depends on it."""
-    train_s: float
+    train_s: float = 0
     """Seconds in the loop so far, those of lost work left out."""
-    loss_scale: float | None
+    loss_scale: float | None = None
     """The factor of fp16's loss; None in other dtypes."""
     loss: float | None = None
     """The loss of the last step, nats per supervised token over all workers."""
@@ -53,24 +55,8 @@ class TrainState(BaseModel):
         """Over the whole run, lost work left out."""
         return self.samples / max(self.train_s, 1e-9)
 
-    def advanced(self, samples: int, lap_s: float, *, loss_scale: float | None) -> "TrainState":
-        """Return the state after one more step."""
-        return self.model_copy(
-            update={
-                "step": self.step + 1,
-                "samples": self.samples + samples,
-                "train_s": self.train_s + lap_s,
-                "loss_scale": loss_scale,
-            }
-        )
 
-    def with_loss(self, loss: float, *, is_tail: bool) -> "TrainState":
-        """Return the state once the last step's loss is known."""
-        tail = {"tail_loss": self.tail_loss + loss, "tail_steps": self.tail_steps + 1}
-        return self.model_copy(update={"loss": loss, **(tail if is_tail else {})})
-
-
-def trained_parameters(model: "nn.Module") -> dict[str, "nn.Parameter"]:
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trained parameters by name, in an order that is the same on every rank."""
     return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
 
@@ -80,8 +66,6 @@ def save_state(engine: Any, folder: Path, state: TrainState, *, rank: int, world
 
     All ranks gather each tensor, because ZeRO spreads it over them.
     """
-    from safetensors.torch import save_file
-
     mine: dict[str, torch.Tensor] = {}
     for index, (name, parameter) in enumerate(trained_parameters(engine.module).items()):
         whole = _read(engine, parameter)
@@ -92,7 +76,7 @@ def save_state(engine: Any, folder: Path, state: TrainState, *, rank: int, world
         (folder / STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
 
 
-def _read(engine: Any, parameter: "nn.Parameter") -> "dict[str, torch.Tensor]":
+def _read(engine: Any, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
     if isinstance(engine, ReplicaEngine):
         return engine.tensors(parameter)
     from deepspeed.utils import safe_get_full_optimizer_state
@@ -110,49 +94,72 @@ def read_state(folder: Path) -> TrainState:
 
 def load_state(engine: Any, folder: Path, state: TrainState) -> None:
     """Set weights, moments, step and loss scale; every rank must call it."""
-    import torch
-    from safetensors import safe_open
-
     parameters = trained_parameters(engine.module)
-    if isinstance(engine, ReplicaEngine):
-        _load_replica(engine, folder, parameters, state)
-        return
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
     seen: set[str] = set()
     for path in sorted(folder.glob("state_*.safetensors")):
         with safe_open(path, framework="pt") as tensors, torch.no_grad():
+            kinds: dict[str, list[str]] = {}
             for key in tensors.keys():  # noqa: SIM118 (safe_open gives no iterator)
                 kind, _, name = key.partition("/")
-                value = tensors.get_tensor(key).to(engine.device)
-                if kind == "weight":
-                    safe_set_full_fp32_param(parameters[name], value)
-                    _set_model_weight(parameters[name], value)
-                    seen.add(name)
-                else:
-                    safe_set_full_optimizer_state(parameters[name], value, kind)
+                kinds.setdefault(name, []).append(kind)
+            for name, found in kinds.items():
+                values = {kind: tensors.get_tensor(f"{kind}/{name}") for kind in found}
+                _write(engine, parameters[name], values, state.step)
+            seen |= kinds.keys()
     assert seen == parameters.keys(), f"checkpoint lacks {sorted(parameters.keys() - seen)[:3]}"
-    set_adam_step(engine, state.step)
+    if not isinstance(engine, ReplicaEngine):
+        set_adam_step(engine, state.step)
     if state.loss_scale is not None:
         engine.optimizer.loss_scaler.cur_scale = state.loss_scale
 
 
-def _load_replica(
-    engine: ReplicaEngine, folder: Path, parameters: "dict[str, nn.Parameter]", state: TrainState
+def _write(
+    engine: Any, parameter: nn.Parameter, values: dict[str, torch.Tensor], step: int
 ) -> None:
-    from safetensors.torch import load_file
+    if isinstance(engine, ReplicaEngine):
+        engine.load(parameter, values, step)
+        return
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for path in sorted(folder.glob("state_*.safetensors")):
-        for key, value in load_file(path).items():
-            kind, _, name = key.partition("/")
-            found.setdefault(name, {})[kind] = value
-    assert found.keys() == parameters.keys(), f"checkpoint differs in {found.keys() ^ parameters}"
-    for name, tensors in found.items():
-        engine.load(parameters[name], tensors, state.step)
+    values = {kind: value.to(engine.device) for kind, value in values.items()}
+    weight = values.pop("weight")
+    safe_set_full_fp32_param(parameter, weight)
+    _set_model_weight(parameter, weight)
+    for kind, value in values.items():
+        safe_set_full_optimizer_state(parameter, value, kind)
 
 
-def _set_model_weight(parameter: "nn.Parameter", value: "torch.Tensor") -> None:
+def export(engine: Any, folder: Path, *, base_model: str, rank: int) -> None:
+    """Gather the trained weights on all ranks and write on rank 0 what a run leaves.
+
+    That is a peft adapter (or the weights of a full fine-tune) and the projector.
+    """
+    weights = {}
+    for name, parameter in trained_parameters(engine.module).items():
+        value = full_weight(engine, parameter)
+        if rank == 0:
+            weights[name.removeprefix("model.")] = value
+    if rank != 0:
+        return
+    folder.mkdir()
+    model = engine.module.model
+    projector = {
+        name.removeprefix("base_model.model."): weights.pop(name)
+        for name in list(weights)
+        if PROJECTOR in name
+    }
+    if projector:
+        save_file(projector, folder / AdapterCheckpoint.projector_file)
+    if hasattr(model, "peft_config"):
+        model.peft_config["default"].base_model_name_or_path = base_model
+        model.save_pretrained(
+            folder / AdapterCheckpoint.peft_folder, state_dict=weights, save_embedding_layers=False
+        )
+    else:
+        save_file(weights, folder / AdapterCheckpoint.language_model_file)
+
+
+def _set_model_weight(parameter: nn.Parameter, value: torch.Tensor) -> None:
     """Set what forward reads: DeepSpeed copies it from the fp32 weight only after a step."""
     import deepspeed
 

@@ -6,13 +6,11 @@ from pathlib import Path
 
 def draw_curve(lines: Sequence[dict[str, float]], path: Path) -> None:
     """Draw the training loss, its running mean and the held-out loss as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     train = [(line["step"], line["loss"], line["lr"]) for line in lines if "loss" in line]
     held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps = [step for step, _, _ in train]
     axes.plot(steps, [loss for _, loss, _ in train], color="C0", alpha=0.3, label="train")

@@ -22,11 +22,11 @@ DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "auto": 2}
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Blocks of 64 with 8-bit scales, themselves scaled in blocks of 256 (QLoRA, section 3)."""
 
+BUCKET = 50_000_000
+"""Gradient entries sent at once; there are two such buffers, since sending overlaps computing."""
+
 LIVE_WEIGHTS = 1_000_000_000
 """Weights that ZeRO-3 holds whole at a time (stage3_max_live_parameters)."""
-
-BUCKET = 50_000_000
-"""The size in train/zero.py; there are two, since sending overlaps computing."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,6 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.workspace
 
 
-@dataclass(frozen=True)
-class Load:
-    """What a step is made of."""
-
-    tokens: int
-    """The tokens of a sample, image tokens counted in."""
-    captioned: int
-    """The tokens among them that carry a loss."""
-
-
 def shapes_of(model: ModelConfig) -> Mapping[str, Any]:
     """Return a model's config.json: from its folder, or the table's for llava-1.5-7b-hf.
 
@@ -80,24 +70,20 @@ def shapes_of(model: ModelConfig) -> Mapping[str, Any]:
     )
 
 
-def default_load(sizes: Sizes, train: TrainConfig) -> Load:
-    """Return a sample with a question and caption of usual length, cut at max_length."""
-    whole = sizes.image_tokens + QUESTION_TOKENS + CAPTION_TOKENS
-    return load_of(sizes, min(train.max_length, whole))
+def default_load(sizes: Sizes, train: TrainConfig) -> int:
+    """Count the tokens of a sample with question and caption of usual length."""
+    return min(train.max_length, sizes.image_tokens + QUESTION_TOKENS + CAPTION_TOKENS)
 
 
-def load_of(sizes: Sizes, tokens: int) -> Load:
-    """Return a sample of so many tokens with a question of usual length."""
-    return Load(tokens, max(1, tokens - sizes.image_tokens - QUESTION_TOKENS))
+def estimate(sizes: Sizes, train: TrainConfig, *, workers: int, load: int) -> Memory:
+    """Return the memory of one of so many workers.
 
-
-def estimate(sizes: Sizes, train: TrainConfig, *, workers: int, load: Load) -> Memory:
-    """Return the memory of one of so many workers."""
+    load: tokens of a sample, image tokens counted in, with a question of usual length.
+    """
     width = DTYPE_BYTES[train.precision]
     trained = trained_weights(sizes, train)
-    frozen = 0.0 if train.method == "full" else _frozen_bytes(sizes, train, width)
-    if train.method == "full":
-        frozen = sizes.vision_tower() * width
+    full = train.method == "full"
+    frozen = sizes.vision_tower() * width if full else _frozen_bytes(sizes, train, width)
     whole = frozen + trained * width
     share = workers if train.zero_stage == 3 else 1
     weights = whole / share
@@ -120,9 +106,10 @@ def estimate(sizes: Sizes, train: TrainConfig, *, workers: int, load: Load) -> M
     if train.offload == "optimizer+weights":
         host, weights = host + weights, 0.0
         workspace += min(whole, LIVE_WEIGHTS * width)
-    tokens = train.batch_size * load.tokens
-    activations, layer = activation_bytes(sizes, train, tokens, width)
-    head = head_bytes(sizes, train.batch_size * load.captioned, width)
+    activations, layer = activation_bytes(sizes, train, train.batch_size * load, width)
+    captioned = train.batch_size * max(1, load - sizes.image_tokens - QUESTION_TOKENS)
+    # Of head and cross entropy: logits, their fp32 copy, and gradients of both.
+    head = float(captioned * sizes.vocabulary * (2 * width + 12))
     workspace += max(layer, head)
     return Memory(weights, gradients, optimizer, activations, workspace, host)
 
@@ -158,7 +145,7 @@ def activation_bytes(
     """Return what all layers keep, and what the one under way needs besides."""
     h, i, kv = sizes.hidden, sizes.inner, sizes.kv_width
     lora = 0 if train.method == "full" else train.lora_r
-    fused = runs_fused(train)
+    fused = train.runs_fused and not train.use_dora
     attention = width * (2 * h + 2 * kv) + 4 * sizes.heads
     # Besides attention and the gated unit: fused layers keep the inputs of both norms; peft's
     # modules also both norms' outputs, and the norms' inputs once more in fp32.
@@ -176,17 +163,6 @@ def activation_bytes(
             kept = width * (2 if fused else 1) * h
             under_way += full - kept
     return float(tokens * sizes.layers * kept), float(tokens * under_way)
-
-
-def head_bytes(sizes: Sizes, rows: int, width: int) -> float:
-    """Return what head and cross entropy need: logits, their fp32 copy, and gradients of both."""
-    return float(rows * sizes.vocabulary * (2 * width + 12))
-
-
-def runs_fused(train: TrainConfig) -> bool:
-    """Say whether layers run with a backward of their own (llava_ray/train/fused.py)."""
-    plain_lora = train.method == "lora" and not train.use_dora
-    return train.fused_layers and plain_lora and train.zero_stage != 3
 
 
 def alternatives(train: TrainConfig) -> list[tuple[str, TrainConfig]]:
@@ -218,7 +194,7 @@ def run(config: RunConfig, *, workers: int, tokens: int | None = None) -> str:
     """
     sizes = Sizes.of(shapes_of(config.model))
     train = config.train
-    load = default_load(sizes, train) if tokens is None else load_of(sizes, tokens)
+    load = tokens or default_load(sizes, train)
     trained = trained_weights(sizes, train)
 
     def lora(everywhere: bool) -> str:
@@ -231,7 +207,7 @@ def run(config: RunConfig, *, workers: int, tokens: int | None = None) -> str:
         f"peft's short names also match: {lora(True)}",
         f"AdamW on all, (8 + 4 + 4) bytes each: {sizes.total() * 16 / 2**30:.2f} GiB in fp32, "
         f"{sizes.total() * 8 / 2**30:.2f} GiB in half precision",
-        f"GB per worker of {workers}, batch {train.batch_size}, {load.tokens} tokens:",
+        f"GB per worker of {workers}, batch {train.batch_size}, {load} tokens:",
         f"{'':26}{'weights':>9}{'grads':>9}{'AdamW':>9}{'activ.':>9}{'work':>9}{'GPU':>9}{'host':>9}",
     ]
     for name, other in alternatives(train):

@@ -6,14 +6,14 @@ cannot shard, since it flattens weights into pieces: 8-bit AdamW quantizes its m
 a weight, GaLore projects whole gradient matrices.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import nn
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 from llava_ray.config.run import TrainConfig
-from llava_ray.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 _BASIS = "ortho_matrix"
 """GaLore's projection, which its optimizer keeps in an object of its own."""
@@ -27,18 +27,18 @@ class ReplicaEngine:
 
     def __init__(
         self,
-        module: "nn.Module",
+        module: nn.Module,
         groups: list[dict[str, Any]],
         train: TrainConfig,
-        dtype: "torch.dtype",
+        dtype: torch.dtype,
     ) -> None:
         self.module = module
         self._trained: list[nn.Parameter] = [p for group in groups for p in group["params"]]
         self.device = self._trained[0].device
         self._changed = self._trained
-        if train.optimizer == "adamw":
+        if train.optimizer == "adamw" and dtype != torch.float32:
             # Steps are often smaller than bf16 can add to a weight.
-            self._changed = [_wide(p, dtype) for p in self._trained]
+            self._changed = [nn.Parameter(p.detach().float()) for p in self._trained]
         for parameter in self._trained:
             parameter.data = parameter.data.to(dtype)
         self._masters = dict(zip(map(id, self._trained), self._changed, strict=True))
@@ -50,7 +50,7 @@ class ReplicaEngine:
         self._norm: torch.Tensor | None = None
         module.train()
 
-    def __call__(self, **batch: "torch.Tensor") -> "torch.Tensor":
+    def __call__(self, **batch: torch.Tensor) -> torch.Tensor:
         """Return the module's loss."""
         loss: torch.Tensor = self.module(**batch)
         return loss
@@ -63,7 +63,7 @@ class ReplicaEngine:
         """Turn dropout off."""
         self.module.eval()
 
-    def backward(self, loss: "torch.Tensor") -> None:
+    def backward(self, loss: torch.Tensor) -> None:
         """Add a micro-batch's share to the gradients."""
         (loss / self._accumulation).backward()  # type: ignore[no-untyped-call]
         for parameter, master in zip(self._trained, self._changed, strict=True):
@@ -80,10 +80,8 @@ class ReplicaEngine:
         self._micro_steps += 1
         if self._micro_steps % self._accumulation:
             return
-        import torch
-        from torch.nn.utils import clip_grad_norm_
 
-        average_gradients(self._changed)
+        _average_gradients(self._changed)
         self._norm = clip_grad_norm_(self._changed, self._max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -95,14 +93,12 @@ class ReplicaEngine:
         """Return the norm of the last step's gradient before clipping."""
         return None if self._norm is None else float(self._norm)
 
-    def weight(self, parameter: "nn.Parameter") -> "torch.Tensor":
+    def weight(self, parameter: nn.Parameter) -> torch.Tensor:
         """Return a trained weight in the precision that AdamW changes it in."""
         return self._masters[id(parameter)].detach()
 
-    def tensors(self, parameter: "nn.Parameter") -> "dict[str, torch.Tensor]":
+    def tensors(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
         """Return a weight and its optimizer's state by kind, on the CPU."""
-        import torch
-
         state = self.optimizer.state.get(self._masters[id(parameter)], {})
         found = {kind: value for kind, value in state.items() if isinstance(value, torch.Tensor)}
         basis = getattr(state.get("projector"), _BASIS, None)
@@ -112,12 +108,8 @@ class ReplicaEngine:
         found["weight"] = self.weight(parameter)
         return {kind: value.detach().cpu().clone().contiguous() for kind, value in found.items()}
 
-    def load(
-        self, parameter: "nn.Parameter", tensors: "dict[str, torch.Tensor]", step: int
-    ) -> None:
+    def load(self, parameter: nn.Parameter, tensors: dict[str, torch.Tensor], step: int) -> None:
         """Set what `tensors` returned, and how many steps were done."""
-        import torch
-
         master = self._masters[id(parameter)]
         with torch.no_grad():
             master.copy_(tensors.pop("weight").view_as(master))
@@ -137,7 +129,7 @@ class ReplicaEngine:
             state |= {k: v.view_as(master) for k, v in state.items() if k != "step"}
         self.optimizer.state[master] = state
 
-    def _projector(self, parameter: "nn.Parameter", basis: "torch.Tensor") -> Any:
+    def _projector(self, parameter: nn.Parameter, basis: torch.Tensor) -> Any:
         from galore_torch.galore_projector import GaLoreProjector
 
         group = next(
@@ -151,68 +143,37 @@ class ReplicaEngine:
         return projector
 
 
-def average_gradients(parameters: "list[nn.Parameter]") -> None:
+def _average_gradients(parameters: list[nn.Parameter]) -> None:
     """Average gradients over all workers in one message."""
-    import torch
-    import torch.distributed
-
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if world == 1 or not gradients:
-        return
-    flat = torch.cat([g.flatten() for g in gradients])
-    torch.distributed.all_reduce(flat)
-    flat /= world
-    parts = torch.split(flat, [g.numel() for g in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
-
-
-def _wide(parameter: "nn.Parameter", dtype: "torch.dtype") -> "nn.Parameter":
-    import torch
-
-    if dtype == torch.float32:
-        return parameter
-    return torch.nn.Parameter(parameter.detach().float())
-
-
-def check_optimizer(train: TrainConfig) -> None:
-    """Raise ConfigError when the optimizer's package is missing."""
-    if train.optimizer != "galore":
-        return
-    try:
-        import galore_torch  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "train.optimizer 'galore': needs 'pip install llava_ray[galore]' on the driver's and "
-            "the workers' image"
-        ) from error
+    if world > 1 and gradients:
+        flat = parameters_to_vector(gradients)
+        torch.distributed.all_reduce(flat)
+        vector_to_parameters(flat.div_(world), gradients)
 
 
 def _optimizer(
-    module: "nn.Module", groups: list[dict[str, Any]], train: TrainConfig
-) -> "torch.optim.Optimizer":
-    import torch
-
-    betas, eps = (0.9, 0.999), 1e-8
+    module: nn.Module, groups: list[dict[str, Any]], train: TrainConfig
+) -> torch.optim.Optimizer:
     if train.optimizer == "adamw":
         on_gpu = all(p.is_cuda for group in groups for p in group["params"])
-        return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=on_gpu)
+        return torch.optim.AdamW(groups, fused=on_gpu)
     if train.optimizer == "adamw8bit":
         from bitsandbytes.optim.adamw import AdamW8bit
 
-        eight_bit: torch.optim.Optimizer = AdamW8bit(groups, betas=betas, eps=eps)  # type: ignore[no-untyped-call]
+        eight_bit: torch.optim.Optimizer = AdamW8bit(groups)  # type: ignore[no-untyped-call]
         return eight_bit
     from galore_torch import GaLoreAdamW
 
     galore: torch.optim.Optimizer = GaLoreAdamW(
-        _galore_groups(module, groups, train), betas=betas, eps=eps, no_deprecation_warning=True
+        _galore_groups(module, groups, train), eps=1e-8, no_deprecation_warning=True
     )
     return galore
 
 
 def _galore_groups(
-    module: "nn.Module", groups: list[dict[str, Any]], train: TrainConfig
+    module: nn.Module, groups: list[dict[str, Any]], train: TrainConfig
 ) -> list[dict[str, Any]]:
     """Split the layers' matrices off: embedding, head, norms and projector keep plain AdamW.
 

@@ -15,11 +15,6 @@ class WorkerPlan:
     num_workers: int
     each: Resources
 
-    @property
-    def device(self) -> str:
-        """The kind of device that a worker computes on."""
-        return "cuda" if self.each.num_gpus else "cpu"
-
     def resources(self) -> dict[str, float]:
         """Return one worker's resources as Ray Train names them."""
         gpus = {"GPU": self.each.num_gpus} if self.each.num_gpus else {}

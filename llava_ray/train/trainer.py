@@ -1,7 +1,11 @@
 """The Ray Train trainer of a run, and what its failures mean."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig, TrainingFailedError
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from llava_ray.artifacts.records import DatasetRecord
 from llava_ray.artifacts.storage import Storage, disk_errors
@@ -9,10 +13,6 @@ from llava_ray.config.run import RunConfig, TrainConfig
 from llava_ray.errors import ConfigError, LlavaRayError
 from llava_ray.train.resources import WorkerPlan
 from llava_ray.train.worker import WorkerTask, train_worker
-
-if TYPE_CHECKING:
-    from ray.train import Result
-    from ray.train.torch import TorchTrainer
 
 
 def make_trainer(
@@ -25,22 +25,16 @@ def make_trainer(
     callbacks: Sequence[Any] = (),
     start_from: str | None = None,
     export_always: bool = False,
-) -> "TorchTrainer":
+) -> TorchTrainer:
     """Return a trainer that goes on from the last checkpoint below `work_uri`, if there is one.
 
     Without one it starts at the checkpoint `start_from`, or from the base model.
     """
-    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
     work = Storage(work_uri)
     task = WorkerTask(
         run_id=run_id,
-        train=config.train,
-        model=config.model,
+        config=config,
         dataset=dataset,
-        max_image_pixels=config.data.max_image_pixels,
         live_folder=work.uri if work.is_local else None,
         start_from=start_from,
         export_always=export_always,
@@ -66,14 +60,12 @@ def make_trainer(
     )
 
 
-def fit(trainer: "TorchTrainer", train: TrainConfig) -> "Result":
+def fit(trainer: TorchTrainer, train: TrainConfig) -> Result:
     """Run a trainer to its end.
 
     Raises the worker's own error where the user can fix it, ResourceError for a full disk,
     ConfigError for a loss that is no longer finite.
     """
-    from ray.train import TrainingFailedError
-
     try:
         result = trainer.fit()
     except TrainingFailedError as error:

@@ -7,55 +7,47 @@ needs only the weights, AdamW's moments and the cursor.
 import contextlib
 import logging
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+import torch
+import torch.distributed
 
-from llava_ray.artifacts.records import DatasetRecord
+from llava_ray.artifacts.records import DatasetRecord, Frozen
 from llava_ray.artifacts.store import local_folder
-from llava_ray.config.run import ModelConfig, TrainConfig
+from llava_ray.config.run import RunConfig
 from llava_ray.console import Progress
 from llava_ray.models import low_bits
 from llava_ray.models.conversation import IGNORE_INDEX, read_samples
 from llava_ray.models.folder import model_folder, vision_shape
 from llava_ray.resources.devices import device_name
 from llava_ray.resources.memory import peak_bytes
-from llava_ray.train import adapt, checkpoint, export, replica, zero
+from llava_ray.train import adapt, checkpoint, replica, zero
 from llava_ray.train.batches import (
     Batch,
     CaptionSamples,
-    RankBatches,
     StreamOrder,
     eval_batches,
+    rank_batches,
     text_lengths,
     train_batches,
 )
 from llava_ray.train.checkpoint import TrainState
-from llava_ray.train.schedule import rate_factor, warmup_steps
-from llava_ray.train.trackers import METRICS, MetricsFile, Tracker, open_trackers
-
-if TYPE_CHECKING:
-    import torch
+from llava_ray.train.trackers import METRICS, Log, open_trackers, read_metrics, write_metrics
 
 logger = logging.getLogger(__name__)
 
 
-class WorkerTask(BaseModel):
+class WorkerTask(Frozen):
     """All that a worker needs to know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     run_id: str
-    train: TrainConfig
-    model: ModelConfig
+    config: RunConfig
     dataset: DatasetRecord
-    max_image_pixels: int
     live_folder: str | None
     """Where trackers write while the run lasts; None: a folder of the worker."""
     start_from: str | None = None
@@ -70,7 +62,7 @@ class DistributedContext:
 
     rank: int
     world_size: int
-    device: "torch.device"
+    device: torch.device
     report: Callable[[dict[str, Any], Path | None], None]
     """Takes values, and the folder with this rank's part of a checkpoint where one is made."""
 
@@ -95,9 +87,7 @@ def train_worker(task: WorkerTask) -> None:
         start = ray.train.Checkpoint(task.start_from)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(start.as_directory())) if start else None
-        loop = Loop(task, distributed, folder)
-        stack.callback(loop.close)
-        loop.run()
+        Loop(task, distributed, folder).run()
 
 
 class _Diverged(Exception):
@@ -110,11 +100,13 @@ class Loop:
     def __init__(
         self, task: WorkerTask, distributed: DistributedContext, resume_from: Path | None
     ) -> None:
-        self.task, self.train, self.distributed = task, task.train, distributed
+        self.task, self.train, self.distributed = task, task.config.train, distributed
         self.rank, self.world_size = distributed.rank, distributed.world_size
         self.device = distributed.device
         self.gpu = self.device.type == "cuda"
-        self.precision = zero.precision_of(self.train, gpu=self.gpu)
+        self.precision: zero.Precision = "bf16" if self.gpu else "fp32"
+        if self.train.precision != "auto":
+            self.precision = self.train.precision
         zero.prepare_environment(gpu=self.gpu)
         data = local_folder(task.dataset)
         self.data = self._samples(data / "train.json")
@@ -122,20 +114,20 @@ class Loop:
         self.data.check_room()
         self.engine = self._engine()
         self.base_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
-        self.metrics = MetricsFile(resume_from / METRICS if resume_from else None)
+        self.metrics: list[dict[str, float]] = []
+        """The lines of metrics.jsonl, which travel in every checkpoint."""
         self.state = self._first_state()
         self.unread: tuple[torch.Tensor, float] | None = None
         """The last step's summed loss, still on the device, and its number of tokens."""
         if resume_from is not None:
-            self._resume(resume_from)
+            self.state = checkpoint.read_state(resume_from)
+            checkpoint.load_state(self.engine, resume_from, self.state)
+            if self.rank == 0:
+                self.metrics = read_metrics(resume_from / METRICS)
+                logger.info("train: resumed at step %d", self.state.step)
         self.total_steps = -(-self.state.total_samples // self.per_step)
-        self.live_folder = Path(task.live_folder or tempfile.mkdtemp(prefix="llava_ray_"))
-        self.trackers: list[Tracker] = []
-        if self.rank == 0:
-            self.trackers = open_trackers(
-                self.train, run_id=task.run_id, folder=self.live_folder,
-                first_step=self.state.step + 1,
-            )  # fmt: skip
+        self.rate_factor = adapt.rate_factor(self.train, self.total_steps)
+        self.trackers: list[Log] = []
 
     @property
     def per_step(self) -> int:
@@ -145,11 +137,19 @@ class Loop:
 
     def run(self) -> None:
         """Step until the stream's last sample, then export and report the final checkpoint."""
-        try:
-            self._run_steps()
-            self._report(self._evaluate(), save=True, final=True)
-        except _Diverged:
-            self._report({"diverged": True, "eval_loss": math.nan})
+        with contextlib.ExitStack() as stack:
+            if self.rank == 0:
+                folder = self.task.live_folder or stack.enter_context(
+                    tempfile.TemporaryDirectory(prefix="llava_ray_")
+                )
+                self.trackers = open_trackers(
+                    stack, self.train, self.task.run_id, Path(folder), self.state.step + 1
+                )
+            try:
+                self._run_steps()
+                self._report(self._evaluate(), save=True, final=True)
+            except _Diverged:
+                self._report({"diverged": True, "eval_loss": math.nan})
 
     def _run_steps(self) -> None:
         batches = self._batches()
@@ -160,7 +160,9 @@ class Loop:
         while self.state.samples < self.state.total_samples:
             lap = time.monotonic()
             values = self._step(batches)
-            self._advance(time.monotonic() - lap)
+            self.state.step += 1
+            self.state.samples += self.per_step
+            self.state.train_s += time.monotonic() - lap
             step = self.state.step
             evaluate = bool(eval_every and step % eval_every == 0)
             save = evaluate or step % save_every == 0
@@ -176,37 +178,32 @@ class Loop:
         if not self.state.tail_steps:
             raise _Diverged
 
-    def close(self) -> None:
-        """Close the trackers."""
-        for tracker in self.trackers:
-            tracker.close()
-        if self.task.live_folder is None:
-            shutil.rmtree(self.live_folder, ignore_errors=True)
-
     def _samples(self, path: Path) -> CaptionSamples:
         from transformers import AutoTokenizer
 
-        folder = model_folder(self.task.model)
+        folder = model_folder(self.task.config.model)
         return CaptionSamples(
             samples=read_samples(path),
             images=path.parent / "images",
             tokenizer=AutoTokenizer.from_pretrained(folder),
             shape=vision_shape(folder),
             max_length=self.train.max_length,
-            max_image_pixels=self.task.max_image_pixels,
-            system=self.task.model.system_prompt,
+            max_image_pixels=self.task.config.data.max_image_pixels,
+            system=self.task.config.model.system_prompt,
         )
 
     def _engine(self) -> Any:
-        import torch
-
         config = zero.zero_config(self.train, self.precision, gpu=self.gpu)
         # While this object lives, from_pretrained shards each weight as it is read; without it
         # every rank of ZeRO-3 would hold the whole model in RAM.
-        shards = zero.shard_on_load(config) if self.train.zero_stage == 3 else None
+        shards = None
+        if self.train.zero_stage == 3:
+            from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+            shards = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]
         torch.manual_seed(self.train.seed)
         model = adapt.load_base(
-            model_folder(self.task.model),
+            model_folder(self.task.config.model),
             dtype=zero.torch_dtype(self.precision),
             device=None if shards else str(self.device),
             nf4=self.train.method == "qlora",
@@ -231,16 +228,7 @@ class Loop:
         total = int(self.train.epochs * len(self.data))
         if self.train.max_steps is not None:
             total = min(total, self.train.max_steps * self.per_step)
-        return TrainState(
-            step=0, samples=0, total_samples=max(1, total), group=self.per_step, train_s=0,
-            loss_scale=None,
-        )  # fmt: skip
-
-    def _resume(self, folder: Path) -> None:
-        self.state = checkpoint.read_state(folder)
-        checkpoint.load_state(self.engine, folder, self.state)
-        if self.rank == 0:
-            logger.info("train: resumed at step %d", self.state.step)
+        return TrainState(total_samples=max(1, total), group=self.per_step)
 
     def _batches(self) -> Iterator[Batch]:
         order = StreamOrder(
@@ -249,32 +237,19 @@ class Loop:
             group=self.state.group,
             by_length=self.train.group_by_modality_length,
         )
-        return train_batches(
-            self.data,
-            RankBatches(
-                order, self.state.samples, self.train.batch_size, self.rank, self.world_size
-            ),
-            loader_workers=self._loader_workers(),
-            pin_memory=self.gpu,
+        workers = self.train.loader_workers
+        if workers is None:
+            workers = 4 if self.gpu else 0
+        mine = rank_batches(
+            order, self.state.samples, self.train.batch_size, self.rank, self.world_size
         )
-
-    def _loader_workers(self) -> int:
-        if self.train.loader_workers is not None:
-            return self.train.loader_workers
-        return 4 if self.gpu else 0
+        return train_batches(self.data, mine, loader_workers=workers, pin_memory=self.gpu)
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, float] | None:
         """Take one optimizer step; return its measurements where they are logged."""
-        import torch
-        import torch.distributed
-
         step = self.state.step
-        factor = rate_factor(
-            # Not the step: after a resume with other workers a step has another size.
-            self.train.lr_scheduler, self.state.samples // self.per_step,
-            total_steps=self.total_steps,
-            warmup_steps=warmup_steps(self.train.warmup_ratio, self.total_steps),
-        )  # fmt: skip
+        # Not the step: after a resume with other workers a step has another size.
+        factor = self.rate_factor(self.state.samples // self.per_step)
         for group, rate in zip(self.engine.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
         # Dropout follows from seed, step and rank, so a resumed run draws the same.
@@ -328,19 +303,14 @@ class Loop:
             if self.precision == "fp16":
                 return
             raise _Diverged
+        self.state.loss = loss
         left = -(-(self.state.total_samples - self.state.samples) // self.per_step)
-        self.state = self.state.with_loss(loss, is_tail=left < max(1, self.total_steps // 10))
-
-    def _advance(self, lap_s: float) -> None:
-        fp16 = self.precision == "fp16"
-        scale = float(self.engine.optimizer.loss_scaler.cur_scale) if fp16 else None
-        self.state = self.state.advanced(self.per_step, lap_s, loss_scale=scale)
+        if left < max(1, self.total_steps // 10):
+            self.state.tail_loss += loss
+            self.state.tail_steps += 1
 
     def _evaluate(self) -> dict[str, float]:
         """Return the held-out loss, in nats per supervised token over all workers."""
-        import torch
-        import torch.distributed
-
         if not len(self.held_out):
             return {}
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -361,9 +331,9 @@ class Loop:
         return values
 
     def _log(self, step: int, values: dict[str, float]) -> None:
-        self.metrics.log(step, values)
-        for tracker in self.trackers:
-            tracker.log(step, values)
+        self.metrics.append({"step": step, **values})
+        for log in self.trackers:
+            log(step, values)
 
     def _report(self, values: dict[str, Any], *, save: bool = False, final: bool = False) -> None:
         """Report from every rank, with this rank's part of a checkpoint if one is to be made."""
@@ -378,16 +348,16 @@ class Loop:
             if not save:
                 self.distributed.report(values, None)
                 return
+            if self.precision == "fp16":
+                self.state.loss_scale = float(self.engine.optimizer.loss_scaler.cur_scale)
             checkpoint.save_state(
                 self.engine, folder, self.state, rank=self.rank, world_size=self.world_size
             )
             if final or self.task.export_always:
-                export.export(
-                    self.engine, folder / "artifact", base_model=self.task.model.path,
-                    rank=self.rank,
-                )  # fmt: skip
+                path = self.task.config.model.path
+                checkpoint.export(self.engine, folder / "artifact", base_model=path, rank=self.rank)
             if self.rank == 0:
-                self.metrics.write(folder)
+                write_metrics(self.metrics, folder / METRICS)
             self.distributed.report(values, folder)
 
     def _to_device(self, batch: Batch) -> Batch:

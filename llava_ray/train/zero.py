@@ -7,37 +7,25 @@ starts CUDA there (https://github.com/ray-project/ray/issues/50406).
 import logging
 import os
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from torch import nn
 
 from llava_ray.config.run import TrainConfig
+from llava_ray.train.estimate import BUCKET
 from llava_ray.train.replica import ReplicaEngine
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 logger = logging.getLogger(__name__)
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
-_BUCKET = 50_000_000
-"""Gradient entries that are sent at once."""
-
 _KEPT_WHOLE = 1_000_000
 """ZeRO-3 does not share out smaller weights: LoRA's would be gathered one by one at each use."""
 
 
-def precision_of(train: TrainConfig, *, gpu: bool) -> Precision:
-    """Resolve precision `auto`."""
-    if train.precision == "auto":
-        return "bf16" if gpu else "fp32"
-    return train.precision
-
-
-def torch_dtype(precision: Precision) -> "torch.dtype":
+def torch_dtype(precision: Precision) -> torch.dtype:
     """Return the weights' dtype."""
-    import torch
-
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
@@ -48,7 +36,7 @@ def zero_config(train: TrainConfig, precision: Precision, *, gpu: bool) -> dict[
         "contiguous_gradients": True,
         "overlap_comm": gpu,
         # DeepSpeed's default takes 2 GB for buffers that LoRA's gradients do not fill.
-        "reduce_bucket_size": _BUCKET,
+        "reduce_bucket_size": BUCKET,
     }
     if train.zero_stage == 3:
         stage["stage3_param_persistence_threshold"] = _KEPT_WHOLE
@@ -83,22 +71,14 @@ def prepare_environment(*, gpu: bool) -> None:
         deepspeed.ops.__compatible_ops__ = {}
 
 
-def shard_on_load(config: dict[str, Any]) -> Any:
-    """Return an object during whose life `from_pretrained` shards weights as ZeRO-3 does."""
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-    return HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]
-
-
-def make_engine(module: "nn.Module", groups: list[dict[str, Any]], config: dict[str, Any]) -> Any:
+def make_engine(module: nn.Module, groups: list[dict[str, Any]], config: dict[str, Any]) -> Any:
     """Return a DeepSpeed engine with AdamW over the given parameter groups."""
     import deepspeed
-    import torch
 
     deepspeed.init_distributed()
     on_gpu = all(p.is_cuda for group in groups for p in group["params"])
     fused = on_gpu and "offload_optimizer" not in config["zero_optimization"]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+    optimizer = torch.optim.AdamW(groups, fused=fused)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     _make_moments(engine)
     # transformers loads for inference, where nothing is dropped.
@@ -112,8 +92,6 @@ def _make_moments(engine: Any) -> None:
     ZeRO-2 else links the moments after stepping its first parameter group, when the others have
     none yet; ZeRO-3 makes them by a step of its own, which must not count.
     """
-    import torch
-
     zero, stage2 = engine.optimizer, engine.zero_optimization_stage() == 2
     flats = zero.single_partition_of_fp32_groups if stage2 else zero.fp32_partitioned_groups_flat
     for flat in flats:
@@ -136,7 +114,7 @@ def set_adam_step(engine: Any, step: int) -> None:
             state["step"].fill_(step)
 
 
-def full_weight(engine: Any, parameter: "nn.Parameter") -> "torch.Tensor":
+def full_weight(engine: Any, parameter: nn.Parameter) -> torch.Tensor:
     """Return a trained parameter whole and in fp32; all ranks call this together."""
     if isinstance(engine, ReplicaEngine):
         return engine.weight(parameter).float().cpu().clone()

@@ -9,7 +9,6 @@ from llava_ray.config.run import ServeConfig
 from llava_ray.errors import ResourceError
 from llava_ray.models.shapes import LLAVA_7B
 from llava_ray.server.memory import Footprint, footprint, memory_bytes, slots_within
-from llava_ray.server.settings import AppArgs
 
 RESULTS = Path(__file__).parents[2] / "jobs" / "results" / "llava_7b_h100.json"
 L4_BYTES = int(22.5 * 2**30)
@@ -64,10 +63,3 @@ def test_what_fits_nowhere_is_refused_with_the_numbers() -> None:
 def test_this_machine_has_some_memory_free() -> None:
     free, total = memory_bytes("cpu")
     assert 10**8 < free < total
-
-
-def test_the_defaults_are_said_once() -> None:
-    for name in set(AppArgs.model_fields) & set(ServeConfig.model_fields) - {"canary"}:
-        ours, theirs = AppArgs.model_fields[name], ServeConfig.model_fields[name]
-        if name not in ("host", "gpus_per_replica"):
-            assert ours.default == theirs.default, name

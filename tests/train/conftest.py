@@ -53,10 +53,7 @@ class Bench:
 
     def job(self, name: str, *overrides: str, resume_from: Path | None = None) -> dict[str, Any]:
         config = self.config(*overrides)
-        task = WorkerTask(
-            run_id=name, train=config.train, model=config.model, dataset=self.dataset,
-            max_image_pixels=10**6, live_folder=None,
-        )  # fmt: skip
+        task = WorkerTask(run_id=name, config=config, dataset=self.dataset, live_folder=None)
         out = self.root / name
         return {"task": task.model_dump(mode="json"), "resume_from": resume_from, "out": out}
 

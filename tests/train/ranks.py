@@ -38,7 +38,5 @@ for job in json.loads(Path(jobs).read_text()):
 
     context = DistributedContext(rank, world_size, torch.device("cpu"), report)
     resume = Path(job["resume_from"]) if job["resume_from"] else None
-    loop = Loop(WorkerTask.model_validate(job["task"]), context, resume)
-    loop.run()
-    loop.close()
+    Loop(WorkerTask.model_validate(job["task"]), context, resume).run()
 torch.distributed.destroy_process_group()

@@ -1,25 +1,26 @@
 """The order of samples, their encoding and the learning rate."""
 
-import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_run import small_model, squares
 
+from llava_ray.config.run import TrainConfig
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.models.conversation import IGNORE_INDEX, Sample, read_samples
 from llava_ray.models.folder import EMBEDDED, vision_shape
+from llava_ray.train.adapt import rate_factor
 from llava_ray.train.batches import (
     CaptionSamples,
-    RankBatches,
     StreamOrder,
     collate,
     eval_batches,
+    rank_batches,
     text_lengths,
     train_batches,
 )
-from llava_ray.train.schedule import rate_factor, warmup_steps
 
 LENGTHS = tuple((7 * i) % 31 + 1 for i in range(50))
 
@@ -47,16 +48,16 @@ def test_groups_hold_samples_of_like_length() -> None:
     assert spread(order()) < 0.3 * spread(order(by_length=False))
 
 
-def take(batches: RankBatches, count: int) -> list[list[int]]:
+def take(batches: Iterator[list[int]], count: int) -> list[list[int]]:
     return [indices for indices, _ in zip(batches, range(count), strict=False)]
 
 
 def test_ranks_share_the_stream_and_resume_by_position() -> None:
     stream = order()
-    ranks = [take(RankBatches(stream, 0, 2, rank, 3), 4) for rank in range(3)]
+    ranks = [take(rank_batches(stream, 0, 2, rank, 3), 4) for rank in range(3)]
     merged = [index for step in zip(*ranks, strict=True) for batch in step for index in batch]
     assert merged == [stream.at(i) for i in range(24)]
-    resumed = [take(RankBatches(stream, 12, 4, rank, 1), 3) for rank in range(1)]
+    resumed = [take(rank_batches(stream, 12, 4, rank, 1), 3) for rank in range(1)]
     assert [i for batch in resumed[0] for i in batch] == merged[12:]
 
 
@@ -89,9 +90,9 @@ def test_padding_carries_no_loss_and_no_attention(captions: CaptionSamples) -> N
 @pytest.mark.parametrize("loader_workers", [0, 2])
 def test_loader_gives_what_the_order_says(captions: CaptionSamples, loader_workers: int) -> None:
     stream = StreamOrder(text_lengths(captions.samples), 0, 4, True)
-    batches = RankBatches(stream, 0, 2, 0, 1)
-    loader = train_batches(captions, batches, loader_workers=loader_workers, pin_memory=False)
-    for indices, batch in zip(take(batches, 3), loader, strict=False):
+    mine = rank_batches(stream, 0, 2, 0, 1)
+    loader = train_batches(captions, mine, loader_workers=loader_workers, pin_memory=False)
+    for indices, batch in zip(take(rank_batches(stream, 0, 2, 0, 1), 3), loader, strict=False):
         expected = collate([captions[i] for i in indices], pad_token_id=1023)
         assert all(torch.equal(batch[name], value) for name, value in expected.items())
 
@@ -148,18 +149,12 @@ def test_ids_and_labels_are_those_of_transformers_own_processor(tmp_path: Path) 
         assert torch.equal(found["labels"][len(asked) :], whole["input_ids"][0, len(asked) :])
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
-def test_rate_is_that_of_transformers(name: str) -> None:
-    from transformers import get_scheduler
-
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    total, warmup = 40, warmup_steps(0.03, 40)
-    theirs = get_scheduler(
-        "constant_with_warmup" if name == "constant" else name, optimizer, warmup, total
-    )
-    for step in range(total):
-        ours = rate_factor(name, step, total_steps=total, warmup_steps=warmup)
-        assert math.isclose(ours, theirs.get_last_lr()[0], abs_tol=1e-9)
-        optimizer.step()
-        theirs.step()
-    assert warmup == 2
+@pytest.mark.parametrize(
+    ("name", "later"), [("cosine", [1, 0.5, 0]), ("linear", [1, 0.5, 0]), ("constant", [1, 1, 1])]
+)
+def test_the_rate_rises_through_the_warmup_and_then_follows_its_schedule(
+    name: str, later: list[float]
+) -> None:
+    train = TrainConfig.model_validate({"lr_scheduler": name, "warmup_ratio": 0.03})
+    factor = rate_factor(train, 42)  # 0.03 of 42 is rounded up to 2 steps.
+    assert [factor(step) for step in (0, 1, 2, 22, 42)] == pytest.approx([0, 0.5, *later])

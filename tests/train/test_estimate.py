@@ -15,7 +15,6 @@ from llava_ray.train.adapt import adapt
 from llava_ray.train.estimate import (
     default_load,
     estimate,
-    load_of,
     run,
     shapes_of,
     trained_weights,
@@ -126,7 +125,7 @@ def test_peaks_that_an_h100_showed_are_met_within_a_tenth() -> None:
             "lora_dropout": row["lora_dropout"], "gradient_checkpointing": row["checkpointing"],
             "fused_layers": row["fused_layers"], "zero_stage": stages[row["engine"]],
         }  # fmt: skip
-        train, load = TrainConfig.model_validate(settings), load_of(sizes, tree["tokens"])
+        train, load = TrainConfig.model_validate(settings), tree["tokens"]
         estimated = estimate(sizes, train, workers=row["gpus"], load=load).gpu
         assert estimated == pytest.approx(row["peak_bytes"], rel=0.1), row["name"]
         checked += 1

@@ -7,9 +7,9 @@ import pytest
 from llava_ray.config.run import TrainConfig
 from llava_ray.errors import ConfigError, ResourceError
 from llava_ray.resources.capacity import Resources
+from llava_ray.train import check_packages
 from llava_ray.train.curve import draw_curve
 from llava_ray.train.resources import WorkerPlan, plan_workers
-from llava_ray.train.trackers import check_trackers
 from llava_ray.train.zero import zero_config
 
 
@@ -44,9 +44,9 @@ def test_fp16_needs_a_gpu() -> None:
 
 
 def test_a_missing_tracker_names_its_package() -> None:
-    check_trackers(TrainConfig())
+    check_packages(TrainConfig())
     with pytest.raises(ConfigError, match="pip install wandb"):
-        check_trackers(TrainConfig(trackers=("wandb",)))
+        check_packages(TrainConfig(trackers=("wandb",)))
 
 
 def test_offload_and_precision_reach_deepspeed() -> None:
