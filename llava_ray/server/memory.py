@@ -15,6 +15,7 @@ import psutil
 
 from llava_ray.artifacts.records import Variant
 from llava_ray.errors import ResourceError
+from llava_ray.resources.crash import last_line
 from llava_ray.server.loading import find_variant, text_config
 from llava_ray.server.settings import AppArgs
 
@@ -49,11 +50,11 @@ def footprint(
     kv_heads = text_config.get("num_key_value_heads", heads)
     values = 2 * text_config["num_hidden_layers"] * kv_heads * head_dim
     tokens = min(context, text_config.get("max_position_embeddings", context))
-    return Footprint(
-        slug=variant.slug,
-        weights=int(variant.size_bytes * (32 / bits if unpacked else 1)) + _RESERVE[device],
-        per_slot=values * tokens * (4 if unpacked or bits == 32 else 2),
-    )
+    per_slot = values * tokens * (4 if unpacked or bits == 32 else 2)
+    weights = int(variant.size_bytes * (32 / bits if unpacked else 1)) + _RESERVE[device]
+    # On a GPU PyTorch's engine has a spare slot.
+    spare = per_slot if device == "cuda" and variant.method != "gguf" else 0
+    return Footprint(variant.slug, weights + spare, per_slot)
 
 
 def slots_within(footprints: Sequence[Footprint], memory_bytes: float, wanted: int) -> int:
@@ -92,12 +93,15 @@ def slots_that_fit(args: AppArgs, there: int | None = None) -> int:
 
 
 def memory_bytes(device: str) -> tuple[int, int]:
-    """Return what is free and what there is, of this machine or of its first visible GPU."""
+    """Return what is free and what there is, of this machine or of its first visible GPU.
+
+    Raises ResourceError where the GPU cannot be used.
+    """
     if device == "cuda":
         # In a process of its own, since a CUDA context would stay in this one.
-        done = subprocess.run(
-            [sys.executable, "-c", _READ_GPU], capture_output=True, text=True, check=True
-        )
+        done = subprocess.run([sys.executable, "-c", _READ_GPU], capture_output=True, text=True)
+        if done.returncode:
+            raise ResourceError(f"the GPU cannot be used: {last_line(done.stderr)}")
         free, total = map(int, done.stdout.split())
         return free, total
     found = psutil.virtual_memory()

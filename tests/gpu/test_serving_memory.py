@@ -1,5 +1,6 @@
 """The 7B's variants start and fill all their slots on a GPU with 24 GB."""
 
+import gc
 import json
 import os
 import subprocess
@@ -17,11 +18,11 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 from llava_ray.bench.model import (  # noqa: E402
     Layout,
     make_prompt,
-    replace_linears,
-    round_linears,
+    rounded,
 )
 from llava_ray.config.run import ServeConfig  # noqa: E402
 from llava_ray.inference.torch.engine import TorchEngine  # noqa: E402
+from llava_ray.inference.torch.kernels.weights import PackedLinear, pack  # noqa: E402
 from llava_ray.models.folder import EMBEDDED  # noqa: E402
 from llava_ray.models.shapes import LLAVA_7B, random_model  # noqa: E402
 from llava_ray.server.memory import footprint, memory_bytes, slots_within  # noqa: E402
@@ -57,13 +58,19 @@ def small_gpu() -> Iterator[None]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_7b_starts_and_fills_its_slots_on_24_gb(layout: Layout) -> None:
-    free, _ = memory_bytes("cuda")
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
     assert free < 1.05 * L4_BYTES
     model: Any = random_model(LLAVA_7B, "cuda", torch.float16).eval()
     model.generation_config.eos_token_id = None
-    replace_linears(model, round_linears(model, layout))
+    layers = model.model.language_model.layers
+    for name, module in list(layers.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            values = rounded(module.weight.data.float(), layout)
+            layers.set_submodule(name, PackedLinear(pack(values)))
+    del module, values
     torch.cuda.empty_cache()
-    size = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    size = torch.cuda.memory_allocated()
     wanted = ServeConfig().max_concurrent_requests
     found = footprint(_Served(layout, size), LLAVA_7B["text_config"], device="cuda", context=2048)
     slots = slots_within([found], free, wanted)
@@ -87,5 +94,7 @@ def test_a_7b_starts_and_fills_its_slots_on_24_gb(layout: Layout) -> None:
         }  # fmt: skip
         (Path(OUT) / f"serving_memory_{layout}.json").write_text(json.dumps(row, indent=1))
     engine.close()
+    del engine
+    gc.collect()
     torch.cuda.empty_cache()
     assert slots >= 8

@@ -56,7 +56,7 @@ def test_one_answer_takes_what_its_cache_holds() -> None:
 
 
 def test_what_fits_nowhere_is_refused_with_the_numbers() -> None:
-    with pytest.raises(ResourceError, match=r"awq.*6\.0 GB of memory.*take 6\.\d GB.*answer 1\.1"):
+    with pytest.raises(ResourceError, match=r"awq.*6\.0 GB of memory.*take 7\.\d GB.*answer 1\.1"):
         slots_within([_footprint("awq-w4-g128")], 6e9, 16)
 
 
