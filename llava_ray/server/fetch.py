@@ -1,18 +1,20 @@
 """Fetch an image from an allowed host without being led into the network behind this server.
 
-A host is resolved once, every address must be public, and the connection goes to that address:
+Every address of a host must be public, and the connection goes to one of those that were checked:
 a name that changes its answer in between (DNS rebinding) gains nothing. Redirects are checked anew.
 """
 
 import asyncio
-import http.client
+import errno
 import ipaddress
 import socket
-import ssl
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
 
 from llava_ray.inference.request_errors import BadRequest, TooLarge
 
@@ -20,23 +22,21 @@ MAX_REDIRECTS = 3
 _PORTS = {"https": 443, "http": 80}
 _BLOCK = 65536
 
-Resolve = Callable[[str, int], str]
-"""Returns the address to connect to, or raises BadRequest."""
 
+class PublicResolver(aiohttp.ThreadedResolver):
+    """Resolves the names of hosts on the public internet alone."""
 
-def resolve_public(host: str, port: int) -> str:
-    """Resolve a host to an address on the public internet.
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """Return a host's addresses.
 
-    Raises BadRequest when it has none, or when any of its addresses is not public.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise _refuse(f"image host {host!r} does not resolve") from error
-    addresses = [str(entry[4][0]) for entry in found]
-    if not addresses or not all(is_public(address) for address in addresses):
-        raise _refuse(f"image host {host!r} is not on the public internet")
-    return addresses[0]
+        Raises OSError when any of them is not public.
+        """
+        found = await super().resolve(host, port, family)
+        if not all(is_public(each["host"]) for each in found):
+            raise OSError(errno.EACCES, "it is not on the public internet")
+        return found
 
 
 def is_public(address: str) -> bool:
@@ -60,30 +60,50 @@ class ImageFetcher:
     """Host names, with `:port` where it is not the scheme's own."""
     max_bytes: int
     timeout_s: float = 10
-    resolve: Resolve = field(default=resolve_public)
+    resolver: type[AbstractResolver] = field(default=PublicResolver)
 
     async def __call__(self, url: str) -> bytes:
         """Return what the URL holds.
 
         Raises BadRequest for a URL that is not allowed or not answered, TooLarge beyond the limit.
         """
-        return await asyncio.to_thread(self.fetch, url)
-
-    def fetch(self, url: str) -> bytes:
-        """Do the same, blocking."""
-        deadline = time.monotonic() + self.timeout_s
-        for _ in range(MAX_REDIRECTS + 1):
-            parts = self._check(url)
-            try:
-                answer = self._get(parts, deadline)
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                raise _refuse(f"image host {parts.hostname!r} gave no image: {error}") from error
-            if isinstance(answer, bytes):
-                return answer
-            url = urljoin(url, answer)
+        connector = aiohttp.TCPConnector(resolver=self.resolver())
+        try:
+            async with (
+                asyncio.timeout(self.timeout_s),
+                aiohttp.ClientSession(connector=connector) as session,
+            ):
+                for _ in range(MAX_REDIRECTS + 1):
+                    answer = await self._get(session, url)
+                    if isinstance(answer, bytes):
+                        return answer
+                    url = urljoin(url, answer)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            host = urlsplit(url).hostname
+            raise _refuse(
+                f"image host {host!r} gave no image: {str(error) or 'timed out'}"
+            ) from error
         raise _refuse(f"an image's URL was redirected more than {MAX_REDIRECTS} times")
 
-    def _check(self, url: str) -> SplitResult:
+    async def _get(self, session: aiohttp.ClientSession, url: str) -> bytes | str:
+        """Return the body, or where the host redirects to."""
+        self._check(url)
+        headers = {"Accept": "image/*"}
+        async with session.get(
+            URL(url, encoded=True), headers=headers, allow_redirects=False
+        ) as response:
+            if response.status in (301, 302, 303, 307, 308):
+                return response.headers.get("Location", "")
+            if response.status != 200:
+                raise ValueError(f"status {response.status}")
+            body = bytearray()
+            async for block in response.content.iter_chunked(_BLOCK):
+                body += block
+                if len(body) > self.max_bytes:
+                    raise TooLarge(f"an image has more than {self.max_bytes} bytes", "messages")
+            return bytes(body)
+
+    def _check(self, url: str) -> None:
         try:
             parts = urlsplit(url)
             port = parts.port
@@ -97,69 +117,17 @@ class ImageFetcher:
         name = parts.hostname if own else f"{parts.hostname}:{port}"
         if parts.username is not None or name not in self.hosts:
             raise _refuse(f"images from {parts.hostname!r} are not allowed here: send a data URL")
-        return parts
-
-    def _get(self, parts: SplitResult, deadline: float) -> bytes | str:
-        """Return the body, or where the host redirects to."""
-        assert parts.hostname is not None
-        port = parts.port or _PORTS[parts.scheme]
-        connection = _Pinned(
-            parts.hostname,
-            port,
-            address=self.resolve(parts.hostname, port),
-            tls=parts.scheme == "https",
-            timeout=_left(deadline),
-        )
-        try:
-            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-            connection.request("GET", path, headers={"Accept": "image/*"})
-            # The connection forgets its socket once a last response is being read.
-            plain = connection.sock
-            response = connection.getresponse()
-            if response.status in (301, 302, 303, 307, 308):
-                return response.getheader("Location") or ""
-            if response.status != 200:
-                raise ValueError(f"status {response.status}")
-            return self._read(plain, response, deadline)
-        finally:
-            connection.close()
-
-    def _read(
-        self, plain: socket.socket, response: http.client.HTTPResponse, deadline: float
-    ) -> bytes:
-        body = bytearray()
-        while True:
-            # A host that drips bytes is cut off by the whole fetch's deadline.
-            plain.settimeout(_left(deadline))
-            block = response.read1(_BLOCK)
-            if not block:
-                return bytes(body)
-            body += block
-            if len(body) > self.max_bytes:
-                raise TooLarge(f"an image has more than {self.max_bytes} bytes", "messages")
+        # An address is never resolved.
+        if _is_address(parts.hostname) and not is_public(parts.hostname):
+            raise _refuse(f"image host {parts.hostname!r} is not on the public internet")
 
 
-class _Pinned(http.client.HTTPConnection):
-    """A connection to one address, whatever the host's name would resolve to by now."""
-
-    def __init__(self, host: str, port: int, *, address: str, tls: bool, timeout: float) -> None:
-        super().__init__(host, port, timeout=timeout)
-        self._address = address
-        self._tls = ssl.create_default_context() if tls else None
-
-    def connect(self) -> None:
-        """Connect to the pinned address; TLS still checks the name."""
-        plain = socket.create_connection((self._address, self.port), self.timeout)
-        self.sock = (
-            plain if self._tls is None else self._tls.wrap_socket(plain, server_hostname=self.host)
-        )
-
-
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("timed out")
-    return left
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
 
 
 def _refuse(message: str) -> BadRequest:

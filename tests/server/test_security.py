@@ -1,5 +1,6 @@
 """What an attacker tries: without a key, from a browser, with hostile bodies, images and URLs."""
 
+import asyncio
 import base64
 import contextlib
 import http.server
@@ -7,11 +8,14 @@ import io
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import pytest
+from aiohttp.abc import ResolveResult
 from fastapi.routing import APIRoute
 from hostile import chat_body, png_header, url_of
 from PIL import Image
@@ -23,7 +27,7 @@ from llava_ray.artifacts.records import Variant
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.errors import ArtifactError
 from llava_ray.inference.request_errors import BadRequest, TooLarge
-from llava_ray.server.fetch import ImageFetcher, is_public, resolve_public
+from llava_ray.server.fetch import ImageFetcher, PublicResolver, is_public
 from llava_ray.server.loading import verified_variant
 
 KEY = "sk-correct-horse"
@@ -186,7 +190,7 @@ def test_hostile_images_are_refused(
 
 def test_more_images_than_allowed_are_refused(open_server: Running) -> None:
     body = chat_body(data_url())
-    body["messages"][0]["content"] *= 2
+    body["messages"][0]["content"] *= 9
     assert _post(open_server, body).json()["error"]["code"] == "too_many_images"
 
 
@@ -242,6 +246,12 @@ class _Host(http.server.BaseHTTPRequestHandler):
             self._reply(302, {"Location": "http://127.0.0.1:1/secret"})
         elif self.path == "/file":
             self._reply(302, {"Location": "file:///etc/passwd"})
+        elif self.path == "/drip":
+            self._reply(200, {})
+            with contextlib.suppress(OSError):
+                for _ in range(30):
+                    self.wfile.write(b"x")
+                    time.sleep(0.1)
         elif self.path == "/large":
             self._reply(200, {}, b"\0" * 2_000_000)
         else:
@@ -270,19 +280,31 @@ def image_host() -> Iterator[int]:
     server.server_close()
 
 
-def _fetcher(port: int) -> ImageFetcher:
-    def resolve(host: str, _: int) -> str:
-        if host != "pictures.test":
-            return resolve_public(host, port)
-        return "127.0.0.1"
+class _Resolver(PublicResolver):
+    """Knows one name more, and answers once."""
 
-    return ImageFetcher([f"pictures.test:{port}", f"127.0.0.1:{port}"], 1_000_000, 5, resolve)
+    asked: ClassVar[list[str]] = []
+
+    async def resolve(self, host: str, port: int = 0, family: int = 0) -> list[ResolveResult]:
+        self.asked.append(host)
+        if host != "pictures.test":
+            return await super().resolve(host, port, socket.AF_INET)
+        return [
+            ResolveResult(
+                hostname=host, host="127.0.0.1", port=port, family=socket.AF_INET, proto=0, flags=0
+            )
+        ]
+
+
+def _fetch(port: int, url: str) -> bytes:
+    hosts = [f"pictures.test:{port}", f"127.0.0.1:{port}", f"localhost:{port}"]
+    fetcher = ImageFetcher(hosts, 1_000_000, 5, _Resolver)
+    return asyncio.run(fetcher(url.format(port=port)))
 
 
 def test_an_allowed_host_gives_images_also_by_redirect(image_host: int) -> None:
-    fetch = _fetcher(image_host).fetch
     for path in ("/image", "/again"):
-        assert fetch(f"http://pictures.test:{image_host}{path}").startswith(b"\x89PNG")
+        assert _fetch(image_host, "http://pictures.test:{port}" + path).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -296,42 +318,34 @@ def test_an_allowed_host_gives_images_also_by_redirect(image_host: int) -> None:
 )
 def test_redirects_are_checked_anew(image_host: int, path: str, words: str) -> None:
     with pytest.raises(BadRequest, match=words):
-        _fetcher(image_host).fetch(f"http://pictures.test:{image_host}{path}")
+        _fetch(image_host, "http://pictures.test:{port}" + path)
 
 
 def test_an_allowed_name_that_points_inside_is_refused(image_host: int) -> None:
-    with pytest.raises(BadRequest, match="not on the public internet"):
-        _fetcher(image_host).fetch(f"http://127.0.0.1:{image_host}/image")
+    for host in ("127.0.0.1", "localhost"):
+        with pytest.raises(BadRequest, match="not on the public internet"):
+            _fetch(image_host, f"http://{host}:{{port}}/image")
     with pytest.raises(BadRequest, match="not allowed"):
-        _fetcher(image_host).fetch(f"http://pictures.test@127.0.0.1:{image_host}/image")
+        _fetch(image_host, "http://pictures.test@127.0.0.1:{port}/image")
 
 
 def test_a_large_remote_image_is_cut_off(image_host: int) -> None:
     with pytest.raises(TooLarge):
-        _fetcher(image_host).fetch(f"http://pictures.test:{image_host}/large")
+        _fetch(image_host, "http://pictures.test:{port}/large")
 
 
-def test_the_address_is_pinned_when_the_name_changes(
-    image_host: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
+def test_the_address_is_pinned_when_the_name_changes(image_host: int) -> None:
+    _Resolver.asked.clear()
+    assert _fetch(image_host, "http://pictures.test:{port}/image")
+    assert _Resolver.asked == ["pictures.test"]
 
-    def resolve_once(host: str, _: int) -> str:
-        asked.append(host)
-        return "127.0.0.1"
 
-    def no_more(*_: object, **__: object) -> object:
-        raise AssertionError("resolved a second time")
-
-    fetch = ImageFetcher([f"pictures.test:{image_host}"], 1_000_000, 5, resolve_once).fetch
-    real = socket.getaddrinfo
-    monkeypatch.setattr(
-        socket,
-        "getaddrinfo",
-        lambda host, *a, **k: (no_more if "test" in host else real)(host, *a, **k),
-    )
-    assert fetch(f"http://pictures.test:{image_host}/image")
-    assert asked == ["pictures.test"]
+def test_a_host_that_drips_is_left(image_host: int) -> None:
+    fetcher = ImageFetcher([f"pictures.test:{image_host}"], 1_000_000, 0.5, _Resolver)
+    start = time.monotonic()
+    with pytest.raises(BadRequest, match="timed out"):
+        asyncio.run(fetcher(f"http://pictures.test:{image_host}/drip"))
+    assert time.monotonic() - start < 2
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 Lengths live on the GPU and grow inside the graph, so that a step needs nothing from the host.
 """
 
-import gc
 import logging
 import time
 from collections.abc import Sequence
@@ -92,13 +91,18 @@ def read_stack(language_model: Any, lm_head: nn.Module) -> StackWeights | None:
         return interleaved(weight) if name.endswith("gate_up") else weight
 
     try:
-        layers, head = read_layers(language_model, read), read("lm_head", [lm_head])
+        # All are read once before any is taken apart, for the model has to run if one cannot be.
+        for _ in read_layers(language_model, read):
+            pass
+        head = read("lm_head", [lm_head])
     except Unsupported as error:
         logger.warning("slow path: %s", error)
         return None
-    for layer in language_model.layers:
-        _drop_linears(layer)
-    gc.collect()
+    layers = []
+    # A GPU that holds the model need not have room for a second one.
+    for module, layer in zip(language_model.layers, read_layers(language_model, read), strict=True):
+        layers.append(layer)
+        _drop_linears(module)
     return StackWeights(
         config=language_model.config,
         embeddings=language_model.embed_tokens.weight.detach(),

@@ -4,7 +4,7 @@ Rows of several sequences go through the linears together; only attention looks 
 so that sequences of unequal length need neither padding nor masks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -64,10 +64,10 @@ def merged(modules: Sequence[nn.Module]) -> Projection:
 
 def read_layers(
     language_model: Any, read: Callable[[str, Sequence[nn.Module]], P]
-) -> list[Layer[P]]:
-    """Return the decoder's layers with what `read` makes of a group's name and its modules."""
-    return [
-        Layer(
+) -> Iterator[Layer[P]]:
+    """Yield the decoder's layers with what `read` makes of a group's name and its modules."""
+    for index, layer in enumerate(language_model.layers):
+        yield Layer(
             input_norm=layer.input_layernorm.weight.detach(),
             post_norm=layer.post_attention_layernorm.weight.detach(),
             **{
@@ -75,13 +75,11 @@ def read_layers(
                 for name, modules in linear_groups(layer).items()
             },
         )
-        for index, layer in enumerate(language_model.layers)
-    ]
 
 
 def module_layers(language_model: Any) -> list[Layer[Projection]]:
     """Return the layers with the model's own modules as projections."""
-    return read_layers(language_model, lambda name, modules: merged(modules))
+    return list(read_layers(language_model, lambda name, modules: merged(modules)))
 
 
 def rotary_tables(
