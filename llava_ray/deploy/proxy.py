@@ -15,8 +15,13 @@ from llava_ray.server.settings import is_loopback
 
 logger = logging.getLogger(__name__)
 
-_FAST = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-"""One event loop a replica, and gRPC between proxy and replicas (Ray Serve's performance guide)."""
+_FAST = {
+    # One event loop a replica, and gRPC between proxy and replicas (Serve's performance guide).
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # Three in a row that fail bring a new proxy; by default that takes half a minute.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "5",
+}
 _PORTS = range(20_000, 32_000, 100)
 """Starts of ranges that one cluster takes its ports from: neither Ray's workers' nor ephemeral."""
 _RANGE = 100

@@ -33,6 +33,9 @@ def build(args: AppArgs) -> Application:
         ray_actor_options=options,
         # A replica refuses by itself, in OpenAI's words; what waits in it counts for autoscaling.
         max_ongoing_requests=2 * args.capacity + _SPARE_REQUESTS,
+        # Where no replica can take them, requests wait before all as they do in one.
+        max_queued_requests=args.capacity + _SPARE_REQUESTS,
+        backpressure_config={"status_code": 429, "retry_after_s": 2},
         autoscaling_config={
             "min_replicas": args.min_replicas,
             "max_replicas": args.max_replicas,

@@ -1,7 +1,13 @@
 """Clients that keep asking for streams, and the processes that answer them."""
 
 import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
+import httpx
 import openai
 from openai import OpenAI
 
@@ -24,22 +30,36 @@ def _pids(name: str) -> list[int]:
     )
 
 
+@dataclass(frozen=True)
+class Asked:
+    """One request: when it was sent and ended, and how."""
+
+    sent: float
+    ended: float
+    how: str
+    """`whole`, `cut` (an error event after the first token), `failed` (an HTTP status), `broken`
+    (the connection ended) or `unreachable`."""
+    words: str = ""
+
+
 class Asker(threading.Thread):
     """Ask for streams until told to stop; remember how each ended."""
 
     def __init__(self, url: str, over: threading.Event, number: int) -> None:
         super().__init__()
         self.url, self.over, self.number = url, over, number
-        self.whole = 0
-        self.cut: list[str] = []
-        self.lost: list[BaseException] = []
+        self.asked: list[Asked] = []
 
     def run(self) -> None:
-        with OpenAI(base_url=self.url, api_key="unused", max_retries=0) as client:
+        with OpenAI(base_url=self.url, api_key="unused", max_retries=0, timeout=90) as client:
             while not self.over.is_set():
-                self._ask(client)
+                sent = time.monotonic()
+                how, words = self._ask(client)
+                self.asked.append(Asked(sent, time.monotonic(), how, words))
+                if how == "unreachable":
+                    time.sleep(0.1)
 
-    def _ask(self, client: OpenAI) -> None:
+    def _ask(self, client: OpenAI) -> tuple[str, str]:
         begun = False
         try:
             stream = client.chat.completions.create(
@@ -49,18 +69,38 @@ class Asker(threading.Thread):
                 stream=True,
                 extra_body={"ignore_eos": True},
             )
+            reason = None
             for chunk in stream:
                 begun = begun or bool(chunk.choices[0].delta.content)
                 reason = chunk.choices[0].finish_reason
-            assert reason == "length"
-            self.whole += 1
+            return ("whole", "") if reason == "length" else ("broken", f"ended with {reason}")
         except openai.APIStatusError as error:
-            self.lost.append(error)
+            return "failed", f"{error.status_code} {error.message}"
+        except openai.APIConnectionError as error:
+            refused = type(error.__cause__).__name__ == "ConnectError"
+            return ("unreachable" if refused else "broken"), repr(error.__cause__)
         except openai.APIError as error:
-            # The client raises this for an error event; a broken connection is another class.
-            if begun and type(error) is openai.APIError and error.code == "engine_lost":
-                self.cut.append(str(error))
-            else:
-                self.lost.append(error)
-        except Exception as error:
-            self.lost.append(error)
+            # The client raises this for an error event.
+            return ("cut" if begun and error.code == "engine_lost" else "broken"), str(error)
+        except httpx.HTTPError as error:
+            return "broken", repr(error)
+
+
+@contextmanager
+def asking(url: str, count: int) -> Iterator[list[Asker]]:
+    """Have some clients ask until the block ends."""
+    over = threading.Event()
+    askers = [Asker(url, over, number) for number in range(count)]
+    for asker in askers:
+        asker.start()
+    try:
+        yield askers
+    finally:
+        over.set()
+        for asker in askers:
+            asker.join()
+
+
+def ways(askers: list[Asker]) -> dict[str, int]:
+    """Return how many requests ended in which way."""
+    return dict(Counter(asked.how for asker in askers for asked in asker.asked))
