@@ -12,7 +12,7 @@ from pathspec import GitIgnoreSpec
 
 from llava_ray import __version__
 from llava_ray.cluster.groups import Cluster, NodeGroup, read_groups, strings_of
-from llava_ray.cluster.local import WORKER_PORTS
+from llava_ray.cluster.local import SERVE_PORTS, WORKER_PORTS
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
 from llava_ray.inference.llama_cpp.trial import features
@@ -62,7 +62,8 @@ def examine(path: Path, config: RunConfig, working_dir: Path, runtime_env: Path)
         "placeholders": _placeholders(cluster, config),
     }
     found = [Finding(name, tuple(problems)) for name, problems in checks.items()]
-    return [*found, Finding("llama.cpp on this machine", (), tuple(_llama_cpp()))]
+    notes = {"llama.cpp on this machine": _llama_cpp(), "serving": _serving(config)}
+    return [*found, *(Finding(name, (), tuple(said)) for name, said in notes.items())]
 
 
 def _llama_cpp() -> Iterator[str]:
@@ -71,6 +72,16 @@ def _llama_cpp() -> Iterator[str]:
         yield "not installed: gguf variants need 'pip install llava_ray[gguf]'"
     else:
         yield features()
+
+
+def _serving(config: RunConfig) -> Iterator[str]:
+    if config.serve.proxy == "haproxy":
+        first, last = SERVE_PORTS[0], SERVE_PORTS[-1]
+        yield (
+            "HAProxy binds two pages about itself to all interfaces, on ports that the deploy job "
+            f"names, of {first} to {last}: let no others in there, such as with: iptables -A INPUT "
+            f"-p tcp --dport {first}:{last} ! -s CLUSTER_SUBNET -j DROP"
+        )
 
 
 def _authentication(cluster: Cluster) -> Iterator[str]:

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 MARK = "LLAVA_RAY_CLUSTER_ID"
 WORKER_PORTS = range(10002, 20000)
+SERVE_PORTS = range(20_000, 32_000)
+"""Those that HAProxy and what it leads to take a hundred of, below the system's own choice."""
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_ray.cluster.local import SERVE_PORTS
 from llava_ray.config.run import ServeConfig
 from llava_ray.errors import ConfigError, ResourceError
 from llava_ray.server.settings import is_loopback
@@ -22,9 +23,8 @@ _FAST = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "5",
 }
-_PORTS = range(20_000, 32_000, 100)
-"""Starts of ranges that one cluster takes its ports from: neither Ray's workers' nor ephemeral."""
 _RANGE = 100
+"""Ports of one cluster."""
 _TRIALS = 50
 
 
@@ -108,7 +108,7 @@ def _free_range() -> Sequence[int]:
 
     Raises ResourceError where none is found.
     """
-    for first in random.sample(_PORTS, _TRIALS):
+    for first in random.sample(SERVE_PORTS[::_RANGE], _TRIALS):
         ports = range(first, first + _RANGE)
         if all(map(_is_free, ports)):
             return ports

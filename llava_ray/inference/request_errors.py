@@ -1,6 +1,6 @@
 """Failures of one request, each with its status and OpenAI error code.
 
-They cross from engine replicas to the ingress: as JSON on the channel, pickled in Serve's calls.
+They cross from an engine's process to its replica as `plain`.
 """
 
 from typing import Any

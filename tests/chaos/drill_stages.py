@@ -68,7 +68,7 @@ STAGES = {
             ".staging/variant-*/*",
             ("quantize", "make_variant"),
         ),
-        Stage("serve", "deploy.py", "choose.py", (), "", ("ServeReplica:llava_ray:engine",)),
+        Stage("serve", "deploy.py", "choose.py", (), "", ("llava_ray.server.loading",)),
     )
 }  # fmt: skip
 

@@ -173,3 +173,17 @@ def test_the_job_script_says_what_is_wrong(arguments: list[str], code: int, said
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     assert said in done.stdout + done.stderr
+
+
+def test_haproxys_open_pages_are_named_with_a_rule_for_the_firewall(
+    tmp_path: Path, working_dir: Path
+) -> None:
+    def notes(*overrides: str) -> str:
+        config = load_config(None, [*OVERRIDES, *overrides])
+        found = examine(REPO / "cluster" / "aws.yaml", config, working_dir, RUNTIME_ENV)
+        return "".join(
+            note for finding in found if finding.check == "serving" for note in finding.notes
+        )
+
+    assert "20000:31999 ! -s CLUSTER_SUBNET -j DROP" in notes("serve.proxy=haproxy")
+    assert notes() == ""
