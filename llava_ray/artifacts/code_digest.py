@@ -42,6 +42,8 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "report": _REPORT,
     "serving": ("llava_ray.bench.serving", *_SERVED),
     "serving_7b_h100": ("llava_ray.bench.serving", *_SERVED),
+    "serving_faults": _SERVED,
+    "serving_memory_h100": ("llava_ray.server.memory", "llava_ray.inference.torch.engine"),
     "sweep": ("llava_ray.sweep",),
     "train_h100": ("llava_ray.bench.train",),
 }

@@ -214,20 +214,39 @@ def _text_model_bytes(variant: Any) -> int | None:
 
 def _serving(tree: Any) -> str:
     rows = []
-    for clients, load in tree["clients"].items():
-        for side, name in {"bare": "scheduler and engine alone", "served": "served"}.items():
-            first, later = (_percentiles(load[side], key) for key in ("first_token", "per_token"))
-            rows.append([clients, name, *first, *later, f"{load[side]['tokens_per_s']:.0f}"])
-        added = [f"{load['added_first_token_ms']:.1f}", "", f"{load['added_per_token_ms']:.2f}", ""]
-        rows.append([clients, "added", *added, f"{load['throughput_share']:.1%} kept"])
-    titles = ["clients", "side", "first token ms, p50", "p99", "ms a token, p50", "p99", "tok/s"]
-    return _table(titles, rows)
+    for way, clients in tree["ways"].items():
+        for count, load in clients.items():
+            sides = [load["bare"], load["served"]]
+            cells = [_percentiles(sides, f"{key}_{p}_ms") for key in _TIMES for p in ("p50", "p99")]
+            added = [f"+{load[f'added_{key}_ms']:.{d}f} ms" for key, d in _TIMES.items()]
+            rows.append([way, count, *cells, *added, f"{load['throughput_share']:.1%}"])
+    return _table(
+        ["behind", "clients", "first token ms, p50", "p99", "ms a token, p50", "p99",
+         "added to the first", "to a token", "throughput kept"],
+        rows,
+    )  # fmt: skip
 
 
-def _percentiles(side: dict[str, float], key: str) -> list[str]:
-    """Return p50 and p99 in ms; a file without p99 holds the median by the plain name."""
-    found = (side.get(f"{key}_p50_ms", side.get(f"{key}_ms")), side.get(f"{key}_p99_ms"))
-    return ["" if ms is None else f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}" for ms in found]
+_TIMES = {"first_token": 1, "per_token": 2}
+"""Decimals of what serving adds, by what is timed."""
+
+
+def _percentiles(sides: Sequence[Mapping[str, float]], key: str) -> str:
+    """Return the bare engine's and the served one's times."""
+    values = (side.get(key) for side in sides)
+    return " / ".join("-" if v is None else f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in values)
+
+
+def _plain(tree: Any) -> str:
+    """Show a file's rows as they are."""
+    titles = list(dict.fromkeys(key for row in tree["rows"] for key in row))
+    return _table(titles, [[_cell(row.get(title, "")) for title in titles] for row in tree["rows"]])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{count} {name}" for name, count in value.items())
+    return f"{value / 1e9:.1f} GB" if isinstance(value, int) and value > 10**8 else str(value)
 
 
 def _time(seconds: float) -> str:
@@ -326,6 +345,8 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "quickstart": ("quickstart_report", _REPORT),
     "serving": ("serving", _serving),
     "serving_7b": ("serving_7b_h100", _serving),
+    "serving_faults": ("serving_faults", _plain),
+    "serving_memory": ("serving_memory_h100", _plain),
     "stages_7b": ("llava_7b_h100", _STAGES_7B),
     "train": ("train_h100", _TRAIN),
     "variants_7b": ("llava_7b_h100", _VARIANTS_7B),

@@ -62,7 +62,7 @@ def examine(path: Path, config: RunConfig, working_dir: Path, runtime_env: Path)
         "placeholders": _placeholders(cluster, config),
     }
     found = [Finding(name, tuple(problems)) for name, problems in checks.items()]
-    notes = {"llama.cpp on this machine": _llama_cpp(), "serving": _serving(config)}
+    notes = {"serving": _serving(config), "llama.cpp on this machine": _llama_cpp()}
     return [*found, *(Finding(name, (), tuple(said)) for name, said in notes.items())]
 
 

@@ -44,7 +44,7 @@ def problems(
     path.write_text(text)
     config = load_config(None, [*OVERRIDES, *extra])
     findings: list[Finding] = examine(path, config, working_dir, RUNTIME_ENV)
-    assert len(findings) == 10
+    assert len(findings) == 11
     assert "extra buffer types o" in findings[-1].notes[0]
     return {finding.check: finding.problems for finding in findings if finding.problems}
 
