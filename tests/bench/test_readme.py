@@ -103,7 +103,7 @@ def test_every_trainer_has_its_own_name() -> None:
 
 
 def test_serving_shows_percentiles_where_the_file_has_them() -> None:
-    old = {"first_token_ms": 29.54, "per_token_ms": 2.2646, "tokens_per_s": 372.1}
+    old = {"first_token_p50_ms": 29.54, "per_token_p50_ms": 2.2646, "tokens_per_s": 372.1}
     new = {
         "first_token_p50_ms": 2394.4, "first_token_p99_ms": 3000.6, "per_token_p50_ms": 4.219,
         "per_token_p99_ms": 87.89, "tokens_per_s": 171.5,
@@ -112,10 +112,8 @@ def test_serving_shows_percentiles_where_the_file_has_them() -> None:
         "bare": old, "served": new, "throughput_share": 0.955, "added_first_token_ms": 4.86,
         "added_per_token_ms": 0.1617,
     }  # fmt: skip
-    assert _table("serving", {"clients": {"8": load}}).splitlines()[2:] == [
-        "| 8 | scheduler and engine alone | 29.5 |  | 2.26 |  | 372 |",
-        "| 8 | served | 2394 | 3001 | 4.22 | 87.9 | 172 |",
-        "| 8 | added | 4.9 |  | 0.16 |  | 95.5% kept |",
+    assert _table("serving", {"ways": {"a proxy": {"8": load}}}).splitlines()[2:] == [
+        "| a proxy | 8 | 29.5 / 2394 | - / 3001 | 2.26 / 4.22 | - / 87.9 | +4.9 ms | +0.16 ms | 95.5% |"
     ]
 
 
