@@ -112,11 +112,11 @@ def test_the_service_runs_the_application_of_this_repository() -> None:
     app = serve["applications"][0]
     assert app["import_path"] == own["applications"][0]["import_path"]
     args = AppArgs.model_validate(app["args"])
-    assert args.models[0].gpus_per_replica == 1
+    assert args.gpus_per_replica == 1
     from ray.serve.schema import ServeDeploySchema
 
     ServeDeploySchema.model_validate(serve)
-    # Off loopback the endpoint wants a key, on every node that may run the ingress.
+    # Off loopback the endpoint wants a key, on every node that may run a replica.
     spec = ray_cluster_spec(tree)
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         names = [e["name"] for e in group["template"]["spec"]["containers"][0]["env"]]
