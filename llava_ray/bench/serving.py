@@ -31,7 +31,7 @@ from ray import serve
 from llava_ray import __version__
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.bench import results
-from llava_ray.bench.quantize import embedded_variant
+from llava_ray.bench.compare import embedded_variant
 from llava_ray.deploy.application import start_serve
 from llava_ray.inference.engine import Prompt
 from llava_ray.inference.metrics import Recorder
