@@ -137,7 +137,7 @@ def _train(config: RunConfig) -> str:
         if train.cpus_per_worker
         else "CPUs each unknown: up to 4 beside a GPU, else all that are free"
     )
-    return f"train: {workers}; {cpus}; memory of a GPU: python jobs/estimate.py says"
+    return f"train: {workers}; {cpus}; memory of a GPU: llava-ray estimate says"
 
 
 def _merge(base: Base) -> str:

@@ -37,7 +37,6 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "llava_7b_h100": _REPORT,
     "photographs_report": _REPORT,
     "pretrain": ("llava_ray.embedded.pretrain.scores",),
-    "quantize_7b": ("llava_ray.bench.quantize", "llava_ray.quantize.awq_calibration"),
     "quickstart_report": _REPORT,
     "report": _REPORT,
     "serving": ("llava_ray.bench.serving", *_SERVED),

@@ -13,7 +13,7 @@ class Frozen(BaseModel):
 
 
 class FileEntry(Frozen):
-    """Size and hash of one file of an artifact."""
+    """Size and SHA-256, as hex, of one file of an artifact."""
 
     size_bytes: int
     sha256: str
@@ -75,11 +75,14 @@ class AdapterCheckpoint(Record):
     base_model_sha256: str
     dataset_uri: str
     steps: int
+    """Optimizer steps."""
     train_loss: float
     """Mean over the last tenth of the steps, at least one, logged or not; each step's loss in
     nats per supervised token."""
     eval_loss: float | None
+    """Nats per supervised token of the held-out split."""
     samples_per_s: float
+    """Of all workers together."""
     num_workers: int
     peak_memory_bytes: int | None = None
     """Largest of the first worker's: allocated on its GPU, or resident without one."""
@@ -110,7 +113,7 @@ class SweepResult(Record):
     """The keys of train that the space names, as the best trial had them."""
     best_value: float
     steps: int
-    """Of all trials together."""
+    """Optimizer steps of all trials together."""
     steps_without_early_stop: int
     trials: tuple[Trial, ...]
 
@@ -183,7 +186,7 @@ class QuantizationRun(Record):
 
 
 class Spread(Frozen):
-    """A repeated measurement."""
+    """A repeated measurement, in the unit that its field's name ends with."""
 
     median: float
     low: float
@@ -218,15 +221,18 @@ class Scorecard(Record):
     """Memory bandwidth of the device, measured by a copy: bytes read and written."""
     load_s: float
     prefill_s: Spread
+    """To the first token of one prompt with an image."""
     decode_tokens_per_s: Spread
+    """Of one sequence alone, its first token left out."""
     kl_divergence: Spread
     """Mean over tokens of KL(baseline || variant) in nats; low and high are a 95% interval."""
     top1_agreement: float
     """Share of teacher-forced tokens where the variant's argmax is the baseline's."""
     perplexity: float
+    """exp of the mean negative log-likelihood of the same tokens."""
     scores: dict[str, float]
-    """Caption scores on the held-out split: rouge_l, cider_d (0 to 10), word_recall,
-    character_error_rate; the last two only where the captions quote words."""
+    """Caption scores on the held-out split: rouge_l (0 to 1), cider_d (0 to 10), word_recall and
+    character_error_rate (shares; only where the captions quote words)."""
     generations: tuple[Generation, ...]
 
     @property

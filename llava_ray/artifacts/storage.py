@@ -102,7 +102,7 @@ class Storage:
         return folder
 
     def put_folder(self, folder: Path, relative: str, *, last: str) -> None:
-        """Move a staged folder to its place; the file named `last` appears after all others."""
+        """Move a staged folder to its place; on object stores the file `last` appears last."""
         if self.is_local:
             target = Path(self.root) / relative
             with disk_errors(str(target)):

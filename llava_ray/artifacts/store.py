@@ -46,7 +46,10 @@ class Build:
     start: float = field(default_factory=time.monotonic)
 
     def finish(self, record_type: type[R], *, device: str, **fields: Any) -> R:
-        """Hash the files, write the manifest last and move the folder to its place."""
+        """Hash the files, write the manifest last and move the folder to its place.
+
+        Raises ResourceError when the disk is full or may not be written to.
+        """
         assert record_type is self.record_type
         relative = f"{record_type.kind}/{self.id}"
         with disk_errors(self.storage.join(relative)):
@@ -76,7 +79,7 @@ class ArtifactStore:
         self.storage = Storage(uri)
 
     def find(self, record_type: type[R], artifact_id: str) -> R | None:
-        """Return the finished artifact's record, or None."""
+        """Return the finished artifact's record, or None; raises as `read_record`."""
         text = self.storage.read_text(f"{record_type.kind}/{artifact_id}/{MANIFEST}")
         return None if text is None else _parse(record_type, text, artifact_id)
 
@@ -121,7 +124,7 @@ def artifact_id(kind: str, settings: Mapping[str, Any], parents: Sequence[str] =
 def local_folder(record: Record) -> Path:
     """Return the artifact's folder on this machine's disk, downloading and checking it if needed.
 
-    Raises ArtifactError when the files differ from the manifest.
+    Raises ArtifactError when none is finished, or what was downloaded differs from the manifest.
     """
     storage = Storage(record.uri)
     if storage.is_local:

@@ -3,13 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from llava_ray.artifacts.records import Scorecard, VariantFailure
+from llava_ray.artifacts.records import Scorecard, Variant, VariantFailure
+from llava_ray.artifacts.store import ArtifactStore, artifact_id
 from llava_ray.bench import results
 from llava_ray.benchmark.fidelity import paired_difference
 from llava_ray.benchmark.measure import read_fidelity
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import VariantError
+from llava_ray.models.folder import EMBEDDED, weights_sha256
 from llava_ray.pipeline import run_benchmark
+from llava_ray.quantize.registry import spec_for
+from llava_ray.quantize.spec import Calibration
 
 
 def compare(config: RunConfig, first: str, second: str, out: Path) -> Path:
@@ -57,3 +61,19 @@ def scorecard(result: Scorecard | VariantFailure) -> Scorecard:
     if isinstance(result, VariantFailure):
         raise VariantError(f"variant {result.slug!r}: {result.reason}")
     return result
+
+
+def embedded_variant(store: ArtifactStore, slug: str) -> Variant:
+    """Return the embedded model, not fine-tuned, as a variant without calibration."""
+    settings = {"slug": slug, "base": weights_sha256(EMBEDDED)}
+    name = artifact_id(Variant.kind, settings)
+    found = store.find(Variant, name)
+    if found is not None:
+        return found
+    spec = spec_for(slug)
+    with store.build(Variant, name, settings=settings) as build:
+        spec.quantize(EMBEDDED, build.folder, Calibration(build.folder, 0), "cpu")
+        return build.finish(
+            Variant, device="cpu", slug=slug, method=spec.method,
+            bits_per_weight=spec.bits_per_weight(), quantize_s=0, peak_memory_bytes=0,
+        )  # fmt: skip

@@ -14,8 +14,7 @@ from llava_ray import benchmark
 from llava_ray.artifacts.records import DatasetRecord, Scorecard, VariantFailure
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.bench import results
-from llava_ray.bench.compare import changed, scorecard
-from llava_ray.bench.quantize import embedded_variant
+from llava_ray.bench.compare import changed, embedded_variant, scorecard
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
 from llava_ray.models.folder import EMBEDDED, weights_sha256

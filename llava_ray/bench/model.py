@@ -3,8 +3,6 @@
 For speed alone: random weights say nothing of a method's quality, so rows name the layout.
 """
 
-import json
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,24 +10,10 @@ import torch
 
 from llava_ray.inference.engine import Prompt
 from llava_ray.inference.torch.kernels.weights import PackedLinear, Unpacked, pack, unpack
-from llava_ray.models.folder import EMBEDDED
-from llava_ray.models.shapes import LLAVA_7B, random_model
+from llava_ray.models.shapes import LLAVA_7B
 from llava_ray.models.sizes import Sizes
-from llava_ray.models.tensors import SHARD_BYTES, copy_sidecars
 
 Layout = Literal["fp16", "int8", "awq-g128", "hqq-g64"]
-
-
-def write_model(folder: Path, device: str) -> Path:
-    """Write LLaVA-1.5-7B's shapes in fp16 with the embedded model's tokenizer, unless there."""
-    if (folder / "config.json").is_file():
-        return folder
-    own = json.loads((EMBEDDED / "config.json").read_text(encoding="utf-8"))
-    tree = {**LLAVA_7B, "image_token_index": own["image_token_index"]}
-    model = random_model(tree, device, torch.float16)
-    model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
-    copy_sidecars(EMBEDDED, folder)
-    return folder
 
 
 def make_prompt(tokens: int) -> Prompt:

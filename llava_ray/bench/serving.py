@@ -32,7 +32,7 @@ from llava_ray import __version__
 from llava_ray.artifacts.records import Variant
 from llava_ray.artifacts.store import ArtifactStore, read_record
 from llava_ray.bench import results
-from llava_ray.bench.quantize import embedded_variant
+from llava_ray.bench.compare import embedded_variant
 from llava_ray.config.run import ServeConfig
 from llava_ray.deploy import proxy
 from llava_ray.inference.engine import Prompt

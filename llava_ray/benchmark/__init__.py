@@ -66,7 +66,8 @@ def run(
 def score_captions(config: RunConfig, variant: Variant, dataset: DatasetRecord) -> dict[str, float]:
     """Return the caption scores of one variant on the held-out split, and nothing else of it.
 
-    Raises VariantError where it cannot be measured.
+    Names and ranges are those of `Scorecard.scores`. Raises VariantError where it cannot be
+    measured.
     """
     import ray
 

@@ -98,7 +98,7 @@ class QuantizeConfig(Section):
             "awq-w4-g128",
         )
     )  # fmt: skip
-    """Slugs; `python jobs/quantize.py --list` names all."""
+    """Slugs; `llava-ray quantize --list` names all."""
     calibration_samples: Count = Field(default=32)
     """Training samples that calibrated methods (AWQ) see."""
     max_parallel: Count | None = Field(default=None)

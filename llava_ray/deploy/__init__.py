@@ -13,8 +13,8 @@ from llava_ray.deploy.probe import MAX_TOKENS, ask, curl_command, probe_request
 def run(config: RunConfig, chosen: ChosenVariant) -> DeploymentRecord:
     """Return the running endpoint, which outlives this job; one that runs already is reused.
 
-    Raises ResourceError when the port is taken or no replica fits the cluster, ConfigError when
-    the endpoint would be open to others without an API key.
+    Raises ResourceError when the port is taken, no replica fits the cluster or the question is not
+    answered, ConfigError when the endpoint would be open to others without an API key.
     """
     store = ArtifactStore(config.storage.uri)
     settings = {

@@ -44,7 +44,7 @@ def load_assets(split: Split, folder: Path | None = None) -> Assets:
         faces = [Face(path) for path in sorted(folder.glob("*.[ot]tf"))]
     else:
         raise ConfigError(
-            f"no {WORDS} in {folder}: run 'python jobs/pretrain.py pack assets={folder}' first"
+            f"no {WORDS} in {folder}: run 'llava-ray pretrain pack assets={folder}' first"
         )
     return Assets(
         WordList.of(words, split),

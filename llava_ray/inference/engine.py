@@ -31,6 +31,7 @@ class Engine(ABC):
     tokenizer: Any
     """The Hugging Face tokenizer of the variant's folder."""
     image_size: int
+    """Pixels along a side of the square that the vision tower sees."""
     tokens_per_image: int
     image_token_id: int
     eos_token_id: int
@@ -58,7 +59,8 @@ class Engine(ABC):
     def decode(self, slots: Sequence[int], tokens: "torch.Tensor") -> "torch.Tensor":
         """Append one token to each slot; return the next logits, float32 [len(slots), vocab_size].
 
-        `tokens` is int64 [len(slots)], on the engine's device or on the CPU.
+        `tokens` is int64 [len(slots)], on the engine's device or on the CPU. Raises DataError where
+        a slot is given twice, is empty or has `context` tokens already.
         """
 
     @abstractmethod
@@ -69,7 +71,7 @@ class Engine(ABC):
     def score(self, prompt: Prompt, continuation: Sequence[int]) -> "torch.Tensor":
         """Teacher-force a continuation; row i of the result predicts continuation[i].
 
-        Returns float32 [len(continuation), vocab_size] on the CPU.
+        Returns logits, float32 [len(continuation), vocab_size] on the CPU; raises as `prefill`.
         """
 
     @abstractmethod

@@ -43,7 +43,7 @@ def run(config: RunConfig, adapter: AdapterCheckpoint) -> MergedModel:
 
 
 def merge_memory_bytes(weight_bytes: int) -> int:
-    """Return the memory that merging a base of 16-bit weights takes on one machine."""
+    """Return the memory that merging takes on one machine, by the bytes of 16-bit weights."""
     return weight_bytes // 2 * _MEMORY_PER_WEIGHT_BYTES
 
 

@@ -7,13 +7,11 @@ or `model.language_model.*`; modules carry the latter. `module_name` maps both t
 import json
 import re
 import shutil
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from llava_ray.console import Progress
 from llava_ray.errors import ArtifactError
@@ -43,27 +41,6 @@ _VISION_LINEAR = re.compile(
     r"|multi_modal_projector\.linear_[12])$"
 )
 _REWRITTEN = {"config.json", "manifest.json"}
-
-
-@dataclass
-class Phases:
-    """Seconds by what they were spent on, as the one who waits sees them."""
-
-    read_s: float = 0.0
-    """Reading runs ahead of a GPU's work, so that this may be less than the disk's time."""
-    quantize_s: float = 0.0
-    write_s: float = 0.0
-    peak_memory_bytes: int | None = None
-    """Of the process that did the work, where it was another than the caller's."""
-
-    def __post_init__(self) -> None:
-        self._last = time.perf_counter()
-
-    def lap(self, phase: Literal["read_s", "quantize_s", "write_s"]) -> None:
-        """Count the seconds since the last lap to a phase."""
-        now = time.perf_counter()
-        setattr(self, phase, getattr(self, phase) + now - self._last)
-        self._last = now
 
 
 def module_name(name: str) -> str:
@@ -111,15 +88,14 @@ def rewrite(
     quantizes: Callable[[str], bool] = lambda module: False,
     pack: Pack | None = None,
     quantization_config: dict[str, Any] | None = None,
-) -> Phases:
+) -> None:
     """Copy a model folder, casting all floating weights and packing the modules of `quantizes`.
 
     The result is complete: config, tokenizer and processor files lie beside the safetensors.
     """
     progress = Progress(out.name, len(weight_shapes(merged)), "tensors")
-    writer, phases = ShardWriter(out), Phases()
+    writer = ShardWriter(out)
     for number, (name, value) in enumerate(_read_ahead(merged, device), start=1):
-        phases.lap("read_s")
         stem = name.removesuffix(".weight")
         if pack and stem != name and quantizes(module_name(stem)):
             packed = pack(stem, value.to(device, dtype))
@@ -127,15 +103,11 @@ def rewrite(
             wait_for(device)
         else:
             stored = {name: value.to(dtype) if value.is_floating_point() else value}
-        phases.lap("quantize_s")
         writer.add(stored)
-        phases.lap("write_s")
         progress.at(number)
     writer.finish()
     copy_sidecars(merged, out)
     write_config(merged, out, dtype=dtype, quantization_config=quantization_config)
-    phases.lap("write_s")
-    return phases
 
 
 def _read_ahead(folder: Path, device: str) -> "Iterator[tuple[str, torch.Tensor]]":

@@ -67,9 +67,7 @@ class AwqSpec(QuantizationSpec):
             "modules_to_not_convert": ["vision_tower", "multi_modal_projector", "lm_head"],
         }
 
-    def quantize(
-        self, merged: Path, out: Path, calibration: Calibration, device: str
-    ) -> llava_folder.Phases:
+    def quantize(self, merged: Path, out: Path, calibration: Calibration, device: str) -> int:
         """Search scales and clipping on the calibration samples, then pack.
 
         Raises VariantError where groups do not divide rows, AutoAWQ cannot be had or it fails.
@@ -82,7 +80,7 @@ class AwqSpec(QuantizationSpec):
                     f"by {self.group_size} and their number by 32: use a smaller group"
                 )
         with tempfile.TemporaryDirectory() as folder:
-            task, result = Path(folder) / "task.json", Path(folder) / "result.json"
+            task, result = Path(folder) / "task.json", Path(folder) / "peak_memory_bytes"
             settings = asdict(calibration) | {
                 "slug": self.slug, "merged": merged, "out": out, "device": device,
             }  # fmt: skip
@@ -93,7 +91,7 @@ class AwqSpec(QuantizationSpec):
             )[1]  # fmt: skip
             if crash is not None:
                 raise VariantError(f"AutoAWQ's process {crash.describe()}")
-            return llava_folder.Phases(**json.loads(result.read_text(encoding="utf-8")))
+            return int(result.read_text(encoding="utf-8"))
 
     def load(self, folder: Path, device: str) -> Any:
         """Return the model with packed linears; on a CPU the rest is fp32."""

@@ -10,7 +10,6 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +37,20 @@ _ROWS_AT_ONCE = 16
 
 def quantize_with_autoawq(
     spec: AwqSpec, merged: Path, out: Path, calibration: Calibration, device: str
-) -> llava_folder.Phases:
+) -> int:
     """Write AutoAWQ's GEMM checkpoint, which vLLM and transformers read too.
 
-    Raises VariantError where there are no calibration samples.
+    Returns the peak of memory in bytes. Raises VariantError where there are no calibration samples.
     """
     # fp16 products of many rows are slow, and for some shapes missing, on CPUs.
     dtype = torch.float32 if device == "cpu" else torch.float16
-    phases = llava_folder.Phases()
     model = _load(merged, dtype)
-    phases.lap("read_s")
     with torch.no_grad():
         samples = _embedded_samples(spec, model, merged, calibration, device)
         quantizer = _Quantizer(spec, model, samples, out.name, device)
         quantizer.quantize()
-    phases.lap("quantize_s")
     _write(spec, model, merged, out)
-    phases.lap("write_s")
-    phases.peak_memory_bytes = peak_bytes(device)
-    return phases
+    return peak_bytes(device)
 
 
 class _Quantizer(AwqQuantizer):  # type: ignore[misc]
@@ -290,7 +284,7 @@ def _write_preprocessor_config(out: Path) -> None:
 
 
 def main(task: Path, result: Path) -> None:
-    """Quantize as a task file says, and write the phases to the result file."""
+    """Quantize as a task file says, and write the peak of memory in bytes to the result file."""
     settings = json.loads(task.read_text(encoding="utf-8"))
     spec = AwqSpec.parse(settings["slug"])
     assert spec is not None
@@ -298,8 +292,8 @@ def main(task: Path, result: Path) -> None:
         Path(settings["dataset_folder"]), settings["num_samples"], settings["system_prompt"]
     )
     merged, out = Path(settings["merged"]), Path(settings["out"])
-    phases = quantize_with_autoawq(spec, merged, out, calibration, settings["device"])
-    result.write_text(json.dumps(asdict(phases)), encoding="utf-8")
+    peak = quantize_with_autoawq(spec, merged, out, calibration, settings["device"])
+    result.write_text(str(peak), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -51,12 +51,10 @@ class BnbSpec(QuantizationSpec):
         scale = 8 + 32 / _SCALE_BLOCK if self.double else 32
         return 4 + scale / _BLOCK
 
-    def quantize(
-        self, merged: Path, out: Path, calibration: Calibration, device: str
-    ) -> llava_folder.Phases:
+    def quantize(self, merged: Path, out: Path, calibration: Calibration, device: str) -> None:
         """Quantize row by row (int8) or block by block."""
         dtype = llava_folder.storage_dtype(merged)
-        return llava_folder.rewrite(
+        llava_folder.rewrite(
             merged,
             out,
             dtype=dtype,

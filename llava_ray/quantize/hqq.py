@@ -47,13 +47,11 @@ class HqqSpec(QuantizationSpec):
         """
         return (3.2 if self.bits == 3 else self.bits) + 32 / self.group_size
 
-    def quantize(
-        self, merged: Path, out: Path, calibration: Calibration, device: str
-    ) -> llava_folder.Phases:
+    def quantize(self, merged: Path, out: Path, calibration: Calibration, device: str) -> None:
         """Quantize each linear by itself."""
         from hqq.core.quantize import BaseQuantizeConfig
 
-        return llava_folder.rewrite(
+        llava_folder.rewrite(
             merged,
             out,
             dtype=llava_folder.storage_dtype(merged),

@@ -68,9 +68,8 @@ def make_variant(job: Job, device: str) -> Variant:
     with store.build(Variant, job.artifact_id, settings=job.settings, parents=job.parents) as build:
         reset_peaks(device)
         start = time.monotonic()
-        phases = spec.quantize(merged, build.folder, calibration, device)
+        elsewhere = spec.quantize(merged, build.folder, calibration, device)
         quantize_s = time.monotonic() - start
-        elsewhere = phases.peak_memory_bytes if phases else None
         return build.finish(
             Variant,
             device=device_name(device),

@@ -40,15 +40,11 @@ class NoneSpec(QuantizationSpec):
         """Return the same bits: all weights are cast."""
         return self.bits_per_weight()
 
-    def quantize(
-        self, merged: Path, out: Path, calibration: Calibration, device: str
-    ) -> llava_folder.Phases:
+    def quantize(self, merged: Path, out: Path, calibration: Calibration, device: str) -> None:
         """Cast every weight; nothing else changes."""
         import torch
 
-        return llava_folder.rewrite(
-            merged, out, dtype=getattr(torch, _DTYPES[self.dtype]), device="cpu"
-        )
+        llava_folder.rewrite(merged, out, dtype=getattr(torch, _DTYPES[self.dtype]), device="cpu")
 
     def load(self, folder: Path, device: str) -> Any:
         """Return the model; on a CPU it runs in fp32."""

@@ -37,4 +37,4 @@ def spec_for(slug: str) -> QuantizationSpec:
             return spec
     near = difflib.get_close_matches(slug, known_slugs(), n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"unknown variant {slug!r}: {hint}'python jobs/quantize.py --list' names all")
+    raise ConfigError(f"unknown variant {slug!r}: {hint}'llava-ray quantize --list' names all")

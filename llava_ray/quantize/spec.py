@@ -126,10 +126,10 @@ class QuantizationSpec(ABC):
     @abstractmethod
     def quantize(
         self, merged: Path, out: Path, calibration: Calibration, device: str
-    ) -> llava_folder.Phases | None:
+    ) -> int | None:
         """Read the merged model's folder and write the variant's folder.
 
-        Returns where the time went, or None where another program does all of it. Raises
+        Returns the peak of memory in bytes where a process of its own did the work. Raises
         VariantError where the model's shapes do not allow the scheme.
         """
 

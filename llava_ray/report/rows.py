@@ -87,7 +87,7 @@ def command_for(slug: str, findings: Findings) -> str:
     baseline = findings.config.benchmark.baseline
     slugs = ", ".join(dict.fromkeys((baseline, slug)))
     override = shlex.quote(f"quantize.variants=[{slugs}]")
-    return f"python jobs/benchmark.py --config config.yaml {override}"
+    return f"llava-ray benchmark --config config.yaml {override}"
 
 
 def _measured(card: Scorecard, findings: Findings, origins: Origins, front: set[str]) -> Row:

@@ -67,7 +67,7 @@ def collect(uris: Sequence[str], out: Path, note: str = "", kept_ids: Collection
                     text = store.storage.read_text(f"{record.kind}/{record.id}/report.json")
                     report = json.loads(text) if text else report
     if not rows:
-        raise ConfigError(f"no finished stage at {', '.join(uris)}: run jobs/pipeline.py first")
+        raise ConfigError(f"no finished stage at {', '.join(uris)}: run 'llava-ray pipeline' first")
     out.parent.mkdir(parents=True, exist_ok=True)
     tree = {"note": note, "stages": [*kept, *rows], **report}
     out.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")

@@ -91,7 +91,7 @@ def best_config(config: RunConfig, result: SweepResult) -> RunConfig:
 def best_trial(trials: tuple[Trial, ...]) -> Trial:
     """Return the trial of the smallest objective among those that ran to the end.
 
-    Raises ConfigError when no trial has one.
+    Where none did, those stopped early count. Raises ConfigError when no trial has an objective.
     """
     scored = [trial for trial in trials if trial.value is not None]
     if not scored:

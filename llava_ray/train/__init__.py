@@ -32,8 +32,8 @@ _NOT_SHAPING = {
 def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
     """Train, or go on with a run that was cut off, and return the adapter.
 
-    Raises ConfigError, DataError or ResourceError for what the user can fix, a loss that is no
-    longer finite among it.
+    Raises ConfigError for a missing package or a loss that is no longer finite, DataError for
+    samples that cannot be used, ResourceError where no node has room or the disk is full.
     """
     from llava_ray.train.trainer import fit, make_trainer
 
@@ -86,7 +86,8 @@ def seal_midway(
 ) -> AdapterCheckpoint:
     """Make an adapter of a checkpoint of a run that still goes on, for a sweep to judge.
 
-    The run must have `export_always`; `config`'s storage gets the adapter.
+    The run must have `export_always`; `config`'s storage gets the adapter. checkpoint: its path or
+    URI, taken after `step` optimizer steps.
     """
     from ray.train import Checkpoint
 

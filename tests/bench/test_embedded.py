@@ -12,8 +12,7 @@ from llava_ray.artifacts.code_digest import code_digest
 from llava_ray.artifacts.records import Scorecard
 from llava_ray.artifacts.store import ArtifactStore, local_folder
 from llava_ray.bench import embedded
-from llava_ray.bench.compare import changed
-from llava_ray.bench.quantize import embedded_variant
+from llava_ray.bench.compare import changed, embedded_variant
 from llava_ray.bench.readme import TABLES
 from llava_ray.config.run import RunConfig, load_config
 from llava_ray.errors import ConfigError, VariantError

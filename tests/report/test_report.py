@@ -121,7 +121,7 @@ def test_the_command_of_a_row_is_a_config_that_loads(chosen: ChosenVariant, mark
 
     from llava_ray.config.run import load_config
 
-    commands = re.findall(r"^python jobs/benchmark.py .*$", markdown, flags=re.MULTILINE)
+    commands = re.findall(r"^llava-ray benchmark .*$", markdown, flags=re.MULTILINE)
     assert len(commands) == len(SHAPES) + len(FAILURES)
     folder = local_folder(chosen)
     for command in commands:

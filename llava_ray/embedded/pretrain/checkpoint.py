@@ -29,7 +29,7 @@ def load_checkpoint(folder: Path, parts: Mapping[str, Any]) -> int:
     """
     path = folder / CHECKPOINT
     if not path.is_file():
-        raise ConfigError(f"no {CHECKPOINT} in {folder}: run 'python jobs/pretrain.py train' first")
+        raise ConfigError(f"no {CHECKPOINT} in {folder}: run 'llava-ray pretrain train' first")
     state = torch.load(path, map_location="cpu", weights_only=True)
     try:
         for name, part in parts.items():

@@ -1,4 +1,4 @@
-"""What `python jobs/pretrain.py ACTION key=value ...` does.
+"""What `llava-ray pretrain ACTION key=value ...` does.
 
 pack       copy fonts and words to `assets`, for a machine without their packages
 train      train until `max_steps` or the call's `minutes`; resumes the checkpoint in `out`

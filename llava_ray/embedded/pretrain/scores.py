@@ -33,7 +33,7 @@ def score_model(folder: Path, count: int, out: Path, assets: Path | None = None)
     Raises ConfigError where the folder has no weights.
     """
     if not (folder / WEIGHTS).is_file():
-        raise ConfigError(f"no {WEIGHTS} in {folder}: run 'python jobs/pretrain.py export' first")
+        raise ConfigError(f"no {WEIGHTS} in {folder}: run 'llava-ray pretrain export' first")
     tree = {
         "train": read_scenes(*load_model(folder), "train", count, assets),
         "images": count,

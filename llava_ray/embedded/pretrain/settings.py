@@ -1,4 +1,4 @@
-"""The keys of `python jobs/pretrain.py ACTION key=value ...`."""
+"""The keys of `llava-ray pretrain ACTION key=value ...`."""
 
 import difflib
 import os
