@@ -113,7 +113,8 @@ def test_serving_shows_percentiles_where_the_file_has_them() -> None:
         "added_per_token_ms": 0.1617,
     }  # fmt: skip
     assert _table("serving", {"ways": {"a proxy": {"8": load}}}).splitlines()[2:] == [
-        "| a proxy | 8 | 29.5 / 2394 | - / 3001 | 2.26 / 4.22 | - / 87.9 | +4.9 ms | +0.16 ms | 95.5% |"
+        "| a proxy | 8 | 29.5 / 2394 | - / 3001 | 2.26 / 4.22 | - / 87.9 | +4.9 ms | +0.16 ms | "
+        "95.5% |"
     ]
 
 
