@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from llava_ray.errors import ConfigError
+from llava_ray.shipped import or_shipped
 
 
 def read_cluster(path: Path) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def read_documents(path: Path) -> list[Any]:
     Raises ConfigError where it cannot be read.
     """
     try:
-        return list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+        return list(yaml.safe_load_all(or_shipped(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"no cluster YAML at {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -18,6 +18,7 @@ from llava_ray.config.section import Section as Section
 from llava_ray.config.section import Share as Share
 from llava_ray.config.train import TrainConfig as TrainConfig
 from llava_ray.errors import ConfigError
+from llava_ray.shipped import or_shipped
 
 
 class StorageConfig(Section):
@@ -252,7 +253,7 @@ def known_keys() -> list[str]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(or_shipped(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"no config file at {path}: give --config an existing YAML") from error
     except (OSError, UnicodeDecodeError) as error:

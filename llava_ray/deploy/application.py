@@ -245,7 +245,7 @@ def _wait_until_running(target: Target) -> None:
             )
         if time.monotonic() - logged > _LOG_EVERY_S:
             logged = time.monotonic()
-            logger.info("deploy: %s for %.0f s; %s", status, waited, message)
+            logger.info("deploy: %s for %.0f s%s", status, waited, message and f"; {message}")
         time.sleep(0.2)
     while _running_deployment(target) != target.deployment_id:
         if time.monotonic() - start > _START_TIMEOUT_S:

@@ -108,3 +108,14 @@ def test_every_shipped_config_loads(path: Path) -> None:
     head = path.read_text().split("\n\n")[0]
     for word in ("What:", "Needs:", "Run:", "Override:"):
         assert word in head, f"{path} lacks '# {word}'"
+
+
+def test_shipped_configs_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = Path("jobs/configs/quickstart.yaml")
+    assert load_config(shipped) != load_config(None)
+    shipped.parent.mkdir(parents=True)
+    shipped.write_text("serve: {port: 8123}")
+    assert load_config(shipped).serve.port == 8123, "the own file goes first"
