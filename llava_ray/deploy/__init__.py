@@ -6,7 +6,6 @@ import os
 from llava_ray.artifacts.records import ChosenVariant, DeploymentRecord
 from llava_ray.artifacts.store import ArtifactStore, artifact_id, local_folder
 from llava_ray.config.run import RunConfig
-from llava_ray.deploy.application import APP_NAME, Target, ensure_served
 from llava_ray.deploy.probe import MAX_TOKENS, ask, curl_command, probe_request
 
 
@@ -16,6 +15,9 @@ def run(config: RunConfig, chosen: ChosenVariant) -> DeploymentRecord:
     Raises ResourceError when the port is taken, no replica fits the cluster or the question is not
     answered, ConfigError when the endpoint would be open to others without an API key.
     """
+    # Not above: a job that only shows its config does not load Ray.
+    from llava_ray.deploy.application import APP_NAME, Target, ensure_served
+
     store = ArtifactStore(config.storage.uri)
     settings = {
         **config.serve.model_dump(mode="json"),

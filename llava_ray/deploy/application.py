@@ -6,19 +6,23 @@ import os
 import socket
 import time
 import urllib.error
-import urllib.request
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import ray
+from ray import serve
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llava_ray.artifacts.records import ChosenVariant, Scorecard
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import RunConfig
 from llava_ray.deploy import proxy
+from llava_ray.deploy.probe import fetch
 from llava_ray.errors import ConfigError, ResourceError
+from llava_ray.resources.crash import last_line
+from llava_ray.server import memory
+from llava_ray.server.application import build
 from llava_ray.server.settings import AppArgs, CanaryArgs, ModelArgs
-
-if TYPE_CHECKING:
-    from ray.serve import Application
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +69,17 @@ def ensure_served(target: Target) -> str:
     if _running_deployment(target) == target.deployment_id:
         logger.info("%s is served at %s already", target.chosen.slug, target.url)
         return device
-    from llava_ray.server.application import build
-
     args = _app_args(target, gpus)
     slots = _slots(args)
     if slots < args.max_concurrent_requests:
         logger.info("serve.max_concurrent_requests: memory has room for %d", slots)
     application = build(args.model_copy(update={"max_concurrent_requests": slots}))
     _start_serve(target)
-    _run_application(application)
+    serve.run_many(
+        [serve.RunTarget(application, name=APP_NAME, route_prefix="/")],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
     _wait_until_running(target)
     return device
 
@@ -83,10 +89,10 @@ def _app_args(target: Target, gpus: float) -> AppArgs:
 
     Raises ConfigError for a variant that was not measured with the winner.
     """
-    serve, chosen = target.config.serve, target.chosen
+    endpoint, chosen = target.config.serve, target.chosen
     found = (target.store.find(Scorecard, parent) for parent in chosen.parents)
     cards = {card.slug: card for card in found if card is not None}
-    for slug in serve.beside:
+    for slug in endpoint.beside:
         if slug not in cards or slug == chosen.slug:
             others = ", ".join(sorted(set(cards) - {chosen.slug})) or "none"
             raise ConfigError(
@@ -98,21 +104,21 @@ def _app_args(target: Target, gpus: float) -> AppArgs:
         return ModelArgs(variant_uri=uri, name=name, scorecard_uri=scorecard_uri)
 
     canary = None
-    if serve.canary is not None:
-        canary = CanaryArgs(model=serve.canary, share=serve.canary_share)
+    if endpoint.canary is not None:
+        canary = CanaryArgs(model=endpoint.canary, share=endpoint.canary_share)
     return AppArgs(
         models=(
             model(chosen.slug, chosen.variant_uri, target.model_name),
-            *(model(slug, cards[slug].variant_uri, slug) for slug in serve.beside),
+            *(model(slug, cards[slug].variant_uri, slug) for slug in endpoint.beside),
         ),
         canary=canary,
         deployment_id=target.deployment_id,
         system_prompt=target.config.model.system_prompt,
         gpus_per_replica=gpus,
-        surge=_fit_beside(serve.cpus_per_replica, gpus),
-        **serve.model_dump(
+        surge=_fit_beside(endpoint.cpus_per_replica, gpus),
+        **endpoint.model_dump(
             include=set(AppArgs.model_fields)
-            & set(type(serve).model_fields) - {"canary", "gpus_per_replica"}
+            & set(type(endpoint).model_fields) - {"canary", "gpus_per_replica"}
         ),
     )
 
@@ -122,11 +128,6 @@ def _slots(args: AppArgs) -> int:
 
     Raises ResourceError where its memory has no room for one.
     """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from llava_ray.server import memory
-
     device, kind = ("cuda", "GPU") if args.gpus_per_replica else ("cpu", "CPU")
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     fitting = [node for node in nodes if node["Alive"] and node["Resources"].get(kind)]
@@ -144,8 +145,6 @@ def _gpus_per_replica(config: RunConfig) -> float:
 
     Raises ResourceError when the cluster has not what the replicas need.
     """
-    import ray
-
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     replicas = config.serve.min_replicas
     wanted = config.serve.gpus_per_replica
@@ -162,20 +161,16 @@ def _gpus_per_replica(config: RunConfig) -> float:
 
 def _fit_beside(cpus: float, gpus: float) -> bool:
     """Say whether new replicas have room while the old ones still run."""
-    import ray
-
     free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
     return free.get("CPU", 0) >= cpus and free.get("GPU", 0) >= gpus
 
 
 def _running_deployment(target: Target) -> str | None:
     """Return the id of the deployment that answers at the target's URL, if one does."""
-    headers = {}
-    if key := os.environ.get(target.config.serve.api_key_env):
-        headers["Authorization"] = f"Bearer {key}"
+    key = os.environ.get(target.config.serve.api_key_env)
     try:
-        _get(f"{target.root_url}/health", headers)
-        models = json.loads(_get(f"{target.url}/models", headers))
+        fetch(f"{target.root_url}/health", key)
+        models = json.loads(fetch(f"{target.url}/models", key))
         deployment = models["data"][0]["deployment"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
@@ -188,7 +183,7 @@ def _start_serve(target: Target) -> None:
     Raises ResourceError when another process has the port, or Serve listens elsewhere.
     """
     host, port = target.config.serve.host, target.config.serve.port
-    if _serve_is_up():
+    if serve.status().proxies:
         if not _is_proxy(target.root_url):
             raise ResourceError(
                 f"this cluster's Ray Serve does not listen at {target.root_url}: give its "
@@ -208,30 +203,14 @@ def _start_serve(target: Target) -> None:
     proxy.start(target.config.serve)
 
 
-def _serve_is_up() -> bool:
-    from ray import serve
-
-    return bool(serve.status().proxies)
-
-
 def _is_proxy(root_url: str) -> bool:
     try:
-        return _get(f"{root_url}/-/healthz", {}) == b"success"
+        return fetch(f"{root_url}/-/healthz") == b"success"
     except urllib.error.HTTPError as error:
         # A proxy whose applications are still starting says so with this status.
         return error.code == 503
     except OSError:
         return False
-
-
-def _run_application(application: "Application") -> None:
-    from ray import serve
-
-    serve.run_many(
-        [serve.RunTarget(application, name=APP_NAME, route_prefix="/")],
-        wait_for_ingress_deployment_creation=False,
-        wait_for_applications_running=False,
-    )
 
 
 def _wait_until_running(target: Target) -> None:
@@ -255,26 +234,10 @@ def _wait_until_running(target: Target) -> None:
 
 def _application_state() -> tuple[str, str]:
     """Return the application's status and, in one line, why it is not running."""
-    from ray import serve
-
     application: Any = serve.status().applications.get(APP_NAME)
     if application is None:
         return "NOT_STARTED", ""
     messages = [application.message, *(d.message for d in application.deployments.values())]
-    return application.status.value, _last_line(messages)
-
-
-def _last_line(messages: list[str]) -> str:
-    """Return the last line of the longest message: where a traceback has its error."""
-    longest = max(messages, key=len, default="")
-    lines = [line.strip() for line in longest.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
-
-
-def _get(url: str, headers: dict[str, str]) -> bytes:
-    request = urllib.request.Request(url, headers=headers)
-    # No proxy of the environment stands between this machine and itself.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=10) as response:
-        body: bytes = response.read()
-        return body
+    # The longest is a traceback where there is one.
+    longest = max(messages, key=len)
+    return application.status.value, longest and last_line(longest)

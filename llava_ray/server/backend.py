@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
+import msgspec
 from pydantic import BaseModel, ConfigDict
 
 from llava_ray.artifacts.records import Scorecard, Variant
@@ -83,11 +84,7 @@ def make_card(
         slug=variant.slug,
         digest=f"sha256:{digest.hexdigest()}",
         created=int(datetime.fromisoformat(variant.created).timestamp()),
-        image_size=opened.image_size,
-        tokens_per_image=opened.tokens_per_image,
-        eos_token_id=opened.eos_token_id,
-        context=opened.context,
-        slots=opened.slots,
+        **msgspec.structs.asdict(opened),
         scorecard=None if scorecard is None else _summary(scorecard),
     )
 
@@ -96,14 +93,7 @@ def _summary(scorecard: Scorecard) -> dict[str, Any]:
     return scorecard.model_dump(
         mode="json",
         include={
-            "device",
-            "variant_bytes",
-            "memory_bytes",
-            "prefill_s",
-            "decode_tokens_per_s",
-            "kl_divergence",
-            "top1_agreement",
-            "perplexity",
-            "scores",
+            "device", "variant_bytes", "memory_bytes", "prefill_s", "decode_tokens_per_s",
+            "kl_divergence", "top1_agreement", "perplexity", "scores",
         },
-    )
+    )  # fmt: skip

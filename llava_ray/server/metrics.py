@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+import ray
 from ray.serve import metrics
 
 from llava_ray.inference.process.messages import Beat
@@ -93,8 +94,6 @@ async def scrape() -> bytes:
 
     A node that does not answer is left out. Ray passes on what is counted every few seconds.
     """
-    import ray
-
     if not ray.is_initialized():
         return b""
     nodes: list[dict[str, Any]] = await asyncio.to_thread(ray.nodes)

@@ -13,34 +13,18 @@ if TYPE_CHECKING:
 
 def write_report(done: "Search", best: Trial, folder: Path, *, objective: str) -> None:
     """Write report.md and learning_curves.png into a folder."""
+    from jinja2 import Template
     from matplotlib.figure import Figure
 
-    (folder / "report.md").write_text(_table(done, best, objective), encoding="utf-8")
+    template = Path(__file__).with_name("report.md.j2").read_text(encoding="utf-8")
+    page = Template(template, trim_blocks=True, keep_trailing_newline=True).render(
+        trials=sorted(done.trials, key=lambda t: (t.value is None, t.value or 0)),
+        best=best, objective=objective, steps_per_trial=done.steps_per_trial, short=_short,
+    )  # fmt: skip
+    (folder / "report.md").write_text(page, encoding="utf-8")
     figure = Figure(figsize=(11, 5), layout="constrained")
     _curves(figure.add_subplot(), done, best, objective)
     figure.savefig(folder / "learning_curves.png", dpi=120)
-
-
-def _table(done: "Search", best: Trial, objective: str) -> str:
-    keys = list(best.settings)
-    used = sum(trial.steps for trial in done.trials)
-    whole = done.steps_per_trial * len(done.trials)
-    lines = [
-        f"# Sweep of {len(done.trials)} trials, judged by {objective}",
-        "",
-        f"Best: trial {best.number} with {best.value:.5g}. {used} of {whole} steps were taken "
-        f"({used / max(1, whole):.0%}); the rest was saved by stopping trials early.",
-        "",
-        "| trial | status | " + " | ".join(keys) + f" | steps | {objective} | error |",
-        "|" + "---|" * (len(keys) + 5),
-    ]
-    for trial in sorted(done.trials, key=lambda t: (t.value is None, t.value or 0)):
-        value = "" if trial.value is None else f"{trial.value:.5g}"
-        cells = [_short(trial.settings[key]) for key in keys]
-        error = (trial.error or "").replace("|", "/")[:200]
-        row = [str(trial.number), trial.status, *cells, str(trial.steps), value, error]
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join([*lines, "", "![](learning_curves.png)", ""])
 
 
 def _short(value: Any) -> str:

@@ -52,6 +52,11 @@ def _prompt(last: int = 0) -> Prompt:
     return Prompt((1, 100, 100 + last), (np.full((8, 8, 3), last, np.uint8),))
 
 
+def _pid(engine: EngineProcess) -> int:
+    assert engine._life is not None
+    return engine._life.process.pid
+
+
 async def _steps(
     engine: EngineProcess, prompt: Prompt, sampling: SamplingParams, timeout_s: float = 60
 ) -> list[Step]:
@@ -125,9 +130,8 @@ def test_an_engine_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
 
 def test_an_engine_that_does_not_come_back_is_broken(tmp_path: Path) -> None:
     async def work(engine: EngineProcess) -> None:
-        assert engine.pid is not None
         engine.check()
-        os.kill(engine.pid, signal.SIGKILL)
+        os.kill(_pid(engine), signal.SIGKILL)
         waiting = asyncio.create_task(_steps(engine, _prompt(), SamplingParams()))
         await asyncio.sleep(0.2)
         with pytest.raises(Unavailable, match="being started again"):
@@ -144,8 +148,7 @@ def test_an_engine_that_does_not_come_back_is_broken(tmp_path: Path) -> None:
 
 def test_a_request_waits_no_longer_than_it_may(tmp_path: Path) -> None:
     async def work(engine: EngineProcess) -> None:
-        assert engine.pid is not None
-        os.kill(engine.pid, signal.SIGSTOP)
+        os.kill(_pid(engine), signal.SIGSTOP)
         start = time.monotonic()
         with pytest.raises(DeadlineExceeded):
             await _steps(engine, _prompt(), SamplingParams(), timeout_s=1)
@@ -210,7 +213,6 @@ def test_the_process_ends_with_its_parent(stopped: bool, tmp_path: Path) -> None
 
 def test_the_process_does_not_import_ray(tmp_path: Path) -> None:
     async def work(engine: EngineProcess) -> str:
-        assert engine.pid is not None
-        return Path(f"/proc/{engine.pid}/maps").read_text()
+        return Path(f"/proc/{_pid(engine)}/maps").read_text()
 
     assert "_raylet" not in _run(_command(tmp_path / "lives"), work)

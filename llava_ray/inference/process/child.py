@@ -47,17 +47,7 @@ def serve_engine(open_engine: Callable[[], Engine], connection: socket.socket) -
         sys.exit(2)
     scheduler = server.scheduler = Scheduler(engine)
     scheduler.start()
-    server.send(
-        Opened(
-            device=engine.device,
-            image_size=engine.image_size,
-            tokens_per_image=engine.tokens_per_image,
-            image_token_id=engine.image_token_id,
-            eos_token_id=engine.eos_token_id,
-            context=engine.context,
-            slots=engine.slots,
-        )
-    )
+    server.send(Opened(*(getattr(engine, name) for name in Opened.__struct_fields__)))
     while scheduler.failure is None:
         waiting, active = scheduler.load
         memory = psutil.Process().memory_info().rss, _device_bytes(engine.device)

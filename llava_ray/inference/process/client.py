@@ -101,11 +101,6 @@ class EngineProcess:
             await self._life.watch(self._step_timeout_s)
             await self._life.death()
 
-    @property
-    def pid(self) -> int | None:
-        """The process's id, None while there is none."""
-        return self._life.process.pid if self._life else None
-
     def check(self) -> None:
         """Raise Unavailable where requests would have to wait for the engine's process."""
         self.check_alive()

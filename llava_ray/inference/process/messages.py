@@ -39,10 +39,8 @@ class Cancel(msgspec.Struct, tag=True):
 class Opened(msgspec.Struct, tag=True):
     """The engine is loaded; how it is, as `Engine` has it."""
 
-    device: str
     image_size: int
     tokens_per_image: int
-    image_token_id: int
     eos_token_id: int
     context: int
     slots: int
