@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--working-dir", type=Path, default=Path.cwd())
     parser.add_argument("--runtime-env", type=Path, default=shipped("jobs/runtime_env.yaml"))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         config = load_config(args.config, args.overrides)
         findings = examine(args.cluster, config, args.working_dir.absolute(), args.runtime_env)

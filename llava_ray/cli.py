@@ -5,7 +5,6 @@ import ast
 import difflib
 import logging
 import os
-import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,7 +65,9 @@ def _run_script(
     """Run a script of jobs/ as if by its path; without one, list those that there are."""
     if script is not None:
         sys.argv = [f"llava-ray {name}", *arguments]
-        runpy.run_path(str(script), run_name="__main__")
+        # Not by runpy, which would put the script's path in the place of the command's name.
+        code = compile(script.read_text("utf-8"), str(script), "exec")
+        exec(code, {"__name__": "__main__", "__file__": str(script)})
         return
     group, _, command = name.rpartition(" ")
     known = {
@@ -91,7 +92,7 @@ def run_job(
     A LlavaRayError ends the process with one line on stderr and exit code 2; `--dry-run` prints
     the merged config and the resources that would be asked for, and returns None.
     """
-    args = argument_parser(description).parse_args(argv)
+    args = argument_parser(description).parse_intermixed_args(argv)
     set_up_logging()
     try:
         config = load_config(args.config, args.overrides)
@@ -140,7 +141,9 @@ def connect() -> None:
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description)
+    """Return the parser of a job's arguments; its `parse_intermixed_args` takes any order."""
+    example = "example: %(prog)s --config jobs/configs/quickstart.yaml train.lora_r=8 --dry-run"
+    parser = argparse.ArgumentParser(description=description, epilog=example)
     parser.add_argument("--config", type=Path, help="YAML such as jobs/configs/quickstart.yaml")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the merged config and the resources, then end"

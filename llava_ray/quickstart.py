@@ -4,6 +4,7 @@ import asyncio
 import os
 import secrets
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -42,8 +43,11 @@ def run(argv: Sequence[str]) -> int:
         return 0
     if "--config" not in argv:
         argv = ["--config", str(shipped("jobs/configs/quickstart.yaml")), *argv]
-    arguments = argument_parser(None).parse_args(argv)
+    arguments = argument_parser(None).parse_intermixed_args(argv)
     preflight.check(load_config(arguments.config, arguments.overrides))
+    pipeline = [sys.executable, str(shipped("jobs/pipeline.py")), *argv]
+    if arguments.dry_run:
+        return subprocess.call(pipeline)
     os.environ["RAY_AUTH_MODE"] = "token"  # Ray reads it when it is imported.
     head = up(shipped("cluster/local.yaml"))
     print(f"Ray runs at {head.address}, jobs go to {head.dashboard}", flush=True)
@@ -51,7 +55,6 @@ def run(argv: Sequence[str]) -> int:
     os.environ.update(head.environment())
     from ray.job_submission import JobSubmissionClient
 
-    pipeline = [sys.executable, str(shipped("jobs/pipeline.py")), *argv]
     # Paths among the arguments are relative to this folder.
     entrypoint = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(pipeline)}"
     client = JobSubmissionClient(head.dashboard)

@@ -22,7 +22,8 @@ def write(out: Path, name: str, tree: Mapping[str, Any], device: str = "cpu") ->
 
     name: an entry of code_digest.ENTRIES. device: such as `cuda` or `cpu`.
     """
-    arguments = (out.name if argument == str(out) else argument for argument in sys.argv)
+    # Paths of this machine say nothing elsewhere.
+    arguments = (each if not Path(each).is_absolute() else Path(each).name for each in sys.argv)
     head = {
         "device": device_name(device),
         "versions": {"python": platform.python_version()}

@@ -88,12 +88,14 @@ def up(path: Path) -> Head:
             token_path=str(token_file(folder)),
             log_path=str(folder / "head.log"),
         )
+        # First, so that `down` knows what to end if this process is killed meanwhile.
+        (folder / "head.json").write_text(json.dumps(asdict(head), indent=1), encoding="utf-8")
         try:
             start(head, commands)
         except BaseException:
             stop(head)
+            (folder / "head.json").unlink()
             raise
-        (folder / "head.json").write_text(json.dumps(asdict(head), indent=1), encoding="utf-8")
     return head
 
 

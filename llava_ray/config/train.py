@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from llava_ray.config.section import Count, Positive, Section, Share
 
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 class TrainConfig(Section):
     """LoRA fine-tuning. LLaVA's flag stands in brackets where its name differs."""
@@ -30,9 +32,7 @@ class TrainConfig(Section):
     lora_r: Count = Field(default=48)
     lora_alpha: Positive = Field(default=256)
     lora_dropout: Share = Field(default=0.05)
-    lora_targets: tuple[str, ...] = Field(
-        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    )
+    lora_targets: tuple[str, ...] = Field(default=LINEAR_LAYERS)
     """Linear layers of the language model, by the last part of their names."""
     use_dora: bool = Field(default=False)
     use_rslora: bool = Field(default=False)

@@ -37,9 +37,8 @@ def start(config: ServeConfig) -> None:
     Raises ConfigError where HAProxy could not reach the replicas of other nodes, ResourceError
     where it is not installed or no ports are free.
     """
-    environment = _FAST | {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
-    if config.proxy == "haproxy":
-        environment = _haproxy(config)
+    python = _FAST | {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
+    environment = _haproxy(config) if config.proxy == "haproxy" else python
     serve.start(
         proxy_location="HeadOnly",
         http_options={
@@ -96,7 +95,7 @@ def _haproxy(config: ServeConfig) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": http[-1],
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": grpc[0],
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": grpc[-1],
-        # HAProxy is told of a replica that leaves at once, not by an outsider's checks.
+        # Serve itself says to HAProxy that a replica leaves, so nobody has to notice it by checks.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(2 * config.request_timeout_s)),
     }

@@ -7,9 +7,8 @@ NotImplementedError, so hqq's own layers are put in; peft knows them.
 from collections.abc import Iterator
 from typing import Any
 
+from llava_ray.config.train import LINEAR_LAYERS
 from llava_ray.errors import ConfigError
-
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def quantize_base(llava: Any, *, bits: int, group_size: int) -> None:

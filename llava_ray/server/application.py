@@ -5,7 +5,6 @@ time, and would silently skip its validation.
 """
 
 import os
-from typing import Any
 
 from ray import serve
 from ray.serve import Application
@@ -25,12 +24,9 @@ def build(args: AppArgs) -> Application:
 
     Raises ConfigError when the endpoint would be open to others without an API key.
     """
-    options: dict[str, Any] = {"num_cpus": args.cpus_per_replica}
-    if args.gpus_per_replica:
-        options["num_gpus"] = args.gpus_per_replica
     deployment = serve.deployment(
         name=DEPLOYMENT,
-        ray_actor_options=options,
+        ray_actor_options={"num_cpus": args.cpus_per_replica, "num_gpus": args.gpus_per_replica},
         # A replica refuses by itself, in OpenAI's words; what waits in it counts for autoscaling.
         max_ongoing_requests=2 * args.capacity + _SPARE_REQUESTS,
         # Where no replica can take them, requests wait before all as they do in one.

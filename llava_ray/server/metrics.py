@@ -46,19 +46,19 @@ class Recorder:
         self, prompt_tokens: int, chunks: AsyncGenerator[Chunk, None]
     ) -> AsyncGenerator[Chunk, None]:
         """Pass an answer's chunks on and count them."""
-        self._prompt_tokens.inc(prompt_tokens, self._tags.copy())
-        outcome, last, begun = "cancelled", time.monotonic(), False
+        self._prompt_tokens.inc(prompt_tokens, self._tags)
+        outcome, last, started = "cancelled", time.monotonic(), False
         try:
             async with aclosing(chunks):
                 async for chunk in chunks:
                     now, count = time.monotonic(), len(chunk.steps)
                     if count:
-                        self._tokens.inc(count, self._tags.copy())
-                        seconds = (now - last) / count if begun else now - last
-                        (self._token if begun else self._first_token).observe(
-                            seconds, self._tags.copy()
-                        )
-                        last, begun = now, True
+                        self._tokens.inc(count, self._tags)
+                        if started:
+                            self._token.observe((now - last) / count, self._tags)
+                        else:
+                            self._first_token.observe(now - last, self._tags)
+                        last, started = now, True
                     outcome = chunk.finish_reason or outcome
                     yield chunk
         except ApiError as error:
@@ -69,15 +69,15 @@ class Recorder:
 
     def beat(self, beat: Beat) -> None:
         """Note what the engine is at."""
-        self._waiting.set(beat.waiting, self._tags.copy())
-        self._active.set(beat.active, self._tags.copy())
+        self._waiting.set(beat.waiting, self._tags)
+        self._active.set(beat.active, self._tags)
         for kind, value in (("resident", beat.resident_bytes), ("device", beat.device_bytes)):
             if value is not None:
                 self._memory.set(value, {**self._tags, "kind": kind})
 
     def lost(self) -> None:
         """Count an engine process that died or was ended."""
-        self._restarts.inc(1, self._tags.copy())
+        self._restarts.inc(1, self._tags)
 
     def _histogram(self, name: str, text: str, boundaries: list[float]) -> Any:
         return metrics.Histogram(f"llava_ray_{name}", text, boundaries, tag_keys=("model",))

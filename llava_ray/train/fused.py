@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from llava_ray.models.low_bits import LINEAR_LAYERS
+from llava_ray.config.train import LINEAR_LAYERS
 from llava_ray.train.pointwise import Kernels, dropout_mask, kernels_for
 
 Tensor = torch.Tensor

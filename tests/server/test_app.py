@@ -26,7 +26,7 @@ def test_the_config_file_is_one_that_serve_and_the_application_take(
     tree = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
     schema = ServeDeploySchema.model_validate(tree)
     application = schema.applications[0]
-    assert application.import_path == "serve.app:build"
+    assert application.import_path == "llava_ray.server.application:build"
     args = AppArgs.model_validate(application.args)
     assert args.models[0].variant_uri == "/runs/variant/variant-1"
     assert args.host == schema.http_options.host == "127.0.0.1"

@@ -1,6 +1,6 @@
 """The asking side: start an engine's process, watch it, and start it again when it dies or hangs.
 
-A request whose answer has not begun goes to the next process; one that has begun ends with an
+A request whose answer has not started goes to the next process; one that has started ends with an
 error. All of it belongs to one event loop.
 """
 
@@ -36,7 +36,7 @@ from llava_ray.resources.crash import crash_file, read_crash
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 4
-"""Processes that a request which has not begun is given to."""
+"""Processes that a request which has not started is given to."""
 _RESTARTS = 3
 """Starts in a row that may fail before the engine counts as broken."""
 _RESTART_PAUSE_S = 1.0
@@ -125,16 +125,16 @@ class EngineProcess:
         deadline = time.monotonic() + timeout_s
         for attempt in range(1, _ATTEMPTS + 1):
             life = await self._await_life(deadline)
-            begun = False
+            started = False
             try:
                 chunks = life.stream(prompt, sampling, deadline - time.monotonic())
                 async with aclosing(chunks):
                     async for chunk in chunks:
-                        begun = True
+                        started = True
                         yield chunk
                 return
             except EngineLost:
-                if begun or attempt == _ATTEMPTS:
+                if started or attempt == _ATTEMPTS:
                     raise
 
     async def _await_life(self, deadline: float) -> "_Life":
@@ -179,10 +179,7 @@ class _Life:
     """One process of an engine, from its start to its end."""
 
     def __init__(
-        self,
-        process: "subprocess.Popen[bytes]",
-        writer: asyncio.StreamWriter,
-        name: str,
+        self, process: "subprocess.Popen[bytes]", writer: asyncio.StreamWriter, name: str
     ) -> None:
         self.process = process
         self._writer = writer

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from llava_ray.config.train import LINEAR_LAYERS
 from llava_ray.inference.torch.cache import SlotCache
 from llava_ray.inference.torch.kernels.launch import (
     LEAST_TOKENS,
@@ -38,7 +39,6 @@ from llava_ray.inference.torch.kernels.weights import (
 )
 from llava_ray.inference.torch.llama import Layer, Projection, read_layers
 from llava_ray.inference.torch.prefill import capture
-from llava_ray.models.low_bits import LINEAR_LAYERS
 
 logger = logging.getLogger(__name__)
 
