@@ -18,7 +18,7 @@ from llava_ray.console import Progress
 from llava_ray.errors import LlavaRayError, VariantError
 from llava_ray.resources.capacity import Resources
 from llava_ray.resources.forked import Forked
-from llava_ray.resources.tasks import Task, run_task, run_tasks
+from llava_ray.resources.tasks import Task, run_side_by_side, run_task
 
 if TYPE_CHECKING:
     from llava_ray.benchmark.plan import Plan
@@ -131,7 +131,7 @@ def _measure_all(
     tasks = [_task(measure, plan, variant, baseline, dataset, reference) for variant in ordered]
     slugs = {task.name: variant.slug for task, variant in zip(tasks, ordered, strict=True)}
     most = plan.config.max_parallel or _side_by_side(plan, missing)
-    for task, outcome in run_tasks(tasks, at_once=most):
+    for task, outcome in run_side_by_side(tasks, at_once=most):
         slug = slugs[task.name]
         if isinstance(outcome, LlavaRayError):
             logger.warning("%s: not measured: %s", slug, outcome)

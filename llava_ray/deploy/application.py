@@ -103,6 +103,7 @@ def _app_args(target: Target, gpus: float) -> AppArgs:
         scorecard_uri = cards[slug].uri if slug in cards else None
         return ModelArgs(variant_uri=uri, name=name, scorecard_uri=scorecard_uri)
 
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
     canary = None
     if endpoint.canary is not None:
         canary = CanaryArgs(model=endpoint.canary, share=endpoint.canary_share)
@@ -115,7 +116,7 @@ def _app_args(target: Target, gpus: float) -> AppArgs:
         deployment_id=target.deployment_id,
         system_prompt=target.config.model.system_prompt,
         gpus_per_replica=gpus,
-        surge=_fit_beside(endpoint.cpus_per_replica, gpus),
+        surge=free.get("CPU", 0) >= endpoint.cpus_per_replica and free.get("GPU", 0) >= gpus,
         **endpoint.model_dump(
             include=set(AppArgs.model_fields)
             & set(type(endpoint).model_fields) - {"canary", "gpus_per_replica"}
@@ -157,12 +158,6 @@ def _gpus_per_replica(config: RunConfig) -> float:
                 f"lower serve.{name.lower()}s_per_replica or add a node"
             )
     return gpus
-
-
-def _fit_beside(cpus: float, gpus: float) -> bool:
-    """Say whether new replicas have room while the old ones still run."""
-    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    return free.get("CPU", 0) >= cpus and free.get("GPU", 0) >= gpus
 
 
 def _running_deployment(target: Target) -> str | None:

@@ -14,7 +14,7 @@ from llava_ray.errors import DataError
 
 
 def json_grammar(schema: Mapping[str, Any]) -> str:
-    """Return the grammar of a JSON schema, as `Matchers` takes it.
+    """Return the grammar of a JSON schema, as `GrammarCompiler` takes it.
 
     Raises DataError for a schema that llguidance cannot follow, with its words.
     """
@@ -32,8 +32,8 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
     return grammar
 
 
-class Matchers:
-    """Matchers for one model's tokens."""
+class GrammarCompiler:
+    """GrammarCompiler for one model's tokens."""
 
     def __init__(self, tokenizer: Any, *, vocab_size: int, eos_token_id: int) -> None:
         """tokenizer: a fast Hugging Face one, read when the first grammar comes."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from llava_ray.errors import DataError, ResourceError
 from llava_ray.inference.engine import Engine, Prompt
 from llava_ray.inference.generate import FinishReason, budget, decodes_ahead
-from llava_ray.inference.grammar import Matchers
+from llava_ray.inference.grammar import GrammarCompiler
 from llava_ray.inference.request_errors import ApiError, BadRequest, Unavailable
 from llava_ray.inference.sampling import Row, Sampled, SamplingParams, Step, sample
 
@@ -74,7 +74,7 @@ class Scheduler:
         """Prefills and decode steps that have ended."""
         self.engine = engine
         self._ahead = decodes_ahead(engine)
-        self._matchers = Matchers(
+        self._grammars = GrammarCompiler(
             engine.tokenizer, vocab_size=engine.vocab_size, eos_token_id=engine.eos_token_id
         )
         self._wake = threading.Condition()
@@ -116,7 +116,7 @@ class Scheduler:
         Raises Unavailable when the engine broke, BadRequest for a grammar that is too large.
         """
         try:
-            matcher = self._matchers.start(sampling.grammar) if sampling.grammar else None
+            matcher = self._grammars.start(sampling.grammar) if sampling.grammar else None
         except DataError as error:
             raise BadRequest(f"response_format: {error}", "response_format") from error
         answer = Answer(prompt, Row(sampling, matcher), outlet, key)
@@ -296,7 +296,7 @@ async def chunks_from(inbox: "asyncio.Queue[Item]") -> AsyncGenerator[Chunk, Non
     """Yield one answer's items as chunks until it ends; what came meanwhile comes together."""
     while True:
         items = [await inbox.get()]
-        while not inbox.empty():
+        while isinstance(items[-1], Step) and not inbox.empty():
             items.append(inbox.get_nowait())
         steps = tuple(item for item in items if isinstance(item, Step))
         last = items[-1]

@@ -16,7 +16,7 @@ from llava_ray.console import Progress
 from llava_ray.quantize.job import Job, make_variant
 from llava_ray.quantize.registry import spec_for
 from llava_ray.resources.capacity import free_nodes
-from llava_ray.resources.tasks import Task, run_tasks
+from llava_ray.resources.tasks import Task, run_side_by_side
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def _outcomes(config: RunConfig, jobs: list[Job]) -> Iterator[Outcome]:
         device = "cuda" if need.num_gpus else "cpu"
         tasks.append(Task(job.slug, need, make_variant, (job, device)))
     limits = config.quantize
-    for task, outcome in run_tasks(
+    for task, outcome in run_side_by_side(
         tasks, at_once=limits.max_parallel, placement_timeout_s=limits.placement_timeout_s
     ):
         if isinstance(outcome, Variant):

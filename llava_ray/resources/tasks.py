@@ -49,7 +49,7 @@ def run_task(task: Task[T]) -> T:
     return outcome
 
 
-def run_tasks(
+def run_side_by_side(
     tasks: Sequence[Task[T]], *, at_once: int | None = None, placement_timeout_s: float = math.inf
 ) -> Iterator[tuple[Task[T], T | LlavaRayError]]:
     """Start tasks in their order, and yield each with its result or its failure as it ends.

@@ -35,11 +35,15 @@ class _Part(BaseModel):
     def _drop_unused(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        return {
-            name: value
-            for name, value in fields.items()
-            if value is not None and (name in cls.model_fields or value not in ("", [], {}))
-        }
+        sent = {name: value for name, value in fields.items() if value is not None}
+        return {n: v for n, v in sent.items() if n in cls.model_fields or not _is_empty(v)}
+
+
+def _is_empty(value: Any) -> bool:
+    """Say whether a field says nothing; LiteLLM sends dictionaries of nulls."""
+    if isinstance(value, dict):
+        return all(_is_empty(each) for each in value.values())
+    return value is None or value in ("", [])
 
 
 class TextPart(_Part):

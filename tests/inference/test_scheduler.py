@@ -13,9 +13,11 @@ from llava_ray.inference.generate import generate_text
 from llava_ray.inference.request_errors import (
     ApiError,
     BadRequest,
+    DeadlineExceeded,
     Unavailable,
 )
-from llava_ray.inference.sampling import SamplingParams
+from llava_ray.inference.sampling import SamplingParams, Step
+from llava_ray.inference.scheduler import Item, chunks_from
 
 T = TypeVar("T")
 
@@ -127,3 +129,17 @@ def test_a_broken_engine_fails_all_and_refuses_more() -> None:
 
     results = _with(Broken(slots=2), work)
     assert [type(r) for r in results] == [Unavailable] * 6
+
+
+def test_an_error_that_comes_among_tokens_ends_the_answer() -> None:
+    async def work() -> list[Step]:
+        inbox: asyncio.Queue[Item] = asyncio.Queue()
+        for item in (Step(1), Step(2), DeadlineExceeded("late"), Step(3)):
+            inbox.put_nowait(item)
+        steps: list[Step] = []
+        with pytest.raises(DeadlineExceeded):
+            async for chunk in chunks_from(inbox):
+                steps += chunk.steps
+        return steps
+
+    assert [step.token_id for step in asyncio.run(work())] == [1, 2]

@@ -55,7 +55,12 @@ def test_null_and_empty_fields_are_no_mistake(client: OpenAI) -> None:
         {"type": "image_url", "image_url": {"url": URL, "detail": None}},
         {"type": "text", "text": "What?", "cache_control": None},
     ]
-    messages = [{"role": "user", "content": parts, "tool_calls": [], "audio": None}]
+    messages = [
+        {
+            "role": "user", "content": parts, "tool_calls": [], "audio": None,
+            "provider_specific_fields": {"refusal": None},
+        }
+    ]  # fmt: skip
     nothing = {"functions": None, "reasoning_effort": None, "web_search_options": {}, "top_k": None}
     answer = client.chat.completions.create(
         model="tiny", messages=messages, max_tokens=3, stop=None, tools=None, extra_body=nothing
@@ -163,7 +168,11 @@ def test_langchain_asks_about_an_image_and_streams(server: Running) -> None:
         assert again.usage_metadata["output_tokens"] == 9
 
 
-def test_litellm_asks_about_an_image_and_streams(server: Running) -> None:
+def test_litellm_asks_about_an_image_and_streams(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Read when it is imported; else it looks for prices on the internet.
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     import litellm
 
     asked = {
