@@ -11,6 +11,8 @@ import logging
 from pathlib import Path
 
 from llava_ray.bench.serving import run
+from llava_ray.console import fail
+from llava_ray.errors import LlavaRayError
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
@@ -22,5 +24,9 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, help="of each side, at each load; default: 9, 9, 5")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    run(arguments.out, variant_uri=arguments.variant, port=arguments.port, rounds=arguments.rounds)
-    print(arguments.out)
+    out = arguments.out
+    try:
+        run(out, variant_uri=arguments.variant, port=arguments.port, rounds=arguments.rounds)
+    except LlavaRayError as error:
+        fail(error)
+    print(out)

@@ -84,13 +84,14 @@ def run(
     gpus = min(1.0, torch.cuda.device_count() / 2) if variant_uri else 0.0
     with tempfile.TemporaryDirectory() as folder:
         uri = variant_uri or embedded_variant(ArtifactStore(folder), _SLUG).uri
+        slug = read_record(Variant, uri).slug
         loads = {
             f"Ray Serve, {kind} proxy": _behind(kind, _app_args(uri, gpus), port, rounds)
             for kind in PROXIES
         }
     about = {
         "device": f"{device_name('cuda' if gpus else 'cpu')}, {os.cpu_count()} CPUs",
-        "variant": read_record(Variant, uri).slug if variant_uri else _SLUG,
+        "variant": slug,
         "code_version": __version__,
         "tokens_per_answer": _TOKENS,
     }
