@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Hashable
 from contextlib import aclosing
 
 from llava_ray.inference.engine import Engine, Prompt
-from llava_ray.inference.request_errors import DeadlineExceeded, Unavailable
+from llava_ray.inference.request_errors import Unavailable
 from llava_ray.inference.sampling import SamplingParams
 from llava_ray.inference.scheduler import Chunk, Item, Scheduler, chunks_from
 
@@ -26,14 +26,11 @@ class LocalEngine:
                     loop.call_soon_threadsafe(inbox.put_nowait, item)
 
         answer = self.scheduler.submit(prompt, sampling, put)
-        late = DeadlineExceeded("the deadline passed before the answer ended")
-        timer = loop.call_later(timeout_s, inbox.put_nowait, late)
         try:
-            async with aclosing(chunks_from(inbox)) as chunks:
+            async with aclosing(chunks_from(inbox, timeout_s)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         finally:
-            timer.cancel()
             self.scheduler.cancel(answer)
 
     def check(self) -> None:

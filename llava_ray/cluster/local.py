@@ -93,8 +93,7 @@ def up(path: Path) -> Head:
         try:
             start(head, commands)
         except BaseException:
-            stop(head)
-            (folder / "head.json").unlink()
+            down(path)
             raise
     return head
 

@@ -15,7 +15,7 @@ from llava_ray.errors import DataError, ResourceError
 from llava_ray.inference.engine import Engine, Prompt
 from llava_ray.inference.generate import FinishReason, budget, decodes_ahead
 from llava_ray.inference.grammar import GrammarCompiler
-from llava_ray.inference.request_errors import ApiError, BadRequest, Unavailable
+from llava_ray.inference.request_errors import ApiError, BadRequest, DeadlineExceeded, Unavailable
 from llava_ray.inference.sampling import Row, Sampled, SamplingParams, Step, sample
 
 logger = logging.getLogger(__name__)
@@ -105,11 +105,7 @@ class Scheduler:
         return len(self._waiting), len(self._active) + self._prefilling
 
     def submit(
-        self,
-        prompt: Prompt,
-        sampling: SamplingParams,
-        outlet: Outlet,
-        key: Hashable = None,
+        self, prompt: Prompt, sampling: SamplingParams, outlet: Outlet, key: Hashable = None
     ) -> Answer:
         """Queue a request; the outlet gets its tokens with its key, then how it ended.
 
@@ -292,20 +288,28 @@ class Scheduler:
         self._deliver()
 
 
-async def chunks_from(inbox: "asyncio.Queue[Item]") -> AsyncGenerator[Chunk, None]:
-    """Yield one answer's items as chunks until it ends; what came meanwhile comes together."""
-    while True:
-        items = [await inbox.get()]
-        while isinstance(items[-1], Step) and not inbox.empty():
-            items.append(inbox.get_nowait())
-        steps = tuple(item for item in items if isinstance(item, Step))
-        last = items[-1]
-        if isinstance(last, Step):
-            yield Chunk(steps)
-            continue
-        if isinstance(last, ApiError):
-            if steps:
+async def chunks_from(
+    inbox: "asyncio.Queue[Item]", timeout_s: float
+) -> AsyncGenerator[Chunk, None]:
+    """Yield one answer's items as chunks until it ends; what came meanwhile comes together.
+
+    Raises the answer's ApiError, and DeadlineExceeded once the time has passed.
+    """
+    late = DeadlineExceeded("the deadline passed before the answer ended")
+    timer = asyncio.get_running_loop().call_later(timeout_s, inbox.put_nowait, late)
+    try:
+        while True:
+            items = [await inbox.get()]
+            while isinstance(items[-1], Step) and not inbox.empty():
+                items.append(inbox.get_nowait())
+            steps = tuple(item for item in items if isinstance(item, Step))
+            last = items[-1]
+            if steps and not isinstance(last, str):
                 yield Chunk(steps)
-            raise last
-        yield Chunk(steps, last)
-        return
+            if isinstance(last, ApiError):
+                raise last
+            if isinstance(last, str):
+                yield Chunk(steps, last)
+                return
+    finally:
+        timer.cancel()

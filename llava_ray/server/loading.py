@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llava_ray.artifacts.records import Variant
+from llava_ray.artifacts.storage import Storage
 from llava_ray.artifacts.store import CARD, MANIFEST, local_folder, read_record, verify
 from llava_ray.console import set_up_logging
 from llava_ray.errors import ArtifactError
@@ -51,7 +52,9 @@ def open_variant(args: EngineArgs) -> Engine:
         folder,
         device=args.device,
         slots=args.slots,
-        context=min(args.context, text_config(folder).get("max_position_embeddings", 2**31)),
+        context=min(
+            args.context, text_config(args.variant_uri).get("max_position_embeddings", 2**31)
+        ),
     )
     engine.warm_up()
     if args.kept_prefixes:
@@ -81,10 +84,9 @@ def verified_variant(uri: str) -> tuple[Variant, Path]:
     return variant, folder
 
 
-def text_config(folder: Path) -> dict[str, Any]:
-    """Return the language model's part of a variant's config.json."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return dict(config["text_config"])
+def text_config(uri: str) -> dict[str, Any]:
+    """Return the language model's part of a variant's config.json, without its weights."""
+    return dict(json.loads(Storage(uri).read_text("config.json") or "{}")["text_config"])
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from typing import Any
 import psutil
 
 from llava_ray.artifacts.records import Variant
+from llava_ray.artifacts.store import read_record
 from llava_ray.errors import ResourceError
 from llava_ray.resources.crash import last_line
-from llava_ray.server.loading import find_variant, text_config
+from llava_ray.server.loading import text_config
 from llava_ray.server.settings import AppArgs
 
 _GIB = 1024**3
@@ -84,8 +85,8 @@ def slots_that_fit(args: AppArgs, there: int | None = None) -> int:
     device = "cuda" if args.gpus_per_replica else "cpu"
     footprints = []
     for model in args.models:
-        variant, folder = find_variant(model.variant_uri)
-        text = text_config(folder)
+        variant = read_record(Variant, model.variant_uri)
+        text = text_config(model.variant_uri)
         footprints.append(footprint(variant, text, device=device, context=args.context))
     free, total = memory_bytes(device) if there is None else (there, there)
     share = min(1.0, args.gpus_per_replica or 1.0)

@@ -1,6 +1,6 @@
 """The Serve replica: HTTP in its own process, each engine in a child process beside it."""
 
-import logging
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +11,7 @@ from llava_ray.server import loading
 from llava_ray.server.backend import Backend, make_card
 from llava_ray.server.memory import slots_that_fit
 from llava_ray.server.metrics import Recorder
-from llava_ray.server.settings import AppArgs, EngineArgs
-
-logger = logging.getLogger(__name__)
+from llava_ray.server.settings import AppArgs, EngineArgs, ModelArgs
 
 
 class Replica:
@@ -24,8 +22,8 @@ class Replica:
 
         self._key_digests = key_digests
         self._engines: list[EngineProcess] = []
-        slots = slots_that_fit(args)
-        backends = [await self._open(args, index, slots) for index in range(len(args.models))]
+        slots = await asyncio.to_thread(slots_that_fit, args)
+        backends = [await self._open(args, model, slots) for model in args.models]
         self._endpoint = Endpoint(backends, args)
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -42,11 +40,10 @@ class Replica:
         for engine in getattr(self, "_engines", []):
             await engine.close()
 
-    async def _open(self, args: AppArgs, index: int, slots: int) -> Backend:
+    async def _open(self, args: AppArgs, model: ModelArgs, slots: int) -> Backend:
         from transformers import AutoTokenizer
 
-        model = args.models[index]
-        variant, folder = loading.find_variant(model.variant_uri)
+        variant, folder = await asyncio.to_thread(loading.find_variant, model.variant_uri)
         name = model.name or variant.slug
         recorder = Recorder(name)
         engine_args = EngineArgs(

@@ -138,7 +138,7 @@ def test_an_error_that_comes_among_tokens_ends_the_answer() -> None:
             inbox.put_nowait(item)
         steps: list[Step] = []
         with pytest.raises(DeadlineExceeded):
-            async for chunk in chunks_from(inbox):
+            async for chunk in chunks_from(inbox, 60):
                 steps += chunk.steps
         return steps
 

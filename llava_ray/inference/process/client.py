@@ -272,16 +272,13 @@ class _Life:
     ) -> AsyncGenerator[Chunk, None]:
         number = self._asked = self._asked + 1
         inbox = self._answers[number] = asyncio.Queue()
-        images = [bytearray(image.tobytes()) for image in prompt.images]
+        images = [bytearray(image) for image in prompt.images]
         self._send(Ask(number, prompt.input_ids, images, sampling))
-        late = DeadlineExceeded("the deadline passed before the answer ended")
-        timer = asyncio.get_running_loop().call_later(timeout_s, inbox.put_nowait, late)
         try:
-            async with aclosing(chunks_from(inbox)) as chunks:
+            async with aclosing(chunks_from(inbox, timeout_s)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         finally:
-            timer.cancel()
             if self._answers.pop(number, None) is not None:
                 self._send(Cancel(number))
 
