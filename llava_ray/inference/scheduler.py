@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 _PREFILL_FAILURES = 3
 """Unexpected ones in a row that make the engine count as broken."""
 
-
 Item = Step | FinishReason | ApiError
 """A token, or how an answer ended."""
 Outlet = Callable[[list[tuple[Hashable, Item]]], None]

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from llava_ray.artifacts.records import Scorecard
@@ -41,8 +42,6 @@ class Replica:
             await engine.close()
 
     async def _open(self, args: AppArgs, model: ModelArgs, slots: int) -> Backend:
-        from transformers import AutoTokenizer
-
         variant, folder = await asyncio.to_thread(loading.find_variant, model.variant_uri)
         name = model.name or variant.slug
         recorder = Recorder(name)
@@ -54,9 +53,7 @@ class Replica:
             context=args.context,
             kept_prefixes=args.kept_prefixes,
         )
-        command = Command(
-            engine_args.name, "llava_ray.server.loading", (engine_args.model_dump_json(),)
-        )
+        command = Command(engine_args.name, loading.__name__, (engine_args.model_dump_json(),))
         engine = EngineProcess(
             command,
             step_timeout_s=args.step_timeout_s,
@@ -64,12 +61,16 @@ class Replica:
             on_loss=recorder.lost,
         )
         self._engines.append(engine)
-        opened = await engine.start()
-        card = model.scorecard_uri
-        scorecard = read_record(Scorecard, card) if card else None
+        # Both take seconds, and neither waits for the other.
+        opened, tokenizers = await asyncio.gather(
+            engine.start(),
+            asyncio.to_thread(import_module, "transformers.models.auto.tokenization_auto"),
+        )
+        card_uri = model.scorecard_uri
+        scorecard = read_record(Scorecard, card_uri) if card_uri else None
         return Backend(
             card=make_card(variant, opened, name=name, scorecard=scorecard),
-            tokenizer=AutoTokenizer.from_pretrained(folder),
+            tokenizer=tokenizers.AutoTokenizer.from_pretrained(folder),
             engine=engine,
             recorder=recorder,
         )
