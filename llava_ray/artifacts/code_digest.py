@@ -60,12 +60,11 @@ def with_digests(tree: Mapping[str, Any], rows: str) -> list[dict[str, Any]]:
     return [{"code_digest": tree.get("code_digest")} | row for row in tree[rows]]
 
 
-def older_digests(results: str, tree: Mapping[str, Any]) -> set[str | None]:
+def older_digests(results: str, tree: dict[str, Any]) -> set[str | None]:
     """Return the digests in a results file that are not today's; None where one is missing."""
     lists = (part for part in tree.values() if isinstance(part, list))
-    rows = (row for part in lists for row in part if isinstance(row, dict))
-    found = {row["code_digest"] for row in rows if "code_digest" in row}
-    return (found | {tree.get("code_digest")}) - {code_digest(results)}
+    rows = [row for part in lists for row in part if isinstance(row, dict)]
+    return {(tree | row).get("code_digest") for row in rows or [{}]} - {code_digest(results)}
 
 
 @cache

@@ -63,17 +63,19 @@ def scorecard(result: Scorecard | VariantFailure) -> Scorecard:
     return result
 
 
-def embedded_variant(store: ArtifactStore, slug: str) -> Variant:
-    """Return the embedded model, not fine-tuned, as a variant without calibration."""
-    settings = {"slug": slug, "base": weights_sha256(EMBEDDED)}
+def base_variant(
+    store: ArtifactStore, slug: str, base: Path = EMBEDDED, device: str = "cpu"
+) -> Variant:
+    """Return a base model's folder, not fine-tuned, as a variant without calibration."""
+    settings = {"slug": slug, "base": weights_sha256(base)}
     name = artifact_id(Variant.kind, settings)
     found = store.find(Variant, name)
     if found is not None:
         return found
     spec = spec_for(slug)
     with store.build(Variant, name, settings=settings) as build:
-        spec.quantize(EMBEDDED, build.folder, Calibration(build.folder, 0), "cpu")
+        spec.quantize(base, build.folder, Calibration(build.folder, 0), device)
         return build.finish(
-            Variant, device="cpu", slug=slug, method=spec.method,
+            Variant, device=device, slug=slug, method=spec.method,
             bits_per_weight=spec.bits_per_weight(), quantize_s=0, peak_memory_bytes=0,
         )  # fmt: skip

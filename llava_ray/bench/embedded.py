@@ -14,7 +14,7 @@ from llava_ray import benchmark
 from llava_ray.artifacts.records import DatasetRecord, Scorecard, VariantFailure
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.bench import results
-from llava_ray.bench.compare import changed, embedded_variant, scorecard
+from llava_ray.bench.compare import base_variant, changed, scorecard
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
 from llava_ray.models.folder import EMBEDDED, weights_sha256
@@ -93,7 +93,7 @@ def _begin(config: RunConfig) -> tuple[DatasetRecord, dict[str, Any]]:
     if config.model.path != "embedded":
         raise ConfigError(f"model.path is {config.model.path!r}: this scores 'embedded' alone")
     dataset = run_prepare(config)
-    base = embedded_variant(ArtifactStore(config.storage.uri), "none-fp16")
+    base = base_variant(ArtifactStore(config.storage.uri), "none-fp16")
     return dataset, {
         "config": config.model_dump(mode="json", include={"data", "train", "benchmark"}),
         "base_model_sha256": weights_sha256(EMBEDDED),

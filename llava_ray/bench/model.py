@@ -3,6 +3,8 @@
 For speed alone: random weights say nothing of a method's quality, so rows name the layout.
 """
 
+import json
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -10,10 +12,21 @@ import torch
 
 from llava_ray.inference.engine import Prompt
 from llava_ray.inference.torch.kernels.weights import PackedLinear, Unpacked, pack, unpack
-from llava_ray.models.shapes import LLAVA_7B
+from llava_ray.models.folder import EMBEDDED
+from llava_ray.models.shapes import LLAVA_7B, random_model
 from llava_ray.models.sizes import Sizes
+from llava_ray.models.tensors import SHARD_BYTES, copy_sidecars
 
 Layout = Literal["fp16", "int8", "awq-g128", "hqq-g64"]
+
+
+def write_model(folder: Path, device: str) -> Path:
+    """Write LLaVA-1.5-7B's shapes in fp16, random, with the embedded model's tokenizer."""
+    own = json.loads((EMBEDDED / "config.json").read_text(encoding="utf-8"))
+    tree = {**LLAVA_7B, "image_token_index": own["image_token_index"]}
+    random_model(tree, device, torch.float16).save_pretrained(folder, max_shard_size=SHARD_BYTES)
+    copy_sidecars(EMBEDDED, folder)
+    return folder
 
 
 def make_prompt(tokens: int) -> Prompt:

@@ -218,7 +218,7 @@ def _serving(tree: Any) -> str:
         for count, load in clients.items():
             sides = [load["bare"], load["served"]]
             cells = [_percentiles(sides, f"{key}_{p}_ms") for key in _TIMES for p in ("p50", "p99")]
-            added = [f"+{load[f'added_{key}_ms']:.{d}f} ms" for key, d in _TIMES.items()]
+            added = [f"{load[f'added_{key}_ms']:+.{d}f} ms" for key, d in _TIMES.items()]
             rows.append([way, count, *cells, *added, f"{load['throughput_share']:.1%}"])
     return _table(
         ["behind", "clients", "first token ms, p50", "p99", "ms a token, p50", "p99",
@@ -239,7 +239,7 @@ def _percentiles(sides: Sequence[Mapping[str, float]], key: str) -> str:
 
 def _plain(tree: Any) -> str:
     """Show a file's rows as they are."""
-    titles = list(dict.fromkeys(key for row in tree["rows"] for key in row))
+    titles = list(dict.fromkeys(key for row in tree["rows"] for key in row if key != "code_digest"))
     return _table(titles, [[_cell(row.get(title, "")) for title in titles] for row in tree["rows"]])
 
 

@@ -32,7 +32,8 @@ from llava_ray import __version__
 from llava_ray.artifacts.records import Variant
 from llava_ray.artifacts.store import ArtifactStore, read_record
 from llava_ray.bench import results
-from llava_ray.bench.compare import embedded_variant
+from llava_ray.bench.compare import base_variant
+from llava_ray.bench.model import write_model
 from llava_ray.config.run import ServeConfig
 from llava_ray.deploy import proxy
 from llava_ray.inference.engine import Prompt
@@ -73,17 +74,27 @@ class Timeline(NamedTuple):
 
 
 def run(
-    out: Path, *, variant_uri: str | None = None, port: int = 8731, rounds: int | None = None
+    out: Path,
+    *,
+    variant_uri: str | None = None,
+    shapes_7b: str | None = None,
+    port: int = 8731,
+    rounds: int | None = None,
 ) -> None:
     """Measure and write the result as JSON. Starts and ends a Ray of its own.
 
-    Without a variant the embedded model is served on the CPU: the served engine and the bare one
-    get one CPU thread each, and only one of them works at a time; the replica's HTTP, Serve's
-    proxy and the load generator share what other CPUs there are. A variant's engines share GPUs.
+    Served is a variant, or LLaVA-1.5-7B's shapes with random weights as the slug `shapes_7b`; their
+    engines share GPUs. Without either the embedded model is served on the CPU: the served engine
+    and the bare one get one CPU thread each, and only one of them works at a time; the replica's
+    HTTP, Serve's proxy and the load generator share what other CPUs there are.
     """
-    gpus = min(1.0, torch.cuda.device_count() / 2) if variant_uri else 0.0
+    gpus = min(1.0, torch.cuda.device_count() / 2) if variant_uri or shapes_7b else 0.0
     with tempfile.TemporaryDirectory() as folder:
-        uri = variant_uri or embedded_variant(ArtifactStore(folder), _SLUG).uri
+        store = ArtifactStore(folder)
+        if shapes_7b:
+            base = write_model(Path(folder, "base"), "cuda")
+            variant_uri = base_variant(store, shapes_7b, base, "cuda").uri
+        uri = variant_uri or base_variant(store, _SLUG).uri
         slug = read_record(Variant, uri).slug
         loads = {
             f"Ray Serve, {kind} proxy": _behind(kind, _app_args(uri, gpus), port, rounds)
@@ -118,7 +129,7 @@ def _app_args(variant_uri: str, gpus: float) -> AppArgs:
         models=(ModelArgs(variant_uri=variant_uri, name="bench"),),
         gpus_per_replica=gpus,
         host="127.0.0.1",
-        context=1024 if gpus else 512,
+        context=768 if gpus else 512,
         max_concurrent_requests=_SLOTS,
         # Each request is another image's; a prefix kept for one would help neither side.
         kept_prefixes=0,

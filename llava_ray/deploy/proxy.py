@@ -37,7 +37,8 @@ def start(config: ServeConfig) -> None:
     Raises ConfigError where HAProxy could not reach the replicas of other nodes, ResourceError
     where it is not installed or no ports are free.
     """
-    python = _FAST | {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
+    # The proxy's own switch to gRPC: Ray 2.60 reads it before it heeds the one of _FAST.
+    python = _FAST | {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0", "RAY_SERVE_PROXY_USE_GRPC": "1"}
     environment = _haproxy(config) if config.proxy == "haproxy" else python
     serve.start(
         proxy_location="HeadOnly",

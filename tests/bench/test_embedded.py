@@ -12,7 +12,7 @@ from llava_ray.artifacts.code_digest import code_digest
 from llava_ray.artifacts.records import Scorecard
 from llava_ray.artifacts.store import ArtifactStore, local_folder
 from llava_ray.bench import embedded
-from llava_ray.bench.compare import changed, embedded_variant
+from llava_ray.bench.compare import base_variant, changed
 from llava_ray.bench.readme import TABLES
 from llava_ray.config.run import RunConfig, load_config
 from llava_ray.errors import ConfigError, VariantError
@@ -61,9 +61,9 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_the_base_is_the_shipped_model_and_is_found_again(tmp_path: Path) -> None:
     store = ArtifactStore(str(tmp_path))
-    made = embedded_variant(store, "none-fp16")
+    made = base_variant(store, "none-fp16")
     assert weights_sha256(local_folder(made)) == weights_sha256(EMBEDDED)
-    assert embedded_variant(store, "none-fp16") == made
+    assert base_variant(store, "none-fp16") == made
 
 
 def test_the_fine_tune_is_scored_over_seeds(config: RunConfig, tmp_path: Path) -> None:

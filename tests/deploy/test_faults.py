@@ -20,6 +20,7 @@ from free_port import free_port
 from served_variant import make_chosen
 
 from llava_ray import deploy
+from llava_ray.artifacts.code_digest import code_digest
 from llava_ray.config.run import RunConfig
 
 RESULTS = Path(__file__).parents[2] / "jobs" / "results" / "serving_faults.json"
@@ -141,7 +142,10 @@ def test_a_fault_costs_no_more_than_it_must(served: Served, fault: str) -> None:
         time.sleep(3)
     found = ways(askers)
     proxy = served.config.serve.proxy
-    row = {"proxy": proxy, "fault": fault, "recovered_s": round(recovered_s, 1), "requests": found}
+    row = {
+        "proxy": proxy, "fault": fault, "recovered_s": round(recovered_s, 1), "requests": found,
+        "code_digest": code_digest("serving_faults"),
+    }  # fmt: skip
     print(json.dumps(row))
     _record(row)
     later = [a for each in askers for a in each.asked if a.sent > since + 1]
