@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_ray.cluster.doctor import examine
 from llava_ray.config.run import load_config
 from llava_ray.console import EXIT_USER_ERROR, fail
+from llava_ray.doctor import examine
 from llava_ray.errors import LlavaRayError
 from llava_ray.shipped import shipped
 

@@ -15,7 +15,10 @@ from llava_ray.cluster import commands
 from llava_ray.config.run import RunConfig, load_config, to_yaml
 from llava_ray.console import fail, set_up_logging
 from llava_ray.errors import ConfigError, LlavaRayError, ResourceError
+from llava_ray.resources.capacity import find_fleet
 from llava_ray.shipped import shipped
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -96,10 +99,16 @@ def run_job(
     set_up_logging()
     try:
         config = load_config(args.config, args.overrides)
-        # Imported here: the stages that it asks know large libraries.
-        from llava_ray import preflight
+        # Imported here: the stages that they ask know large libraries.
+        from llava_ray import preflight, settle
 
+        config = settle.with_node_types(config)
         preflight.check(config)
+        if isinstance(config.resources.node_types, tuple):
+            fleet = find_fleet(config)
+            config = settle.settle(config, fleet)
+            for shortage in settle.shortages(config, fleet):
+                logger.warning("%s", shortage)
         if args.dry_run:
             from llava_ray.dry_run import describe_requests
 
@@ -110,7 +119,7 @@ def run_job(
             check_writable(Path(storage.root), f"storage.uri {config.storage.uri!r}")
         check_writable(cache_folder(), "LLAVA_RAY_CACHE")
         connect()
-        return stage(config)
+        return stage(settle.settle(config, find_fleet(config, idle=True)))
     except LlavaRayError as error:
         fail(error)
 

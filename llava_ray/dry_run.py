@@ -130,7 +130,7 @@ def _train(config: RunConfig) -> str:
     workers = (
         f"{train.num_workers} worker(s) (train.num_workers)"
         if train.num_workers
-        else "workers unknown: one for each GPU that is up when it starts, else 1"
+        else "workers unknown: one for each GPU of the cluster, else 1"
     )
     cpus = (
         f"{train.cpus_per_worker:g} CPUs each (train.cpus_per_worker)"
@@ -146,7 +146,7 @@ def _merge(base: Base) -> str:
     else:
         need = merge_memory_bytes(base.weight_bytes) / 2**30
         memory = f"{need:.1f} GiB on one node ({base.source}, in fp32)"
-    return f"merge: {memory}; up to 8 CPUs, and a GPU where one is up"
+    return f"merge: {memory}; up to 8 CPUs, and a GPU where the cluster has them"
 
 
 def _quantize(config: RunConfig, base: Base) -> Iterator[str]:
@@ -159,7 +159,7 @@ def _quantize(config: RunConfig, base: Base) -> Iterator[str]:
         without, with_gpu = (spec.resources(size, gpu=gpu) for gpu in (False, True))
         text = _text(without, known)
         if with_gpu != without:
-            text += f"; where a GPU is up {with_gpu.num_gpus:g} GPUs, {_text(with_gpu, known)}"
+            text += f"; with GPUs {with_gpu.num_gpus:g} GPUs, {_text(with_gpu, known)}"
         if base.folder is None:
             text += f"; {'size' if known else 'memory and size'} unknown: {base.source}"
         else:
@@ -176,7 +176,7 @@ def _text(need: Resources, known: bool) -> str:
 def _benchmark(config: RunConfig) -> str:
     serve, benchmark = config.serve, config.benchmark
     gpu = {
-        "auto": "a GPU unknown: where one is up when it starts",
+        "auto": "a GPU unknown: where the cluster has them",
         "cuda": "a GPU (benchmark.device)",
         "cpu": "no GPU (benchmark.device)",
     }[benchmark.device]

@@ -1,14 +1,13 @@
 """Two variants on the same held-out samples: what one choice of a method changes."""
 
 from pathlib import Path
-from typing import Any
 
 from llava_ray.artifacts.records import Scorecard, Variant, VariantFailure
 from llava_ray.artifacts.store import ArtifactStore, artifact_id
 from llava_ray.bench import results
 from llava_ray.benchmark.fidelity import paired_difference
 from llava_ray.benchmark.measure import read_fidelity
-from llava_ray.config.run import RunConfig
+from llava_ray.config.run import RunConfig, changed
 from llava_ray.errors import VariantError
 from llava_ray.models.folder import EMBEDDED, weights_sha256
 from llava_ray.pipeline import run_benchmark
@@ -46,14 +45,6 @@ def compare(config: RunConfig, first: str, second: str, out: Path) -> Path:
         },
     }
     return results.write(out, "awq_calibration", tree)
-
-
-def changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
-    """Return the config with other values of some keys, by section."""
-    tree = config.model_dump()
-    for name, values in sections.items():
-        tree[name] |= values
-    return RunConfig.model_validate(tree)
 
 
 def scorecard(result: Scorecard | VariantFailure) -> Scorecard:

@@ -14,8 +14,8 @@ from llava_ray import benchmark
 from llava_ray.artifacts.records import DatasetRecord, Scorecard, VariantFailure
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.bench import results
-from llava_ray.bench.compare import base_variant, changed, scorecard
-from llava_ray.config.run import RunConfig
+from llava_ray.bench.compare import base_variant, scorecard
+from llava_ray.config.run import RunConfig, changed
 from llava_ray.errors import ConfigError
 from llava_ray.models.folder import EMBEDDED, weights_sha256
 from llava_ray.pipeline import run_benchmark, run_prepare, run_quantize

@@ -16,7 +16,7 @@ from llava_ray.benchmark.turns import shared_turn
 from llava_ray.config.run import RunConfig
 from llava_ray.console import Progress
 from llava_ray.errors import LlavaRayError, VariantError
-from llava_ray.resources.capacity import Resources
+from llava_ray.resources.capacity import find_fleet
 from llava_ray.resources.forked import Forked
 from llava_ray.resources.tasks import Task, run_side_by_side, run_task
 
@@ -38,15 +38,13 @@ def run(
     Finished scorecards are found, not measured again. Raises VariantError when the baseline,
     against which the others are measured, cannot be scored itself.
     """
-    import ray
-
     from llava_ray.benchmark.measure import scorecard_id
-    from llava_ray.benchmark.plan import check_dataset, make_plan
+    from llava_ray.benchmark.plan import check_dataset, check_room, make_plan
 
     check_dataset(dataset)
     baseline = find_baseline(config, variants)
-    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    plan = make_plan(config, cluster)
+    fleet = find_fleet(config)
+    plan = make_plan(config, fleet)
     store = ArtifactStore(config.storage.uri)
     results: dict[str, Scorecard | VariantFailure] = {}
     missing: list[Variant] = []
@@ -58,6 +56,7 @@ def run(
         else:
             missing.append(variant)
     if missing:
+        check_room(plan, fleet)
         reference = _reference(plan, baseline, dataset)
         results.update(_measure_all(plan, missing, baseline, dataset, reference))
     return [results[variant.slug] for variant in variants]
@@ -69,15 +68,15 @@ def score_captions(config: RunConfig, variant: Variant, dataset: DatasetRecord) 
     Names and ranges are those of `Scorecard.scores`. Raises VariantError where it cannot be
     measured.
     """
-    import ray
-
     from llava_ray.benchmark.measure import measure_captions
     from llava_ray.benchmark.plan import check_dataset, make_plan
 
     check_dataset(dataset)
-    plan = make_plan(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
+    plan = make_plan(config, find_fleet(config))
     try:
-        return run_task(_task(measure_captions, plan, variant, dataset))
+        return run_task(
+            _task(measure_captions, plan, variant, dataset), wait_s=plan.run.resources.wait_s
+        )
     except LlavaRayError as error:
         raise VariantError(f"captions of {variant.slug!r}: {error}") from error
 
@@ -107,7 +106,9 @@ def _reference(plan: "Plan", baseline: Variant, dataset: DatasetRecord) -> Refer
     if found is not None:
         return found
     try:
-        return run_task(_task(score_baseline, plan, baseline, dataset))
+        return run_task(
+            _task(score_baseline, plan, baseline, dataset), wait_s=plan.run.resources.wait_s
+        )
     except LlavaRayError as error:
         raise VariantError(
             f"baseline {baseline.slug!r} cannot be scored, so nothing compares: {error}"
@@ -131,7 +132,7 @@ def _measure_all(
     tasks = [_task(measure, plan, variant, baseline, dataset, reference) for variant in ordered]
     slugs = {task.name: variant.slug for task, variant in zip(tasks, ordered, strict=True)}
     most = plan.config.max_parallel or _side_by_side(plan, missing)
-    for task, outcome in run_side_by_side(tasks, at_once=most):
+    for task, outcome in run_side_by_side(tasks, at_once=most, wait_s=plan.run.resources.wait_s):
         slug = slugs[task.name]
         if isinstance(outcome, LlavaRayError):
             logger.warning("%s: not measured: %s", slug, outcome)
@@ -153,9 +154,8 @@ def _side_by_side(plan: "Plan", variants: Sequence[Variant]) -> int:
 
 def _task(work: Callable[..., T], plan: "Plan", variant: Variant, *others: Any) -> Task[T]:
     """Return a task whose work runs in a process of its own, so peak memory is of it alone."""
-    need = Resources(num_cpus=plan.num_cpus, num_gpus=plan.num_gpus)
     name, arguments = f"{work.__name__} {variant.slug}", (plan, variant, *others)
-    return Task(name, need, work, arguments, entry=_run_apart)
+    return Task(name, plan.resources, work, arguments, entry=_run_apart)
 
 
 def _run_apart(name: str, work: Callable[..., T], *arguments: Any) -> T:

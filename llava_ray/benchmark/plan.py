@@ -6,8 +6,9 @@ from typing import Any
 
 from llava_ray.artifacts.records import DatasetRecord
 from llava_ray.config.run import BenchmarkConfig, RunConfig
-from llava_ray.errors import ConfigError, DataError, ResourceError
+from llava_ray.errors import ConfigError, DataError
 from llava_ray.models.conversation import Sample, read_samples
+from llava_ray.resources.capacity import Fleet, Resources
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Plan:
         return self.run.serve.cpus_per_replica
 
     @property
-    def num_gpus(self) -> int:
-        """A whole GPU, so that nothing else runs on it."""
-        return 1 if self.device == "cuda" else 0
+    def resources(self) -> Resources:
+        """What a measurement asks for: a whole GPU, so that nothing else runs on it."""
+        return Resources(self.num_cpus, 1 if self.device == "cuda" else 0)
 
     def reference_settings(self) -> dict[str, Any]:
         """Return what shapes the baseline's log probabilities."""
@@ -48,24 +49,18 @@ class Plan:
         return {**measured, **self.reference_settings(), "num_cpus": self.num_cpus}
 
 
-def make_plan(config: RunConfig, cluster: dict[str, float]) -> Plan:
-    """Settle the device by the cluster's resources, as `ray.cluster_resources()` gives them.
-
-    Raises ResourceError where the cluster has not what is asked for.
-    """
-    device, cpus = config.benchmark.device, config.serve.cpus_per_replica
+def make_plan(config: RunConfig, fleet: Fleet) -> Plan:
+    """Settle the device by the nodes that there can be."""
+    device = config.benchmark.device
     if device == "auto":
-        device = "cuda" if cluster.get("GPU", 0) >= 1 else "cpu"
-    if device == "cuda" and cluster.get("GPU", 0) < 1:
-        raise ResourceError(
-            "benchmark.device=cuda: the cluster has no whole GPU; add one or set it to cpu"
-        )
-    if cluster.get("CPU", 0) < cpus:
-        raise ResourceError(
-            f"serve.cpus_per_replica={cpus:g}: the cluster has {cluster.get('CPU', 0):g} CPUs, "
-            "and the benchmark measures with as many as a replica gets"
-        )
+        device = "cuda" if fleet.gpu else "cpu"
     return Plan(config, device)
+
+
+def check_room(plan: Plan, fleet: Fleet) -> None:
+    """Raise ResourceError where no node can have what a measurement takes."""
+    what = f"benchmark.device={plan.device} with serve.cpus_per_replica={plan.num_cpus:g}"
+    fleet.check(what, plan.resources)
 
 
 def held_out(folder: Path, count: int) -> list[Sample]:

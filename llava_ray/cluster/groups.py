@@ -1,13 +1,14 @@
 """Node groups of a cluster YAML: what a node of each has, how many there can be, on what market."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llava_ray.cluster.schema import read_cluster, read_documents
+from llava_ray.config.run import NodeTypeConfig
 from llava_ray.errors import ConfigError
-from llava_ray.resources.capacity import Resources
+from llava_ray.resources.capacity import NodeType, Resources
 
 Tree = dict[str, Any]
 
@@ -18,18 +19,10 @@ _UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 1e3, "M": 1e6
 class NodeGroup:
     """Nodes of one kind."""
 
-    name: str
-    each: Resources
-    """What a node has; no memory where the YAML names none."""
+    type: NodeType
     min_count: int
-    max_count: int
     priority: int
     spot: bool
-
-    def room_for(self, need: Resources) -> int:
-        """Return how many fit on one node; memory counts where the YAML names it."""
-        memory_bytes = need.memory_bytes if self.each.memory_bytes else 0
-        return self.each.room_for(replace(need, memory_bytes=memory_bytes))
 
 
 @dataclass(frozen=True)
@@ -75,6 +68,29 @@ def read_groups(path: Path) -> Cluster:
     return Cluster(tree, False, head, tuple(groups))
 
 
+def node_types(cluster: Cluster) -> Literal["up"] | tuple[NodeTypeConfig, ...]:
+    """Return the kinds of workers as resources.node_types has them; `up` where no others can come.
+
+    Groups whose nodes have the same, on spot and on demand, stand for the same nodes.
+    """
+    if cluster.head is None:
+        return "up"
+    most: dict[Resources, NodeType] = {}
+    for group in sorted(cluster.workers, key=lambda group: group.type.max_count):
+        most[group.type.each] = group.type
+    return tuple(
+        NodeTypeConfig(
+            name=found.name,
+            num_cpus=each.num_cpus,
+            num_gpus=each.num_gpus,
+            memory_bytes=each.memory_bytes,
+            max_count=found.max_count,
+        )
+        for each, found in most.items()
+        if found.max_count
+    )
+
+
 def ray_cluster_spec(tree: Tree) -> Tree:
     """Return the RayCluster spec inside a RayCluster, RayJob or RayService."""
     spec = tree["spec"]
@@ -96,10 +112,12 @@ def _read_manifest(path: Path) -> Tree | None:
 def _node_group(name: str, node: Tree, max_workers: int) -> NodeGroup:
     resources = node.get("resources") or {}
     return NodeGroup(
-        name=name,
-        each=Resources(*(resources.get(key, 0) for key in ("CPU", "GPU", "memory"))),
+        NodeType(
+            name,
+            Resources(*(resources.get(key, 0) for key in ("CPU", "GPU", "memory"))),
+            min(node.get("max_workers", max_workers), max_workers),
+        ),
         min_count=node.get("min_workers", 0),
-        max_count=min(node.get("max_workers", max_workers), max_workers),
         priority=node.get("priority", 0),
         spot=_is_spot_instance(node.get("node_config") or {}),
     )
@@ -118,15 +136,14 @@ def _pod_group(group: Tree) -> NodeGroup:
     limits = (pod["containers"][0].get("resources") or {}).get("limits") or {}
     given = (group.get("rayStartParams") or {}).get("num-cpus")
     selector = pod.get("nodeSelector") or {}
+    each = Resources(
+        quantity(limits.get("cpu", 0)) if given is None else float(given),
+        quantity(limits.get("nvidia.com/gpu", 0)),
+        quantity(limits.get("memory", 0)),
+    )
     return NodeGroup(
-        name=group["groupName"],
-        each=Resources(
-            quantity(limits.get("cpu", 0)) if given is None else float(given),
-            quantity(limits.get("nvidia.com/gpu", 0)),
-            quantity(limits.get("memory", 0)),
-        ),
+        NodeType(group["groupName"], each, group.get("maxReplicas", 1)),
         min_count=group.get("minReplicas", 1),
-        max_count=group.get("maxReplicas", 1),
         priority=group.get("priority", 0),
         spot=any("spot" in f"{key}={value}".lower() for key, value in selector.items()),
     )

@@ -32,10 +32,13 @@ MARK = "LLAVA_RAY_CLUSTER_ID"
 WORKER_PORTS = range(10002, 20000)
 SERVE_PORTS = range(20_000, 32_000)
 """Those that HAProxy and what it leads to take a hundred of, below the system's own choice."""
+NODE_TYPES = "LLAVA_RAY_NODE_TYPES"
+"""Environment variable with the default of resources.node_types."""
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
 
 _VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
+_AUTOSCALING = re.compile(r"--autoscaling-config[= ](\S+)")
 _PORT_OPTION = re.compile(r"--(port|dashboard-port|ray-client-server-port)[= ](\S+)")
 
 
@@ -50,14 +53,19 @@ class Head:
     """URL for `ray job submit`."""
     token_path: str
     log_path: str
+    node_types: str = "up"
+    """What resources.node_types is by default: the YAML that its autoscaler has, if it has one."""
 
     def environment(self) -> dict[str, str]:
         """Return what a client's environment needs."""
         return {
             "RAY_ADDRESS": self.address,
             "RAY_API_SERVER_ADDRESS": self.dashboard,
+            # `serve` knows it by another name, and would else ask port 8265, whosever that is.
+            "RAY_DASHBOARD_ADDRESS": self.dashboard,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": self.token_path,
+            NODE_TYPES: self.node_types,
         }
 
 
@@ -80,6 +88,7 @@ def up(path: Path) -> Head:
             "elsewhere"
         )
     ports = _check_ports(commands)
+    autoscaling = _AUTOSCALING.search(" ".join(commands))
     with disk_errors(str(folder)):
         head = Head(
             cluster_id=secrets.token_hex(8),
@@ -87,6 +96,7 @@ def up(path: Path) -> Head:
             dashboard=f"http://{tree['provider']['head_ip']}:{ports['dashboard-port']}",
             token_path=str(token_file(folder)),
             log_path=str(folder / "head.log"),
+            node_types=autoscaling[1] if autoscaling else "up",
         )
         # First, so that `down` knows what to end if this process is killed meanwhile.
         (folder / "head.json").write_text(json.dumps(asdict(head), indent=1), encoding="utf-8")

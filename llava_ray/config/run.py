@@ -104,8 +104,6 @@ class QuantizeConfig(Section):
     """Training samples that calibrated methods (AWQ) see."""
     max_parallel: Count | None = Field(default=None)
     """Variants made at a time; default: what the cluster's resources allow."""
-    placement_timeout_s: float = Field(default=30, ge=0)
-    """How long a variant waits for a node large enough; raise it where a cluster adds nodes."""
 
 
 class BenchmarkConfig(Section):
@@ -125,7 +123,7 @@ class BenchmarkConfig(Section):
     warmup: int = Field(default=1, ge=0)
     repeats: Count = Field(default=3)
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto")
-    """`auto`: a GPU where the cluster has one."""
+    """`auto`: as resources.accelerator."""
     max_parallel: Count | None = Field(default=None)
     """Variants measured at a time; default: as many as there are CPUs (models below 1 GiB) or
     GPUs for. Each is timed while no other on its machine is at work."""
@@ -177,7 +175,7 @@ class ServeConfig(EndpointConfig):
     model_name: str | None = Field(default=None)
     """Default: the variant's slug."""
     gpus_per_replica: float | None = Field(default=None, ge=0)
-    """Default: 1 where the cluster has GPUs, else 0."""
+    """Default: 1 with GPUs (see resources.accelerator), shared where replicas are more, else 0."""
     proxy: Literal["python", "haproxy"] = Field(default="python")
     """What takes HTTP in: Ray Serve's own proxy, or HAProxy, which is faster but also binds pages
     about itself to all interfaces: a firewall has to close their ports."""
@@ -199,10 +197,35 @@ class ServeConfig(EndpointConfig):
         return self
 
 
+class NodeTypeConfig(Section):
+    """Nodes of one kind that the cluster can have."""
+
+    name: str = Field(default="worker")
+    num_cpus: float = Field(ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+    memory_bytes: float = Field(default=0, ge=0)
+    """0: not known."""
+    max_count: Count = Field(default=1)
+
+
+class ResourcesConfig(Section):
+    """What nodes the stages may ask for, and how long they wait for them."""
+
+    node_types: str | tuple[NodeTypeConfig, ...] | None = Field(default=None)
+    """A cluster YAML such as cluster/aws.yaml, or a list of {num_cpus, num_gpus, memory_bytes,
+    max_count}; `up`: no node comes but those that are up. Default: what the cluster was started
+    with ($LLAVA_RAY_NODE_TYPES), else a stage asks for what it needs and waits."""
+    accelerator: Literal["auto", "gpu", "cpu"] = Field(default="auto")
+    """`auto`: GPUs where a node type has them, else CPUs, but for large models."""
+    wait_s: Positive = Field(default=1800)
+    """How long a stage waits for nodes while none is at work for it."""
+
+
 class RunConfig(Section):
     """The whole line; every stage reads its own section."""
 
     storage: StorageConfig = Field(default_factory=StorageConfig)
+    resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -238,6 +261,14 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         where = f"{path}: " if path else ""
         raise ConfigError(where + "; ".join(mistakes))
     return config
+
+
+def changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    """Return the config with other values of some keys, by section."""
+    tree = config.model_dump()
+    for name, values in sections.items():
+        tree[name] |= values
+    return RunConfig.model_validate(tree)
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -20,7 +20,7 @@ class TrainConfig(Section):
     hqq_group_size: Literal[16, 32, 64, 128, 256] = Field(default=64)
     """Weights that share a scale and zero point under method=hqq."""
     num_workers: Count | None = Field(default=None)
-    """Default: one per GPU of the cluster, or one CPU worker."""
+    """Default: one for each GPU that the cluster can have, or one CPU worker."""
     cpus_per_worker: Positive | None = Field(default=None)
     """Default: 4 beside a GPU, else the CPUs that stay free, shared by the workers."""
     zero_stage: Literal[0, 2, 3] = Field(default=2)

@@ -18,7 +18,9 @@ from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import RunConfig
 from llava_ray.deploy import proxy
 from llava_ray.deploy.probe import fetch
+from llava_ray.deploy.resources import check_room, gpus_per_replica
 from llava_ray.errors import ConfigError, ResourceError
+from llava_ray.resources.capacity import find_fleet
 from llava_ray.resources.crash import last_line
 from llava_ray.server import memory
 from llava_ray.server.application import build
@@ -27,7 +29,6 @@ from llava_ray.server.settings import AppArgs, CanaryArgs, ModelArgs
 logger = logging.getLogger(__name__)
 
 APP_NAME = "llava_ray"
-_START_TIMEOUT_S = 1800
 _LOG_EVERY_S = 10
 
 
@@ -64,11 +65,13 @@ def ensure_served(target: Target) -> str:
 
     Raises ResourceError when the port is taken, no replica fits or it does not become healthy.
     """
-    gpus = _gpus_per_replica(target.config)
+    fleet = find_fleet(target.config)
+    gpus = gpus_per_replica(target.config.serve, fleet)
     device = "cuda" if gpus else "cpu"
     if _running_deployment(target) == target.deployment_id:
         logger.info("%s is served at %s already", target.chosen.slug, target.url)
         return device
+    check_room(target.config.serve, fleet, target.config.serve.min_replicas)
     args = _app_args(target, gpus)
     slots = _slots(args)
     if slots < args.max_concurrent_requests:
@@ -141,25 +144,6 @@ def _slots(args: AppArgs) -> int:
     return memory.slots_that_fit(args, total)
 
 
-def _gpus_per_replica(config: RunConfig) -> float:
-    """Return the GPUs of one replica, whose variants share them.
-
-    Raises ResourceError when the cluster has not what the replicas need.
-    """
-    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    replicas = config.serve.min_replicas
-    wanted = config.serve.gpus_per_replica
-    gpus = wanted if wanted is not None else min(1.0, cluster.get("GPU", 0) / replicas)
-    for name, each in (("CPU", config.serve.cpus_per_replica), ("GPU", gpus)):
-        there = cluster.get(name, 0)
-        if each * replicas > there:
-            raise ResourceError(
-                f"{replicas} replica(s) with {each:g} {name}s each, and the cluster has {there:g}: "
-                f"lower serve.{name.lower()}s_per_replica or add a node"
-            )
-    return gpus
-
-
 def _running_deployment(target: Target) -> str | None:
     """Return the id of the deployment that answers at the target's URL, if one does."""
     key = os.environ.get(target.config.serve.api_key_env)
@@ -210,10 +194,11 @@ def _is_proxy(root_url: str) -> bool:
 
 def _wait_until_running(target: Target) -> None:
     start = logged = time.monotonic()
+    wait_s = target.config.resources.wait_s
     while (state := _application_state())[0] != "RUNNING":
         status, message = state
         waited = time.monotonic() - start
-        if status in ("DEPLOY_FAILED", "UNHEALTHY") or waited > _START_TIMEOUT_S:
+        if status in ("DEPLOY_FAILED", "UNHEALTHY") or waited > wait_s:
             raise ResourceError(
                 f"{target.chosen.slug} is not served after {waited:.0f} s ({status}): {message}"
             )
@@ -222,7 +207,7 @@ def _wait_until_running(target: Target) -> None:
             logger.info("deploy: %s for %.0f s%s", status, waited, message and f"; {message}")
         time.sleep(0.2)
     while _running_deployment(target) != target.deployment_id:
-        if time.monotonic() - start > _START_TIMEOUT_S:
+        if time.monotonic() - start > wait_s:
             raise ResourceError(f"{target.chosen.slug} runs but does not answer at {target.url}")
         time.sleep(0.2)
 

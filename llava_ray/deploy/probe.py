@@ -1,6 +1,7 @@
 """One real question about a held-out image: proof of a deployment, and its user's first command."""
 
 import base64
+import http.client
 import io
 import json
 import shlex
@@ -77,8 +78,11 @@ def fetch(url: str, key: str | None = None, body: bytes | None = None) -> bytes:
     request = urllib.request.Request(url, body, headers | {"Content-Type": "application/json"})
     # No proxy of the environment stands between this machine and itself.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=300 if body else 10) as response:
-        answer: bytes = response.read()
+    try:
+        with opener.open(request, timeout=300 if body else 10) as response:
+            answer: bytes = response.read()
+    except http.client.HTTPException as error:
+        raise ConnectionError(f"what listens there speaks no HTTP ({error!r})") from error
     return answer
 
 

@@ -1,6 +1,7 @@
 """Fold an adapter into its base in fp32 and measure what that changes."""
 
 import logging
+from dataclasses import replace
 
 from llava_ray.artifacts.records import AdapterCheckpoint, MergedModel
 from llava_ray.artifacts.store import ArtifactStore, artifact_id
@@ -8,7 +9,7 @@ from llava_ray.config.run import RunConfig
 from llava_ray.errors import ResourceError, VariantError
 from llava_ray.merge.fold import merge_task
 from llava_ray.models.folder import model_folder
-from llava_ray.resources.capacity import Resources, free_nodes
+from llava_ray.resources.capacity import Fleet, Resources, find_fleet
 from llava_ray.resources.tasks import Task, run_task
 
 logger = logging.getLogger(__name__)
@@ -30,9 +31,12 @@ def run(config: RunConfig, adapter: AdapterCheckpoint) -> MergedModel:
     if found is not None:
         logger.info("merge: %s is there already", id)
         return found
-    arguments = (config, adapter, id, store.storage.uri)
+    folder = model_folder(config.model)
+    weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    need = merge_resources(weight_bytes, find_fleet(config))
+    task = Task(f"merge {id}", need, merge_task, (config, adapter, id, store.storage.uri))
     try:
-        record = run_task(Task(f"merge {id}", _resources(config), merge_task, arguments))
+        record = run_task(task, wait_s=config.resources.wait_s)
     except VariantError as error:
         raise ResourceError(f"merge: {error}") from error
     logger.info(
@@ -47,18 +51,17 @@ def merge_memory_bytes(weight_bytes: int) -> int:
     return weight_bytes // 2 * _MEMORY_PER_WEIGHT_BYTES
 
 
-def _resources(config: RunConfig) -> Resources:
-    folder = model_folder(config.model)
-    weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    nodes = free_nodes()
-    cpus = max((node.num_cpus for node in nodes), default=1)
-    gpus = any(node.num_gpus >= 1 for node in nodes)
-    need = Resources(
-        # Half of a machine: a waiting replica or trial may have the rest.
-        num_cpus=max(1, min(8, cpus // 2)),
-        num_gpus=1 if gpus else 0,
-        memory_bytes=merge_memory_bytes(weight_bytes),
-    )
-    if lack := need.shortage(nodes):
-        raise ResourceError(f"merging in fp32: {lack}")
-    return need
+def merge_resources(weight_bytes: int, fleet: Fleet) -> Resources:
+    """Return what merging asks for: of one kind of node, with a GPU where such a node has memory.
+
+    weight_bytes: of 16-bit weights. Raises ResourceError when no node can have that memory.
+    """
+    need = Resources(num_gpus=int(fleet.gpu), memory_bytes=merge_memory_bytes(weight_bytes))
+    fitting = [node for node in fleet.types if node.room_for(need)]
+    if not fitting and fleet.complete:
+        need = replace(need, num_gpus=0)
+        fitting = [node for node in fleet.types if node.room_for(need)]
+    fleet.check("merging in fp32", need)
+    # Half of a machine: a waiting replica or trial may have the rest.
+    half = max((node.each.num_cpus // 2 for node in fitting), default=1)
+    return replace(need, num_cpus=max(1, min(8, half)))

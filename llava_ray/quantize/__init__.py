@@ -13,9 +13,10 @@ from llava_ray.artifacts.records import (
 from llava_ray.artifacts.store import ArtifactStore, artifact_id
 from llava_ray.config.run import RunConfig
 from llava_ray.console import Progress
+from llava_ray.errors import ResourceError
 from llava_ray.quantize.job import Job, make_variant
 from llava_ray.quantize.registry import spec_for
-from llava_ray.resources.capacity import free_nodes
+from llava_ray.resources.capacity import find_fleet
 from llava_ray.resources.tasks import Task, run_side_by_side
 
 logger = logging.getLogger(__name__)
@@ -74,20 +75,21 @@ def _make_all(config: RunConfig, store: ArtifactStore, jobs: list[Job]) -> dict[
 
 
 def _outcomes(config: RunConfig, jobs: list[Job]) -> Iterator[Outcome]:
-    """Yield each job's outcome as it comes."""
-    import ray
-
-    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    nodes, gpu = free_nodes(), total.get("GPU", 0) > 0
+    """Yield each job's outcome as it comes; what no node can hold fails at once."""
+    fleet = find_fleet(config)
     tasks = []
     # Calibrating takes longest, so it starts first and the others run beside it.
     for job in sorted(jobs, key=lambda job: not spec_for(job.slug).calibrated):
-        need = spec_for(job.slug).resources(job.merged.size_bytes, gpu=gpu).fitted(nodes)
+        need = spec_for(job.slug).resources(job.merged.size_bytes, gpu=fleet.gpu)
+        try:
+            need = fleet.fit("it", need)
+        except ResourceError as error:
+            yield VariantFailure(slug=job.slug, reason=str(error))
+            continue
         device = "cuda" if need.num_gpus else "cpu"
         tasks.append(Task(job.slug, need, make_variant, (job, device)))
-    limits = config.quantize
     for task, outcome in run_side_by_side(
-        tasks, at_once=limits.max_parallel, placement_timeout_s=limits.placement_timeout_s
+        tasks, at_once=config.quantize.max_parallel, wait_s=config.resources.wait_s
     ):
         if isinstance(outcome, Variant):
             yield outcome

@@ -1,10 +1,13 @@
-"""What a stage's work asks for, and what the machines of the connected cluster have."""
+"""What a stage's work asks for, and what the nodes that a cluster has or can have offer."""
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import astuple, dataclass, replace
 from typing import Any
+
+from llava_ray.config.run import RunConfig
+from llava_ray.errors import ResourceError
 
 logger = logging.getLogger(__name__)
 
@@ -34,21 +37,93 @@ class Resources:
         pairs = zip(astuple(self), astuple(need), strict=True)
         return min(int(has / wanted + 1e-6) for has, wanted in pairs if wanted)
 
-    def fitted(self, nodes: Sequence["Resources"]) -> "Resources":
-        """Lower the CPUs to what the largest node has: fewer CPUs only take longer."""
-        most = max((node.num_cpus for node in nodes), default=0)
-        return self if most < 1 else replace(self, num_cpus=min(self.num_cpus, most))
 
-    def shortage(self, nodes: Sequence["Resources"]) -> str | None:
-        """Say what no node has enough of, or None where one could run the task."""
-        if any(node.room_for(self) for node in nodes):
-            return None
-        largest = max(nodes, key=lambda node: (node.num_gpus, node.memory_bytes, node.num_cpus))
-        return f"no node has {self}; the largest has {largest}: add a node or leave this out"
+@dataclass(frozen=True)
+class NodeType:
+    """Nodes of one kind."""
+
+    name: str
+    each: Resources
+    """What a node has; no memory where nobody said how much."""
+    max_count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.max_count} {self.name} of {self.each}"
+
+    def room_for(self, need: Resources) -> int:
+        """Return how often a need fits on one node; memory counts where it is known."""
+        memory_bytes = need.memory_bytes if self.each.memory_bytes else 0
+        return self.each.room_for(replace(need, memory_bytes=memory_bytes))
 
 
-def free_nodes() -> list[Resources]:
-    """Return what each living machine has without what served replicas have.
+@dataclass(frozen=True)
+class Fleet:
+    """The nodes that work is planned for, whether they are up or not."""
+
+    types: tuple[NodeType, ...]
+    complete: bool
+    """Whether no node of another kind can come; what fits none is then refused at once."""
+    accelerator: str
+    """As resources.accelerator."""
+
+    @property
+    def gpu(self) -> bool:
+        """Whether what can use a GPU asks for one.
+
+        Raises ResourceError where GPUs are wanted and none can come.
+        """
+        there = any(node.each.num_gpus >= 1 for node in self.types)
+        if self.accelerator == "gpu" and self.complete and not there:
+            raise ResourceError(f"resources.accelerator=gpu: no GPU in {self}; add one or use cpu")
+        return there if self.accelerator == "auto" else self.accelerator == "gpu"
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.types)) or "no nodes"
+
+    def total(self, need: Resources) -> int:
+        """Return how often a need fits on all nodes together."""
+        return sum(node.room_for(need) * node.max_count for node in self.types)
+
+    def check(self, what: str, need: Resources, count: int = 1) -> None:
+        """Raise ResourceError where the nodes can never hold a need so often."""
+        if self.complete and (room := self.total(need)) < count:
+            times = f"{count} times " if count > 1 else ""
+            has = f"has room for {room}" if room else "has no node for that"
+            raise ResourceError(f"{what} asks for {times}{need}: the cluster {has}; it has {self}")
+
+    def fit(self, what: str, need: Resources) -> Resources:
+        """Lower the CPUs to what the largest fitting node has: fewer CPUs only take longer.
+
+        Raises ResourceError where no node can hold it.
+        """
+        least = replace(need, num_cpus=min(1, need.num_cpus))
+        fitting = [node.each.num_cpus for node in self.types if node.room_for(least)]
+        if not fitting:
+            self.check(what, need)
+            return need
+        return replace(need, num_cpus=min(need.num_cpus, max(fitting)))
+
+
+def find_fleet(config: RunConfig, *, idle: bool = False) -> Fleet:
+    """Return the nodes that resources.node_types names, else those of the connected cluster.
+
+    idle: what served replicas hold of them is counted in.
+    """
+    wanted = config.resources
+    if not isinstance(wanted.node_types, tuple):
+        counts = Counter(free_nodes(idle=idle))
+        nodes = tuple(NodeType("node", each, count) for each, count in counts.items())
+        return Fleet(nodes, wanted.node_types == "up", wanted.accelerator)
+    types = (
+        NodeType(t.name, Resources(t.num_cpus, t.num_gpus, t.memory_bytes), t.max_count)
+        for t in wanted.node_types
+    )
+    return Fleet(tuple(types), True, wanted.accelerator)
+
+
+def free_nodes(*, idle: bool = False) -> list[Resources]:
+    """Return what each living machine has without what served replicas have, unless it counts as
+    idle.
 
     Replicas stay: a stage that counted on their CPUs would wait for them forever. What other jobs
     have comes free, so it is counted in. Where replicas have all CPUs or GPUs that there are, they
@@ -59,7 +134,7 @@ def free_nodes() -> list[Resources]:
     alive: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     totals = {node["NodeID"]: node["Resources"] for node in alive if node["Alive"]}
     free = {id: {key: has.get(key, 0.0) for key in _COUNTED} for id, has in totals.items()}
-    for node_id, taken in _taken_by_replicas():
+    for node_id, taken in () if idle else _taken_by_replicas():
         if node_id in free:
             for key in _COUNTED:
                 free[node_id][key] -= taken.get(key, 0.0)

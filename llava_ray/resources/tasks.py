@@ -1,6 +1,6 @@
 """Ray tasks side by side, the work of each in a child process; what fails stops no other."""
 
-import math
+import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from llava_ray.errors import LlavaRayError, VariantError
-from llava_ray.resources.capacity import Resources, free_nodes
+from llava_ray.resources.capacity import Resources
 from llava_ray.resources.crash import last_line
 from llava_ray.resources.forked import run_forked
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 _POLL_S = 5.0
+_LOG_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -30,51 +33,77 @@ class Task(Generic[T]):
     """What the Ray task runs; takes a name, the work and its arguments."""
 
     def start(self) -> Any:
-        """Hand it to Ray and return the reference of its result."""
+        """Hand it to Ray; return a generator that gives a _Runs once it runs, then its result."""
         import ray
 
-        options: Any = {**self.resources.options(), "name": self.name, "max_retries": 1}
-        remote: Any = ray.remote(self.entry).options(**options)
-        return remote.remote(f"{self.name} {secrets.token_hex(4)}", self.work, *self.arguments)
+        options: Any = {
+            **self.resources.options(), "name": self.name, "max_retries": 1,
+            "num_returns": "streaming",
+        }  # fmt: skip
+        remote: Any = ray.remote(_announced).options(**options)
+        name = f"{self.name} {secrets.token_hex(4)}"
+        return remote.remote(self.entry, name, self.work, *self.arguments)
 
 
-def run_task(task: Task[T]) -> T:
-    """Run one to its end.
+class _Runs:
+    """Comes before a task's result: a node has taken it."""
+
+
+def _announced(entry: Callable[..., T], *arguments: Any) -> Iterator[_Runs | T]:
+    yield _Runs()
+    yield entry(*arguments)
+
+
+def run_task(task: Task[T], *, wait_s: float) -> T:
+    """Run one to its end; wait_s as for `run_side_by_side`.
 
     Raises the work's own LlavaRayError, and else VariantError that says in one line why it failed.
     """
-    outcome: T | LlavaRayError = _outcome(task.start())
+    ((_, outcome),) = run_side_by_side([task], wait_s=wait_s)
     if isinstance(outcome, LlavaRayError):
         raise outcome
     return outcome
 
 
 def run_side_by_side(
-    tasks: Sequence[Task[T]], *, at_once: int | None = None, placement_timeout_s: float = math.inf
+    tasks: Sequence[Task[T]], *, wait_s: float, at_once: int | None = None
 ) -> Iterator[tuple[Task[T], T | LlavaRayError]]:
     """Start tasks in their order, and yield each with its result or its failure as it ends.
 
-    at_once: how many Ray is given at a time; None: all. placement_timeout_s: after that long a task
-    that no node could run is given up.
+    at_once: how many Ray is given at a time; None: all. wait_s: how long those that no node has
+    taken are waited for while none of them runs.
     """
     import ray
 
     waiting = list(tasks)
-    running: dict[Any, tuple[Task[T], float]] = {}
-    poll_s = min(_POLL_S, placement_timeout_s / 2 + 0.1)
-    while waiting or running:
-        while waiting and len(running) < (at_once or len(tasks)):
+    given: dict[Any, Task[T]] = {}
+    running: set[Any] = set()
+    last_ran = logged = time.monotonic()
+    while waiting or given:
+        while waiting and len(given) < (at_once or len(tasks)):
             task = waiting.pop(0)
-            running[task.start()] = task, time.monotonic() + placement_timeout_s
-        for ref in ray.wait(list(running), num_returns=1, timeout=poll_s)[0]:
-            task, _ = running.pop(ref)
-            yield task, _outcome(ref)
-        overdue = [ref for ref, (_, deadline) in running.items() if deadline < time.monotonic()]
-        nodes = free_nodes() if overdue else []
-        for ref in overdue:
-            if lack := running[ref][0].resources.shortage(nodes):
-                ray.cancel(ref)
-                yield running.pop(ref)[0], LlavaRayError(lack)
+            given[task.start()] = task
+        ready: list[Any] = ray.wait(list(given), num_returns=1, timeout=min(_POLL_S, wait_s))[0]
+        for stream in ready:
+            outcome = _outcome(next(stream))
+            if isinstance(outcome, _Runs):
+                running.add(stream)
+                continue
+            running.discard(stream)
+            yield given.pop(stream), outcome
+        now = time.monotonic()
+        if running or not given:
+            last_ran = logged = now
+        elif now - last_ran > wait_s:
+            for stream, task in given.items():
+                ray.cancel(stream)
+                lack = f"no node had {task.resources} for it within resources.wait_s={wait_s:g}"
+                yield task, LlavaRayError(lack)
+            given.clear()
+        elif now - logged > _LOG_EVERY_S:
+            logged = now
+            task = next(iter(given.values()))
+            logger.info("%s waits for a node with %s", task.name, task.resources)
 
 
 def _outcome(ref: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +14,10 @@ from llava_ray.artifacts.storage import Storage
 from llava_ray.config.run import RunConfig, TrainConfig
 from llava_ray.config.section import need_package
 from llava_ray.console import Progress
-from llava_ray.resources.capacity import Resources, free_nodes
+from llava_ray.resources.capacity import Fleet, find_fleet
 from llava_ray.sweep.space import domains, num_samples
 from llava_ray.sweep.trial import Scorer, TrialRun, TrialTask
-from llava_ray.train.resources import WorkerPlan, plan_workers, room
+from llava_ray.train.resources import WorkerPlan, plan_workers
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +49,11 @@ def search(
     config: RunConfig, dataset: DatasetRecord, *, work_uri: str, score: Scorer | None
 ) -> Search:
     """Run the trials of a sweep, leaving out those that an earlier run below `work_uri` ended."""
-    nodes, train = free_nodes(), config.train
-    if train.cpus_per_worker is None and not any(node.num_gpus for node in nodes):
+    fleet, train = find_fleet(config), config.train
+    if train.cpus_per_worker is None and not fleet.gpu:
         # One CPU for each trial's worker, so that several trials run at a time.
         train = train.model_copy(update={"cpus_per_worker": 1})
-    plan = plan_workers(train, nodes)
+    plan = plan_workers(train, fleet)
     total = total_steps(train, plan, dataset.num_train)
     task = TrialTask(
         config=config,
@@ -69,7 +68,7 @@ def search(
     trainable = tune.with_resources(
         tune.with_parameters(TrialRun, task=task, score=score), {"CPU": 0, "memory": 1}
     )
-    places = concurrent_trials(plan, nodes, scored=score is not None)
+    places = concurrent_trials(plan, fleet, scored=score is not None)
     tuner = _tuner(config, trainable, places, total, Storage(work_uri).uri)
     grid = tuner.fit()
     results = [grid[index] for index in range(len(grid))]
@@ -89,14 +88,14 @@ def total_steps(train: TrainConfig, plan: WorkerPlan, num_train: int) -> int:
     return min(steps, train.max_steps) if train.max_steps else steps
 
 
-def concurrent_trials(plan: WorkerPlan, nodes: Sequence[Resources], *, scored: bool = False) -> int:
+def concurrent_trials(plan: WorkerPlan, fleet: Fleet, *, scored: bool = False) -> int:
     """Return how many trials the cluster holds; more would wait for each other's workers.
 
     Scored trials leave one place free for merging and quantizing. Where there is but one, a trial
     is scored after its training's end, and stopping early saves nothing. See
     https://github.com/ray-project/ray/issues/38505.
     """
-    places = room(plan, nodes) // plan.num_workers
+    places = fleet.total(plan.each) // plan.num_workers
     return max(1, places - 1 if scored else places)
 
 

@@ -10,7 +10,7 @@ from llava_ray.artifacts.store import ArtifactStore, artifact_id
 from llava_ray.config.run import RunConfig, TrainConfig
 from llava_ray.config.section import need_package
 from llava_ray.models.folder import model_folder, weights_sha256
-from llava_ray.resources.capacity import free_nodes
+from llava_ray.resources.capacity import find_fleet
 from llava_ray.train.curve import draw_curve
 from llava_ray.train.resources import plan_workers
 from llava_ray.train.trackers import METRICS, read_metrics
@@ -46,8 +46,11 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
     if found is not None:
         logger.info("train: %s is there already", id)
         return found
-    plan = plan_workers(train, free_nodes())
-    logger.info("train: %d worker(s), each with %s", plan.num_workers, plan.resources())
+    plan = plan_workers(train, find_fleet(config))
+    logger.info(
+        "train: asks for %d worker(s) with %s each, and waits for nodes for %g s at most",
+        plan.num_workers, plan.each, config.resources.wait_s,
+    )  # fmt: skip
     work = store.work_uri(id)
     with store.build(AdapterCheckpoint, id, settings=settings, parents=[dataset.id]) as build:
         trainer = make_trainer(config, dataset, plan, run_id=id, work_uri=work)

@@ -1,11 +1,10 @@
 """How many workers, with what each, and whether the cluster can ever hold them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llava_ray.config.run import TrainConfig
-from llava_ray.errors import ConfigError, ResourceError
-from llava_ray.resources.capacity import Resources
+from llava_ray.errors import ConfigError
+from llava_ray.resources.capacity import Fleet, Resources
 
 
 @dataclass(frozen=True)
@@ -21,36 +20,33 @@ class WorkerPlan:
         return {"CPU": self.each.num_cpus, **gpus}
 
 
-def plan_workers(train: TrainConfig, nodes: Sequence[Resources]) -> WorkerPlan:
-    """Choose workers for a cluster's nodes.
+def plan_workers(train: TrainConfig, fleet: Fleet) -> WorkerPlan:
+    """Choose workers for the nodes that a cluster can have.
 
-    Raises ResourceError when the cluster could not hold them even if it were idle, and
-    ConfigError when a precision needs GPUs that are not there.
+    Raises ResourceError when it could not hold them even if it were idle, and ConfigError when a
+    precision needs GPUs that are not there.
     """
-    total_gpus = int(sum(node.num_gpus for node in nodes))
-    num_workers = train.num_workers or max(1, total_gpus)
-    if train.precision == "fp16" and not total_gpus:
+    num_workers = train.num_workers or default_workers(fleet)
+    if train.precision == "fp16" and not fleet.gpu:
         raise ConfigError("train.precision='fp16' needs GPUs, and the cluster has none: use fp32")
-    cpus = train.cpus_per_worker or _default_cpus(num_workers, nodes, total_gpus)
-    plan = WorkerPlan(num_workers, Resources(cpus, 1 if total_gpus else 0))
-    if room(plan, nodes) < num_workers:
-        there = ", ".join(f"{n.num_cpus:g} CPUs + {n.num_gpus:g} GPUs" for n in nodes) or "nothing"
-        raise ResourceError(
-            f"train.num_workers={num_workers} with {cpus:g} CPUs and {plan.each.num_gpus:g} GPUs "
-            f"each: the cluster holds {room(plan, nodes)} ({there}); lower train.num_workers or "
-            "train.cpus_per_worker"
-        )
-    return plan
+    each = Resources(train.cpus_per_worker or _default_cpus(num_workers, fleet), int(fleet.gpu))
+    what = f"train.num_workers={num_workers} (with train.cpus_per_worker={each.num_cpus:g})"
+    fleet.check(what, each, num_workers)
+    return WorkerPlan(num_workers, each)
 
 
-def room(plan: WorkerPlan, nodes: Sequence[Resources]) -> int:
-    """Return how many such workers the nodes hold."""
-    return sum(node.room_for(plan.each) for node in nodes)
+def default_workers(fleet: Fleet) -> int:
+    """Return one worker for each GPU that can come, where that is known; else one."""
+    if not fleet.gpu or not fleet.complete:
+        return 1
+    return max(1, int(sum(node.each.num_gpus * node.max_count for node in fleet.types)))
 
 
-def _default_cpus(num_workers: int, nodes: Sequence[Resources], gpus: int) -> float:
-    if gpus:
-        per_gpu = min((n.num_cpus // n.num_gpus for n in nodes if n.num_gpus >= 1), default=1)
+def _default_cpus(num_workers: int, fleet: Fleet) -> float:
+    if fleet.gpu:
+        with_gpus = (node.each for node in fleet.types if node.each.num_gpus >= 1)
+        per_gpu = min((each.num_cpus // each.num_gpus for each in with_gpus), default=1)
         return float(max(1, min(4, per_gpu)))
-    largest = max((node.num_cpus for node in nodes), default=1)
-    return float(max(1, min(largest, sum(node.num_cpus for node in nodes) // num_workers)))
+    largest = max((node.each.num_cpus for node in fleet.types), default=1)
+    total = sum(node.each.num_cpus * node.max_count for node in fleet.types)
+    return float(max(1, min(largest, total // num_workers)))

@@ -1,5 +1,6 @@
 """The Ray Train trainer of a run, and what its failures mean."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ def make_trainer(
     Without one it starts at the checkpoint `start_from`, or from the base model.
     """
     work = Storage(work_uri)
+    # Ray Train's own is a minute; it is read from the environment alone.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.resources.wait_s)
     task = WorkerTask(
         run_id=run_id,
         config=config,

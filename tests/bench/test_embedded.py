@@ -12,9 +12,9 @@ from llava_ray.artifacts.code_digest import code_digest
 from llava_ray.artifacts.records import Scorecard
 from llava_ray.artifacts.store import ArtifactStore, local_folder
 from llava_ray.bench import embedded
-from llava_ray.bench.compare import base_variant, changed
+from llava_ray.bench.compare import base_variant
 from llava_ray.bench.readme import TABLES
-from llava_ray.config.run import RunConfig, load_config
+from llava_ray.config.run import RunConfig, changed, load_config
 from llava_ray.errors import ConfigError, VariantError
 from llava_ray.models.folder import EMBEDDED, weights_sha256
 

@@ -11,10 +11,11 @@ from noisy_engine import NoisyEngine
 from llava_ray.artifacts.records import DatasetRecord, ReferenceScores, Variant
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.benchmark.measure import measure_engine, time_engine
-from llava_ray.benchmark.plan import Plan, make_plan
+from llava_ray.benchmark.plan import Plan, check_room, make_plan
 from llava_ray.benchmark.reference import read_reference, write_reference
 from llava_ray.benchmark.timing import PeakMemory, copy_bytes_per_s
 from llava_ray.errors import DataError, ResourceError, VariantError
+from llava_ray.resources.capacity import Fleet, NodeType, Resources
 
 SMALL = (
     "benchmark.fidelity_samples=3",
@@ -25,8 +26,12 @@ SMALL = (
 )
 
 
+def make_fleet(node: Resources) -> Fleet:
+    return Fleet((NodeType("node", node),), True, "auto")
+
+
 def make_small_plan(folder: Path, *overrides: str) -> Plan:
-    return make_plan(make_config(folder, *SMALL, *overrides), {"CPU": 2.0})
+    return make_plan(make_config(folder, *SMALL, *overrides), make_fleet(Resources(2)))
 
 
 def make_baseline(store: ArtifactStore) -> Variant:
@@ -128,32 +133,33 @@ def test_a_caption_that_does_not_fit_says_so(folder: Path, dataset: DatasetRecor
 
 
 @pytest.mark.parametrize(
-    ("overrides", "cluster", "device"),
+    ("overrides", "node", "device"),
     [
-        ((), {"CPU": 2.0}, "cpu"),
-        ((), {"CPU": 2.0, "GPU": 1.0}, "cuda"),
-        (("benchmark.device=cpu",), {"CPU": 2.0, "GPU": 1.0}, "cpu"),
+        ((), Resources(2), "cpu"),
+        ((), Resources(2, 1), "cuda"),
+        (("benchmark.device=cpu",), Resources(2, 1), "cpu"),
     ],
 )
 def test_device_follows_the_cluster(
-    tmp_path: Path, overrides: tuple[str, ...], cluster: dict[str, float], device: str
+    tmp_path: Path, overrides: tuple[str, ...], node: Resources, device: str
 ) -> None:
-    plan = make_plan(make_config(tmp_path, *overrides), cluster)
-    assert (plan.device, plan.num_gpus) == (device, 1 if device == "cuda" else 0)
+    plan = make_plan(make_config(tmp_path, *overrides), make_fleet(node))
+    assert (plan.device, plan.resources.num_gpus) == (device, 1 if device == "cuda" else 0)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("benchmark.device=cuda", "no whole GPU"),
-        ("serve.cpus_per_replica=3", "the cluster has 2 CPUs"),
+        ("benchmark.device=cuda", "asks for 1 CPUs, 1 GPUs: the cluster has no node"),
+        ("serve.cpus_per_replica=3", "asks for 3 CPUs: the cluster has no node for that"),
     ],
 )
 def test_what_the_cluster_lacks_is_said_at_once(
     tmp_path: Path, override: str, message: str
 ) -> None:
+    fleet = make_fleet(Resources(2))
     with pytest.raises(ResourceError, match=message):
-        make_plan(make_config(tmp_path, override), {"CPU": 2.0})
+        check_room(make_plan(make_config(tmp_path, override), fleet), fleet)
 
 
 def test_parallelism_is_no_part_of_a_scorecards_id(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ SWEEP_STEPS = 18
 SHARED = (
     "model.path=embedded", "data.source=scene-text", "data.limit=40", "train.num_workers=2",
     "train.cpus_per_worker=1", "train.lora_r=8", "train.lora_alpha=16", "train.max_steps=2",
-    "train.trackers=[]", "merge.probe_samples=1", "quantize.placement_timeout_s=120",
+    "train.trackers=[]", "merge.probe_samples=1",
     "benchmark.fidelity_samples=2", "benchmark.caption_samples=2", "benchmark.shown_samples=1",
     "benchmark.max_new_tokens=16", "benchmark.decode_tokens=8", "benchmark.repeats=1",
     "benchmark.warmup=0", "choose.max_kl_divergence=null", "serve.model_name=drilled",

@@ -30,7 +30,6 @@ def main(storage: str, captions: str) -> None:
             f"storage.uri={storage}",
             f"data.source={captions}",
             f"quantize.variants={json.dumps(variants)}",
-            "quantize.placement_timeout_s=120",
             "quantize.calibration_samples=2",
         ],
     )

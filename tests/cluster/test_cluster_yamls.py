@@ -57,17 +57,25 @@ def test_rays_launcher_accepts_it(path: Path) -> None:
 @pytest.mark.parametrize("path", **named(CLOUD))
 def test_it_scales_gpus_from_zero_or_one_with_spot_first(path: Path) -> None:
     cluster = read_groups(path)
-    gpu = {group.name.replace("-", "_"): group for group in cluster.workers if group.each.num_gpus}
+    gpu = {
+        group.type.name.replace("-", "_"): group
+        for group in cluster.workers
+        if group.type.each.num_gpus
+    }
     assert set(gpu) == {"gpu_spot", "gpu_on_demand"}
     spot, demand = gpu["gpu_spot"], gpu["gpu_on_demand"]
     assert (spot.spot, demand.spot) == (True, False)
     assert spot.priority > demand.priority
-    assert spot.each == demand.each
+    assert spot.type.each == demand.type.each
     # An endpoint keeps one replica on a node that is not taken away.
     assert (spot.min_count, demand.min_count) == (0, int(path.stem == "rayservice"))
-    assert spot.max_count >= 8
-    assert any(group.each.num_cpus and not group.each.num_gpus for group in cluster.workers)
-    assert cluster.head is not None and not cluster.head.spot and cluster.head.each.num_cpus == 0
+    assert spot.type.max_count >= 8
+    assert any(
+        group.type.each.num_cpus and not group.type.each.num_gpus for group in cluster.workers
+    )
+    assert (
+        cluster.head is not None and not cluster.head.spot and cluster.head.type.each.num_cpus == 0
+    )
 
 
 @pytest.mark.parametrize("path", **named(CLOUD))
@@ -145,7 +153,7 @@ def test_kuberays_head_survives_on_redis(path: Path) -> None:
 
 def test_kuberays_three_clusters_are_the_same_but_for_what_the_service_needs() -> None:
     def groups(cluster: Cluster) -> list[tuple[Any, ...]]:
-        return [(g.name, g.each, g.max_count) for g in cluster.workers]
+        return [g.type for g in cluster.workers]
 
     first, *others = [groups(read_groups(path)) for path in KUBERAY]
     assert all(other == first for other in others)

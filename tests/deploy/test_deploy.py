@@ -31,6 +31,7 @@ def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return RunConfig.model_validate(
         {
             "storage": {"uri": str(root / "runs")},
+            "resources": {"node_types": "up"},
             "serve": {
                 "port": free_port(),
                 "proxy": request.param,
@@ -245,7 +246,7 @@ def test_a_replica_that_fits_no_node_is_refused(
     ray_local: None, config: RunConfig, chosen: ChosenVariant
 ) -> None:
     greedy = config.serve.model_copy(update={"cpus_per_replica": 500.0, "port": free_port()})
-    with pytest.raises(ResourceError, match="500 CPUs each, and the cluster has 2"):
+    with pytest.raises(ResourceError, match="asks for 500 CPUs: the cluster has no node for that"):
         deploy.run(config.model_copy(update={"serve": greedy}), chosen)
 
 

@@ -5,8 +5,9 @@ import logging
 import pytest
 import ray
 
+from llava_ray.errors import ResourceError
 from llava_ray.resources import capacity
-from llava_ray.resources.capacity import Resources, free_nodes
+from llava_ray.resources.capacity import Fleet, NodeType, Resources, free_nodes
 
 
 def test_without_an_application_all_is_free(ray_local: None) -> None:
@@ -25,9 +26,33 @@ def test_where_replicas_hold_all_a_stage_waits_and_is_told(
     assert "hold all CPUs" in caplog.text and "serve shutdown" in caplog.text
 
 
+def make_fleet(*types: NodeType, complete: bool = True, accelerator: str = "auto") -> Fleet:
+    return Fleet(types, complete, accelerator)
+
+
 def test_fewer_cpus_than_asked_for_are_enough() -> None:
-    nodes = [Resources(2, memory_bytes=8e9), Resources(1, memory_bytes=16e9)]
-    assert Resources(num_cpus=8, memory_bytes=5).fitted(nodes).num_cpus == 2
-    assert Resources(num_cpus=2, memory_bytes=int(8e9)).shortage(nodes) is None
-    lack = Resources(num_cpus=2, memory_bytes=int(9e9)).shortage(nodes)
-    assert lack is not None and "the largest has 1 CPUs, 14.9 GiB of memory" in lack
+    fleet = make_fleet(
+        NodeType("small", Resources(2, memory_bytes=8e9), 4),
+        NodeType("large", Resources(1, memory_bytes=16e9)),
+    )
+    assert fleet.fit("it", Resources(num_cpus=8, memory_bytes=5)).num_cpus == 2
+    assert fleet.fit("it", Resources(num_cpus=8, memory_bytes=9e9)).num_cpus == 1
+    fleet.check("it", Resources(2, memory_bytes=8e9), 4)
+    with pytest.raises(ResourceError, match=r"it asks for 5 times 2 CPUs.* has room for 4"):
+        fleet.check("it", Resources(2, memory_bytes=8e9), 5)
+    with pytest.raises(ResourceError, match=r"has no node for that; it has 4 small of 2 CPUs"):
+        fleet.fit("it", Resources(2, memory_bytes=17e9))
+
+
+def test_what_may_still_come_is_not_refused() -> None:
+    unknown = make_fleet(NodeType("node", Resources(2)), complete=False, accelerator="gpu")
+    need = Resources(4, num_gpus=1)
+    assert unknown.gpu and unknown.fit("it", need) == need
+    unknown.check("it", need, 8)
+
+
+def test_an_accelerator_that_cannot_come_is_refused() -> None:
+    assert make_fleet(NodeType("node", Resources(2, 1))).gpu
+    assert not make_fleet(NodeType("node", Resources(2, 1)), accelerator="cpu").gpu
+    with pytest.raises(ResourceError, match=r"no GPU in 1 node of 2 CPUs"):
+        _ = make_fleet(NodeType("node", Resources(2)), accelerator="gpu").gpu

@@ -8,7 +8,7 @@ import pytest
 from llava_ray.artifacts.records import SweepResult, Trial
 from llava_ray.config.run import RunConfig, TrainConfig, load_config
 from llava_ray.errors import ConfigError
-from llava_ray.resources.capacity import Resources
+from llava_ray.resources.capacity import Fleet, NodeType, Resources
 from llava_ray.sweep import best_config, best_trial
 from llava_ray.sweep.pictures import write_report
 from llava_ray.sweep.search import Search, concurrent_trials, total_steps
@@ -74,10 +74,11 @@ def test_steps_and_trials_at_a_time() -> None:
         total_steps(train.model_copy(update={"max_steps": 5}), WorkerPlan(4, Resources(1, 1)), 100)
         == 5
     )
-    nodes = [Resources(8, 4), Resources(8, 4)]
-    assert concurrent_trials(WorkerPlan(2, Resources(2, 1)), nodes) == 4
-    assert concurrent_trials(WorkerPlan(8, Resources(2, 1)), nodes) == 1
-    assert concurrent_trials(WorkerPlan(1, Resources(1, 0)), [Resources(2, 0)]) == 2
+    gpus = Fleet((NodeType("node", Resources(8, 4), 2),), True, "auto")
+    assert concurrent_trials(WorkerPlan(2, Resources(2, 1)), gpus) == 4
+    assert concurrent_trials(WorkerPlan(8, Resources(2, 1)), gpus) == 1
+    cpus = Fleet((NodeType("node", Resources(2)),), True, "auto")
+    assert concurrent_trials(WorkerPlan(1, Resources(1, 0)), cpus) == 2
 
 
 def trial(number: int, status: Any, value: float | None, rate: float) -> Trial:

@@ -1,26 +1,42 @@
 """Which workers are asked for, trackers that are missing, locks that a killed build left."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llava_ray.config.run import TrainConfig
 from llava_ray.errors import ConfigError, ResourceError
-from llava_ray.resources.capacity import Resources
+from llava_ray.resources.capacity import Fleet, NodeType, Resources
 from llava_ray.train import check_packages
 from llava_ray.train.curve import draw_curve
 from llava_ray.train.resources import WorkerPlan, plan_workers
 from llava_ray.train.zero import zero_config
 
 
-def test_defaults_follow_the_cluster() -> None:
-    def plan(nodes: list[Resources], **changes: int) -> WorkerPlan:
-        return plan_workers(TrainConfig(**changes), nodes)
+def make_fleet(*nodes: Resources, complete: bool = True) -> Fleet:
+    counts = Counter(nodes)
+    types = tuple(NodeType("node", each, count) for each, count in counts.items())
+    return Fleet(types, complete, "auto")
 
-    assert plan([Resources(2)]) == WorkerPlan(1, Resources(2))
-    assert plan([Resources(2)], num_workers=2) == WorkerPlan(2, Resources(1))
-    assert plan([Resources(16, 2), Resources(16, 2)]) == WorkerPlan(4, Resources(4, 1))
-    assert plan([Resources(4, 2), Resources(4)]) == WorkerPlan(2, Resources(2, 1))
+
+def test_defaults_follow_the_nodes_that_there_can_be() -> None:
+    def plan(*nodes: Resources, **changes: int) -> WorkerPlan:
+        return plan_workers(TrainConfig(**changes), make_fleet(*nodes))
+
+    assert plan(Resources(2)) == WorkerPlan(1, Resources(2))
+    assert plan(Resources(2), num_workers=2) == WorkerPlan(2, Resources(1))
+    assert plan(Resources(16, 2), Resources(16, 2)) == WorkerPlan(4, Resources(4, 1))
+    assert plan(Resources(4, 2), Resources(4)) == WorkerPlan(2, Resources(2, 1))
+
+
+def test_what_may_still_come_is_asked_for() -> None:
+    """B1: nothing is up yet."""
+    nothing = make_fleet(complete=False)
+    assert plan_workers(TrainConfig(), nothing) == WorkerPlan(1, Resources(1))
+    eight = plan_workers(TrainConfig(num_workers=8), replace(nothing, accelerator="gpu"))
+    assert eight == WorkerPlan(8, Resources(1, 1))
 
 
 @pytest.mark.parametrize(
@@ -34,13 +50,13 @@ def test_defaults_follow_the_cluster() -> None:
     ],
 )
 def test_workers_that_never_fit_are_refused(train: TrainConfig, nodes: list[Resources]) -> None:
-    with pytest.raises(ResourceError, match=r"train\.num_workers=\d with .*the cluster holds"):
-        plan_workers(train, nodes)
+    with pytest.raises(ResourceError, match=r"train\.num_workers=\d .*the cluster has"):
+        plan_workers(train, make_fleet(*nodes))
 
 
 def test_fp16_needs_a_gpu() -> None:
     with pytest.raises(ConfigError, match="fp16"):
-        plan_workers(TrainConfig(precision="fp16"), [Resources(4, 0)])
+        plan_workers(TrainConfig(precision="fp16"), make_fleet(Resources(4, 0)))
 
 
 def test_a_missing_tracker_names_its_package() -> None:

@@ -11,20 +11,16 @@ import yaml
 from pathspec import GitIgnoreSpec
 
 from llava_ray import __version__
-from llava_ray.cluster.groups import Cluster, NodeGroup, read_groups, strings_of
+from llava_ray.cluster.groups import Cluster, NodeGroup, node_types, read_groups, strings_of
 from llava_ray.cluster.local import SERVE_PORTS, WORKER_PORTS
-from llava_ray.config.run import RunConfig
+from llava_ray.config.run import RunConfig, changed
 from llava_ray.errors import ConfigError
 from llava_ray.inference.llama_cpp.trial import features
-from llava_ray.models.folder import EMBEDDED
-from llava_ray.quantize.registry import spec_for
-from llava_ray.resources.capacity import Resources
+from llava_ray.resources.capacity import find_fleet
+from llava_ray.settle import shortages
 
 WORKING_DIR_LIMIT_BYTES = 100 * 2**20
 """Ray uploads larger folders too, but each node downloads them before a job starts."""
-
-LLAVA_7B_BYTES = 14_128_000_000
-"""Weights of llava-1.5-7b-hf in fp16; assumed for a model that is not on this disk."""
 
 _PLACEHOLDER = re.compile(
     r"\b(PROJECT|BUCKET|REGISTRY|VARIANT)\b|OWNER/NAME|203\.0\.113\.\d+", re.ASCII
@@ -148,7 +144,7 @@ def _versions(cluster: Cluster) -> Iterator[str]:
 def _driver(cluster: Cluster) -> Iterator[str]:
     if cluster.head is not None and cluster.head.spot:
         yield "the head is on spot: the job's driver would vanish with it"
-    offered = cluster.head.each.num_cpus if cluster.head is not None else 0
+    offered = cluster.head.type.each.num_cpus if cluster.head is not None else 0
     if cluster.workers and offered:
         yield f"the head offers {offered:g} CPUs: tasks would crowd the driver, offer 0"
 
@@ -156,51 +152,24 @@ def _driver(cluster: Cluster) -> Iterator[str]:
 def _spot_fallback(cluster: Cluster) -> Iterator[str]:
     for group in cluster.workers:
         if group.spot and not any(_is_fallback(group, other) for other in cluster.workers):
-            yield f"{group.name}: no group on demand with the same resources and a lower priority"
+            name = group.type.name
+            yield f"{name}: no group on demand with the same resources and a lower priority"
 
 
 def _is_fallback(spot: NodeGroup, other: NodeGroup) -> bool:
     return (
         not other.spot
         and other.priority < spot.priority
-        and other.max_count > 0
-        and other.room_for(spot.each) > 0
+        and other.type.max_count > 0
+        and other.type.room_for(spot.type.each) > 0
     )
-
-
-def _demands(config: RunConfig, *, gpu: bool) -> Iterator[tuple[str, Resources, int]]:
-    """Yield what train, quantize and serve ask of a node, and how often at a time.
-
-    Raises ConfigError for an unknown variant.
-    """
-    train, serve, gpus = config.train, config.serve, 1 if gpu else 0
-    each = Resources(train.cpus_per_worker or (4 if gpu else 1), gpus)
-    yield "train", each, train.num_workers or 1
-    folder = EMBEDDED if config.model.path == "embedded" else Path(config.model.path).expanduser()
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) or LLAVA_7B_BYTES
-    for slug in dict.fromkeys(config.quantize.variants):
-        yield f"quantize {slug}", spec_for(slug).resources(size, gpu=gpu), 1
-    served = serve.gpus_per_replica
-    each = Resources(serve.cpus_per_replica, gpus if served is None else served)
-    yield "serve", each, serve.max_replicas
 
 
 def _capacity(cluster: Cluster, config: RunConfig) -> Iterator[str]:
     if cluster.head is None:
         return  # Known only once Ray runs there.
-    gpu = any(group.each.num_gpus for group in cluster.workers)
-    for what, each, count in _demands(config, gpu=gpu):
-        fitting = [group for group in cluster.workers if group.room_for(each) > 0]
-        if not fitting:
-            yield (
-                f"{what} asks for {each}: no node group has that "
-                f"({', '.join(map(_describe, cluster.workers)) or 'no workers'})"
-            )
-            continue
-        # Groups on spot and their fallback stand for the same nodes.
-        room = max(group.room_for(each) * group.max_count for group in fitting)
-        if room < count:
-            yield f"{what} asks for {count} times {each}: room for {room}"
+    types = node_types(cluster)
+    yield from shortages(config, find_fleet(changed(config, resources={"node_types": types})))
 
 
 def _storage(cluster: Cluster, config: RunConfig) -> Iterator[str]:
@@ -263,10 +232,6 @@ def _placeholders(cluster: Cluster, config: RunConfig) -> Iterator[str]:
 def _start_commands(tree: dict[str, Any]) -> list[str]:
     keys = ("head_start_ray_commands", "worker_start_ray_commands")
     return [c for key in keys for c in tree.get(key) or [] if "ray start" in c]
-
-
-def _describe(group: NodeGroup) -> str:
-    return f"{group.name}: {group.each.num_cpus:g} CPUs, {group.each.num_gpus:g} GPUs"
 
 
 def _shorten(text: str) -> str:
