@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from llava_ray.errors import LlavaRayError, VariantError
+from llava_ray.errors import LlavaRayError, StorageError, VariantError
 from llava_ray.resources.capacity import Resources, free_nodes
 from llava_ray.resources.crash import last_line
 from llava_ray.resources.forked import run_forked
@@ -55,26 +55,34 @@ def run_side_by_side(
     """Start tasks in their order, and yield each with its result or its failure as it ends.
 
     at_once: how many Ray is given at a time; None: all. placement_timeout_s: after that long a task
-    that no node could run is given up.
+    that no node could run is given up. Raises StorageError, which would meet the others too, and
+    ends them.
     """
     import ray
 
     waiting = list(tasks)
     running: dict[Any, tuple[Task[T], float]] = {}
     poll_s = min(_POLL_S, placement_timeout_s / 2 + 0.1)
-    while waiting or running:
-        while waiting and len(running) < (at_once or len(tasks)):
-            task = waiting.pop(0)
-            running[task.start()] = task, time.monotonic() + placement_timeout_s
-        for ref in ray.wait(list(running), num_returns=1, timeout=poll_s)[0]:
-            task, _ = running.pop(ref)
-            yield task, _outcome(ref)
-        overdue = [ref for ref, (_, deadline) in running.items() if deadline < time.monotonic()]
-        nodes = free_nodes() if overdue else []
-        for ref in overdue:
-            if lack := running[ref][0].resources.shortage(nodes):
-                ray.cancel(ref)
-                yield running.pop(ref)[0], LlavaRayError(lack)
+    try:
+        while waiting or running:
+            while waiting and len(running) < (at_once or len(tasks)):
+                task = waiting.pop(0)
+                running[task.start()] = task, time.monotonic() + placement_timeout_s
+            for ref in ray.wait(list(running), num_returns=1, timeout=poll_s)[0]:
+                task, _ = running.pop(ref)
+                outcome = _outcome(ref)
+                if isinstance(outcome, StorageError):
+                    raise outcome
+                yield task, outcome
+            overdue = [ref for ref, (_, deadline) in running.items() if deadline < time.monotonic()]
+            nodes = free_nodes() if overdue else []
+            for ref in overdue:
+                if lack := running[ref][0].resources.shortage(nodes):
+                    ray.cancel(ref)
+                    yield running.pop(ref)[0], LlavaRayError(lack)
+    finally:
+        for ref in running:
+            ray.cancel(ref)
 
 
 def _outcome(ref: Any) -> Any:
