@@ -117,6 +117,7 @@ def run_job(
         storage = Storage(config.storage.uri)
         if storage.is_local:
             check_writable(Path(storage.root), f"storage.uri {config.storage.uri!r}")
+        storage.check()
         check_writable(cache_folder(), "LLAVA_RAY_CACHE")
         connect()
         return stage(settle.settle(config, find_fleet(config, idle=True)))

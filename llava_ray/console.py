@@ -28,7 +28,7 @@ def set_up_logging() -> None:
         format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
     )
-    for noisy in ("httpx", "httpcore", "filelock", "urllib3", "fsspec"):
+    for noisy in ("httpx", "httpcore", "filelock", "urllib3", "fsspec", "aiobotocore", "botocore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

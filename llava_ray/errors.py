@@ -5,6 +5,7 @@ LlavaRayError
 ├── DataError        captions or images that cannot be used
 ├── ArtifactError    an artifact that is missing, unfinished or differs from its manifest
 ├── ResourceError    the cluster or machine lacks what a stage asks for
+│   └── StorageError     a disk is full or may not be written to, or a storage's server is gone
 └── VariantError     one quantization method failed; the others go on
 
 A message says what is wrong, the value seen and what to do. Each class takes only its
@@ -30,6 +31,10 @@ class ArtifactError(LlavaRayError):
 
 class ResourceError(LlavaRayError):
     """The cluster or machine lacks what a stage asks for."""
+
+
+class StorageError(ResourceError):
+    """A disk is full or may not be written to, or a storage's server does not answer."""
 
 
 class VariantError(LlavaRayError):

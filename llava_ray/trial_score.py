@@ -31,7 +31,9 @@ def score_trial(config: RunConfig, dataset: DatasetRecord, checkpoint: str, step
     objective = Objective.parse(config.sweep.objective)
     slug = objective.slug or config.benchmark.baseline
     name = hashlib.sha256(checkpoint.encode()).hexdigest()[:12]
-    storage = Storage(f"{config.storage.uri.rstrip('/')}/work/score-{name}")
+    # In the sweep's own folder, with which it goes where this process is killed.
+    sweep = checkpoint.rpartition("/trials/")[0].rpartition("/")[2] or "scores"
+    storage = Storage(f"{config.storage.uri.rstrip('/')}/work/{sweep}/score-{name}")
     apart = config.model_copy(
         update={
             "storage": config.storage.model_copy(update={"uri": storage.uri}),

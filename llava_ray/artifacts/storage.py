@@ -4,45 +4,43 @@ Surprising: object stores have no rename, so a folder there is complete only onc
 file is; `put_folder` takes the name of that file.
 """
 
-import errno
-import logging
+import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llava_ray.errors import ConfigError, ResourceError
-
-logger = logging.getLogger(__name__)
+from llava_ray.artifacts.faults import disk_errors, is_missing_bucket, missing_bucket, patiently
+from llava_ray.errors import ConfigError
 
 _EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}
-
-
-@contextmanager
-def disk_errors(where: str) -> Iterator[None]:
-    """Turn a full or read-only disk into a ResourceError that names the place."""
-    try:
-        yield
-    except OSError as error:
-        # numpy's words for a write that was cut short, which has no number.
-        cut_short = error.errno is None and "requested and" in str(error)
-        if cut_short or error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(
-                f"no space left at {where}: free some, or set storage.uri to another disk; "
-                "finished artifacts are kept"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise ResourceError(f"cannot write to {where}: {error.strerror}") from error
-        raise
+_CONNECTIONS = 64
+_AT_ONCE = 1024
+"""Files of one bulk call; where a server goes away, no more than these are sent again."""
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {
+        "config_kwargs": {
+            # botocore's own default is 10 connections.
+            "max_pool_connections": _CONNECTIONS,
+            # s3fs's own 5 s are short where many files keep both sides busy.
+            "connect_timeout": 20,
+            # A server that is gone for longer is waited for by `patiently`.
+            "retries": {"mode": "standard", "max_attempts": 3},
+        }
+    },
+}
+_BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "az"}
+"""Stores without folders: making one there would make a missing bucket."""
 
 
 class Storage:
     """Read and write folders below a root URI.
 
-    Paths given to the methods are relative to the root and use forward slashes.
+    Paths given to the methods are relative to the root and use forward slashes. All methods raise
+    ConfigError for a missing bucket and for credentials that are missing or refused, StorageError
+    for a disk that is full and for a server that is gone for faults.GONE_S.
     """
 
     def __init__(self, uri: str) -> None:
@@ -54,12 +52,16 @@ class Storage:
         if self.is_local:
             uri = str(Path(rest if separator else uri).expanduser().absolute())
         self.uri = uri.rstrip("/")
+        self._in_bucket = not self.is_local and scheme in _BUCKETS
         self._fs: Any
         if self.is_local:
             self._fs, self.root = fsspec.filesystem("file"), self.uri
             return
         try:
-            self._fs, root = fsspec.core.url_to_fs(self.uri)
+            # Others write there too, so no listing is true for long.
+            self._fs, root = fsspec.core.url_to_fs(
+                self.uri, use_listings_cache=False, **_OPTIONS.get(scheme, {})
+            )
         except ImportError as error:
             extra = _EXTRAS.get(scheme)
             cure = f"'pip install llava_ray[{extra}]'" if extra else "its fsspec package"
@@ -70,6 +72,22 @@ class Storage:
             ) from error
         self.root = root.rstrip("/")
 
+    def _call(self, method: str, *arguments: Any, wait_s: float | None = None, **named: Any) -> Any:
+        def call() -> Any:
+            return getattr(self._fs, method)(*arguments, **named)
+
+        if not self.is_local:
+            return patiently(call, self.uri, wait_s=wait_s)
+        with disk_errors(self.uri):
+            return call()
+
+    def check(self) -> None:
+        """Raise ConfigError where a remote root cannot be read, or its bucket is not there."""
+        if self._in_bucket:
+            self.read_text("manifest.json")
+            if not self._call("exists", self.root.partition("/")[0]):
+                raise missing_bucket(self.uri)
+
     def join(self, relative: str) -> str:
         """Return the URI of a path below the root."""
         return f"{self.uri}/{relative}"
@@ -77,62 +95,113 @@ class Storage:
     def read_text(self, relative: str) -> str | None:
         """Return a file's text, or None where there is no such file."""
         try:
-            return str(self._fs.cat_file(f"{self.root}/{relative}").decode("utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
+            return str(self._call("cat_file", f"{self.root}/{relative}").decode("utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if self._in_bucket and is_missing_bucket(error):
+                raise missing_bucket(self.uri) from error
             return None
 
-    def write_text(self, relative: str, text: str) -> None:
-        """Write a file in a folder that is there, over an older one of the name."""
-        with disk_errors(self.join(relative)):
-            self._fs.pipe_file(f"{self.root}/{relative}", text.encode())
+    def write_text(self, relative: str, text: str, *, wait_s: float | None = None) -> None:
+        """Write a file in a folder that is there, over an older one of the name.
+
+        wait_s: how long a server may be gone; default faults.GONE_S.
+        """
+        path = f"{self.root}/{relative}"
+        if self.is_local:
+            # Renamed, so that nobody reads half of it.
+            draft = f"{path}.{os.urandom(4).hex()}~"
+            self._call("pipe_file", draft, text.encode())
+            os.replace(draft, path)
+        else:
+            self._call("pipe_file", path, text.encode(), wait_s=wait_s)
+
+    def create_text(self, relative: str, text: str) -> bool:
+        """Write a file where there is none of the name; return False where there is one."""
+        path = f"{self.root}/{relative}"
+        self._make_folders([path])
+        try:
+            if self.is_local:
+                with disk_errors(path), Path(path).open("x", encoding="utf-8") as stream:
+                    stream.write(text)
+            else:
+                self._call("pipe_file", path, text.encode(), mode="create")
+        except FileExistsError:
+            # It may be ours, of a call whose answer was lost.
+            return self.read_text(relative) == text
+        return True
 
     def list_folders(self, relative: str) -> list[str]:
         """Return the sorted names of the folders directly below a path; hidden ones left out."""
-        base = f"{self.root}/{relative}"
-        found = self._fs.ls(base, detail=False) if self._fs.isdir(base) else []
-        names = (Path(path).name for path in found if self._fs.isdir(path))
-        return sorted(name for name in names if not name.startswith("."))
+        return [name for name in self._list(relative, "directory") if not name.startswith(".")]
 
-    def staging(self, name: str) -> Path:
-        """Make an empty local folder to build an artifact in, on the root's disk if it is local."""
-        base = Path(self.root) / ".staging" if self.is_local else cache_folder() / "staging"
-        folder = base / f"{name}-{os.getpid()}-{os.urandom(4).hex()}"
-        with disk_errors(str(base)):
-            folder.mkdir(parents=True)
-        return folder
+    def list_files(self, relative: str) -> list[str]:
+        """Return the sorted names of the files directly below a path."""
+        return self._list(relative, "file")
 
-    def put_folder(self, folder: Path, relative: str, *, last: str) -> None:
-        """Move a staged folder to its place; on object stores the file `last` appears last."""
-        if self.is_local:
-            target = Path(self.root) / relative
-            with disk_errors(str(target)):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if target.exists():
-                    # Only an unfinished folder can stand here, or an equal one by a racing task.
-                    shutil.rmtree(target)
-                os.replace(folder, target)
-            return
-        files = sorted(p for p in folder.rglob("*") if p.is_file())
-        for path in sorted(files, key=lambda p: p.name == last):
-            there = f"{self.root}/{relative}/{path.relative_to(folder).as_posix()}"
-            self._fs.makedirs(there.rsplit("/", 1)[0], exist_ok=True)
-            self._fs.put_file(str(path), there)
-        shutil.rmtree(folder)
+    def _list(self, relative: str, kind: str) -> list[str]:
+        try:
+            found = self._call("ls", f"{self.root}/{relative}", detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(Path(entry["name"]).name for entry in found if entry["type"] == kind)
 
-    def get_folder(self, relative: str, target: Path) -> None:
-        """Download a folder of a remote root to a local path."""
+    def put_folder(self, folder: Path, relative: str, *, last: str) -> bool:
+        """Move a local folder to its place; on object stores the file `last` appears last.
+
+        A finished folder is never replaced, someone may be reading it: where there is one, return
+        False and leave `folder` as it is.
+        """
+        if self.read_text(f"{relative}/{last}") is not None:
+            return False
+        names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+        if not self.is_local:
+            self._put(folder, relative, [name for name in names if name != last])
+            text = (folder / last).read_text(encoding="utf-8")
+            return self.create_text(f"{relative}/{last}", text)
+        target = Path(self.root) / relative
+        with disk_errors(str(target)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.rename(target)
+            except OSError:
+                if (target / last).is_file():
+                    return False
+                shutil.rmtree(target)  # Unfinished, so nobody's.
+                folder.rename(target)
+        return True
+
+    def _put(self, folder: Path, relative: str, names: list[str]) -> None:
+        there = [f"{self.root}/{relative}/{name}" for name in names]
+        self._make_folders(there)
+        here = [str(folder / name) for name in names]
+        for first in range(0, len(names), _AT_ONCE):
+            part = slice(first, first + _AT_ONCE)
+            self._call("put", here[part], there[part])
+
+    def get_files(self, relative: str, names: Iterable[str], target: Path) -> None:
+        """Download files of a folder of a remote root into a local folder."""
         assert not self.is_local
+        names = list(names)
         with disk_errors(str(target)):
             target.mkdir(parents=True, exist_ok=True)
-            source = f"{self.root}/{relative}".rstrip("/")
-            self._fs.get(f"{source}/", f"{target}/", recursive=True)
+            base = f"{self.root}/{relative}".rstrip("/")
+            for first in range(0, len(names), _AT_ONCE):
+                part = names[first : first + _AT_ONCE]
+                there = [f"{base}/{name}" for name in part]
+                self._call("get", there, [str(target / name) for name in part])
 
-    def remove(self) -> None:
-        """Delete everything below the root; for what is temporary."""
-        if self.is_local:
-            shutil.rmtree(self.root, ignore_errors=True)
-        elif self._fs.exists(self.root):
-            self._fs.rm(self.root, recursive=True)
+    def remove(self, relative: str = "") -> None:
+        """Delete a file, or everything below a path; for what is temporary."""
+        path = f"{self.root}/{relative}".rstrip("/")
+        if self.is_local and Path(path).is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+            return
+        with contextlib.suppress(FileNotFoundError):
+            self._call("rm", path, recursive=True)
+
+    def _make_folders(self, paths: Iterable[str]) -> None:
+        for folder in () if self._in_bucket else {path.rpartition("/")[0] for path in paths}:
+            self._call("makedirs", folder, exist_ok=True)
 
 
 def cache_folder() -> Path:

@@ -7,25 +7,31 @@ from the settings that made it and its parents' ids, so the same work is found, 
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
 from llava_ray import __version__
-from llava_ray.artifacts.records import FileEntry, Record
-from llava_ray.artifacts.storage import Storage, cache_folder, disk_errors
+from llava_ray.artifacts import lease
+from llava_ray.artifacts.faults import disk_errors
+from llava_ray.artifacts.node import MANIFEST as MANIFEST
+from llava_ray.artifacts.node import hash_files, kept_text, remember_checked
+from llava_ray.artifacts.node import local_folder as local_folder
+from llava_ray.artifacts.node import sha256_of as sha256_of
+from llava_ray.artifacts.node import verify as verify
+from llava_ray.artifacts.records import Record
+from llava_ray.artifacts.staging import Staging, remove_dead
+from llava_ray.artifacts.storage import Storage
 from llava_ray.errors import ArtifactError
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 CARD = "README.md"
 """A model card; a variant's is written later than its manifest, and nothing loads it."""
 
@@ -34,12 +40,15 @@ R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True)
-class Build:
+class Build(Generic[R]):
     """A folder under construction; `finish` seals it."""
 
     folder: Path
+    found: R | None
+    """The artifact, where another run finished it while this one waited: nothing is to be done."""
     storage: Storage
-    record_type: type[Record]
+    lease: lease.Lease
+    record_type: type[R]
     id: str
     settings: dict[str, Any]
     parents: tuple[str, ...]
@@ -48,7 +57,8 @@ class Build:
     def finish(self, record_type: type[R], *, device: str, **fields: Any) -> R:
         """Hash the files, write the manifest last and move the folder to its place.
 
-        Raises ResourceError when the disk is full or may not be written to.
+        Where one is finished already it stays, and its record is returned. Raises StorageError when
+        the disk is full or may not be written to.
         """
         assert record_type is self.record_type
         relative = f"{record_type.kind}/{self.id}"
@@ -62,12 +72,17 @@ class Build:
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 wall_s=round(time.monotonic() - self.start, 3),
                 device=device,
-                files=_hash_files(self.folder),
+                files=hash_files(self.folder),
                 **fields,
             )
             # Written last: a manifest on disk means that the whole folder is there.
             (self.folder / MANIFEST).write_text(record.model_dump_json(indent=1), encoding="utf-8")
-        self.storage.put_folder(self.folder, relative, last=MANIFEST)
+        self.lease.check()
+        if not self.storage.put_folder(self.folder, relative, last=MANIFEST):
+            logger.info("%s is there already; this one is dropped", record.id)
+            return read_record(record_type, record.uri)
+        if self.storage.is_local:
+            remember_checked(record, Path(record.uri))
         logger.info("%s finished in %.1f s: %s", record.id, record.wall_s, record.uri)
         return record
 
@@ -93,26 +108,40 @@ class ArtifactStore:
     @contextmanager
     def build(
         self,
-        record_type: type[Record],
+        record_type: type[R],
         artifact_id: str,
         *,
         settings: Mapping[str, Any],
         parents: Sequence[str] = (),
-    ) -> Iterator[Build]:
-        """Give a staging folder that vanishes unless `finish` is called."""
-        folder = self.storage.staging(artifact_id)
-        build = Build(
-            folder, self.storage, record_type, artifact_id, dict(settings), tuple(parents)
-        )
+    ) -> Iterator[Build[R]]:
+        """Give a staging folder that vanishes unless `finish` is called.
+
+        Until the end no other process makes the same artifact: it waits, and then finds it.
+        """
+        remove_dead(self.storage)
+        staging = Staging(self.storage, artifact_id)
         try:
-            with disk_errors(self.storage.uri):
-                yield build
+            with lease.held(self.storage, artifact_id, staging.touch) as hold:
+                found = self.find(record_type, artifact_id)
+                build = Build(
+                    staging.files, found, self.storage, hold, record_type, artifact_id,
+                    dict(settings), tuple(parents),
+                )  # fmt: skip
+                with disk_errors(self.storage.uri):
+                    yield build
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            staging.remove()
 
     def work_uri(self, artifact_id: str) -> str:
-        """Return where an unfinished artifact keeps its checkpoints between runs."""
+        """Return where an unfinished artifact keeps its checkpoints between runs.
+
+        Only who builds the artifact may write there.
+        """
         return self.storage.join(f"work/{artifact_id}")
+
+    def remove_work(self, artifact_id: str) -> None:
+        """Delete an artifact's checkpoints: it is sealed, and would else be made of them again."""
+        self.storage.remove(f"work/{artifact_id}")
 
 
 def artifact_id(kind: str, settings: Mapping[str, Any], parents: Sequence[str] = ()) -> str:
@@ -121,54 +150,16 @@ def artifact_id(kind: str, settings: Mapping[str, Any], parents: Sequence[str] =
     return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def local_folder(record: Record) -> Path:
-    """Return the artifact's folder on this machine's disk, downloading and checking it if needed.
-
-    Raises ArtifactError when none is finished, or what was downloaded differs from the manifest.
-    """
-    storage = Storage(record.uri)
-    if storage.is_local:
-        folder = Path(storage.root)
-        if not (folder / MANIFEST).is_file():
-            raise ArtifactError(
-                f"{record.id}: no finished artifact at {folder} on this machine; "
-                "on several nodes storage.uri must be shared (s3://, gs:// or a network disk)"
-            )
-        return folder
-    folder = cache_folder() / "artifacts" / record.id
-    if not (folder / MANIFEST).is_file():
-        staging = folder.with_name(f".{folder.name}-{time.time_ns()}")
-        storage.get_folder("", staging)
-        verify(record, staging)
-        if not folder.exists():
-            staging.rename(folder)
-    return folder
-
-
-def read_record(record_type: type[R], uri: str) -> R:
+def read_record(record_type: type[R], uri: str, *, cached: bool = False) -> R:
     """Read the record of the artifact at a URI.
 
+    cached: take it from this node where it has been read before, without asking the storage.
     Raises ArtifactError when there is none, or when it is not of that kind.
     """
-    text = Storage(uri).read_text(MANIFEST)
+    text = kept_text(uri, MANIFEST) if cached else Storage(uri).read_text(MANIFEST)
     if text is None:
         raise ArtifactError(f"{uri}: no manifest.json; give the folder of a finished artifact")
     return _parse(record_type, text, uri)
-
-
-def verify(record: Record, folder: Path) -> None:
-    """Check every file of a folder against the manifest's SHA-256.
-
-    Raises ArtifactError that names the first file that is missing or differs.
-    """
-    found = _hash_files(folder)
-    for name, expected in record.files.items():
-        if found.get(name) != expected:
-            state = "differs from" if name in found else "is missing but is in"
-            raise ArtifactError(
-                f"{record.id}: {name} {state} the manifest at {folder}; "
-                "delete the folder and run the stage again"
-            )
 
 
 def _parse(record_type: type[R], text: str, where: str) -> R:
@@ -180,19 +171,3 @@ def _parse(record_type: type[R], text: str, where: str) -> R:
             f"({error.error_count()} mistakes, first: {error.errors()[0]['msg']}); "
             "delete the folder and run the stage again"
         ) from error
-
-
-def _hash_files(folder: Path) -> dict[str, FileEntry]:
-    return {
-        path.relative_to(folder).as_posix(): FileEntry(
-            size_bytes=path.stat().st_size, sha256=sha256_of(path)
-        )
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST
-    }
-
-
-def sha256_of(path: Path) -> str:
-    """Return a file's SHA-256 as hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

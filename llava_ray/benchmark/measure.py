@@ -71,6 +71,8 @@ def measure(
         settings=plan.settings(),
         parents=_parents(plan, variant, baseline, dataset),
     ) as build:
+        if build.found:
+            return build.found
         with shared_turn():
             context = _context(plan, local_folder(baseline), dataset)
         fields, samples = _open_and_measure(plan, variant, dataset, reference, context)

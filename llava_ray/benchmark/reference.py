@@ -75,6 +75,8 @@ def write_reference(
     store, tokens = ArtifactStore(plan.run.storage.uri), 0
     name = reference_id(plan, baseline, dataset)
     with store.build(ReferenceScores, name, settings=settings, parents=parents) as build:
+        if build.found:
+            return build.found
         for index, sample in enumerate(samples):
             logger.info("%s: baseline scores sample %d of %d", name, index + 1, len(samples))
             tokens += _write_sample(

@@ -30,6 +30,8 @@ def run(
     if found is not None:
         return found
     with store.build(ChosenVariant, name, settings=settings, parents=parents) as build:
+        if build.found:
+            return build.found
         findings = Findings(
             config=config,
             scorecards=tuple(scorecards),

@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.artifacts.storage import cache_folder, check_writable, disk_errors
+from llava_ray.artifacts.faults import disk_errors
+from llava_ray.artifacts.storage import cache_folder, check_writable
 from llava_ray.cluster.schema import read_cluster
 from llava_ray.errors import ConfigError, ResourceError
 

@@ -7,7 +7,8 @@ import contextlib
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -303,16 +304,19 @@ def _apply(tree: dict[str, Any], text: str) -> str | None:
     key, equals, value = text.partition("=")
     if not equals:
         return f"override {text!r} has no '=': write section.key=value"
-    try:
-        parsed = yaml.safe_load(value) if value else ""
-    except yaml.YAMLError:
-        return f"override {text!r}: the value is not YAML"
-    # YAML 1.1 reads 1e-4 (without a dot) as text.
-    if isinstance(parsed, str):
-        with contextlib.suppress(ValueError):
-            parsed = float(parsed)
-    node = tree
     *sections, last = key.split(".")
+    parsed: Any = value
+    kinds = _kinds(sections, last)
+    if str not in kinds or (value == "null" and NoneType in kinds):
+        try:
+            parsed = yaml.safe_load(value) if value else ""
+        except yaml.YAMLError:
+            return f"override {text!r}: the value is not YAML"
+        # YAML 1.1 reads 1e-4 (without a dot) as text.
+        if isinstance(parsed, str):
+            with contextlib.suppress(ValueError):
+                parsed = float(parsed)
+    node = tree
     for section in sections:
         child = node.setdefault(section, {})
         if not isinstance(child, dict):
@@ -320,6 +324,21 @@ def _apply(tree: dict[str, Any], text: str) -> str | None:
         node = child
     node[last] = parsed
     return None
+
+
+def _kinds(sections: Sequence[str], last: str) -> tuple[Any, ...]:
+    """Return the types that a key takes.
+
+    A key of text takes it as typed, whatever YAML would make of it; only `null` is none, where the
+    key need not be set.
+    """
+    model: Any = RunConfig
+    for section in sections:
+        found = getattr(model, "model_fields", {}).get(section)
+        model = found and found.annotation
+    field = getattr(model, "model_fields", {}).get(last)
+    kind = None if field is None else field.annotation
+    return get_args(kind) if isinstance(kind, UnionType) else (kind,)
 
 
 _TYPES = {

@@ -2,11 +2,15 @@
 
 import json
 import os
+from typing import TYPE_CHECKING
 
 from llava_ray.artifacts.records import ChosenVariant, DeploymentRecord
 from llava_ray.artifacts.store import ArtifactStore, artifact_id, local_folder
 from llava_ray.config.run import RunConfig
 from llava_ray.deploy.probe import MAX_TOKENS, ask, curl_command, probe_request
+
+if TYPE_CHECKING:
+    from llava_ray.deploy.application import Target
 
 
 def run(config: RunConfig, chosen: ChosenVariant) -> DeploymentRecord:
@@ -28,11 +32,10 @@ def run(config: RunConfig, chosen: ChosenVariant) -> DeploymentRecord:
     key = os.environ.get(config.serve.api_key_env)
     found = store.find(DeploymentRecord, name)
     if found is not None:
-        ensure_served(target)
-        request = (local_folder(found) / "request.json").read_bytes()
-        ask(found.url, request, key)
-        return found
+        return _ask_again(found, target, key)
     with store.build(DeploymentRecord, name, settings=settings, parents=[chosen.id]) as build:
+        if build.found:
+            return _ask_again(build.found, target, key)
         device = ensure_served(target)
         request = probe_request(
             store,
@@ -54,8 +57,15 @@ def run(config: RunConfig, chosen: ChosenVariant) -> DeploymentRecord:
             model_name=target.model_name,
             curl=curl_command(
                 target.url,
-                request,
                 store.storage.join(f"{DeploymentRecord.kind}/{name}/request.json"),
                 key_env=config.serve.api_key_env if key else None,
             ),
         )
+
+
+def _ask_again(found: DeploymentRecord, target: "Target", key: str | None) -> DeploymentRecord:
+    from llava_ray.deploy.application import ensure_served
+
+    ensure_served(target)
+    ask(found.url, (local_folder(found) / "request.json").read_bytes(), key)
+    return found

@@ -86,11 +86,14 @@ def fetch(url: str, key: str | None = None, body: bytes | None = None) -> bytes:
     return answer
 
 
-def curl_command(url: str, request: bytes, request_uri: str, *, key_env: str | None) -> str:
-    """Return a command that sends the request, from its file where that is on this machine."""
+def curl_command(url: str, request_uri: str, *, key_env: str | None) -> str:
+    """Return a command that sends the request in a file, which it reads from where that is."""
     parts = ["curl", "-s", f"{url}/chat/completions", "-H", "content-type: application/json"]
-    data = request.decode() if "://" in request_uri else f"@{request_uri}"
-    command = shlex.join([*parts, "-d", data])
+    if "://" in request_uri:
+        read = f"import fsspec; print(fsspec.open({request_uri!r}, 'rt').open().read())"
+        command = f"{shlex.join(['python', '-c', read])} | {shlex.join([*parts, '-d', '@-'])}"
+    else:
+        command = shlex.join([*parts, "-d", f"@{request_uri}"])
     # In double quotes, so that the shell puts the key in and the command does not show it.
     return f'{command} -H "authorization: Bearer ${key_env}"' if key_env else command
 

@@ -43,6 +43,8 @@ def merge_task(
         torch.inference_mode(),
         store.build(MergedModel, id, settings=settings, parents=[adapter.id]) as build,
     ):
+        if build.found:
+            return build.found
         device = _device(base)
         reset_peaks(device)
         data = local_folder(read_record(DatasetRecord, adapter.dataset_uri))

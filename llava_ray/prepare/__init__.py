@@ -66,6 +66,8 @@ def _build(
 ) -> DatasetRecord:
     num_rows = min(table.num_rows, config.limit or table.num_rows)
     with store.build(DatasetRecord, identity, settings=settings) as build:
+        if build.found:
+            return build.found
         checked = list(
             store_images(
                 reader,

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 from llava_ray.artifacts.records import (
     DatasetRecord,
@@ -43,7 +44,8 @@ def run(config: RunConfig, merged: MergedModel, dataset: DatasetRecord) -> list[
 def _make_all(config: RunConfig, store: ArtifactStore, jobs: list[Job]) -> dict[str, Outcome]:
     """Run the jobs in parallel and record how long they took together and apart."""
     slugs = [job.slug for job in jobs]
-    settings = {"variants": slugs}
+    # Of a run, not of its inputs: what failed in one is tried again by the next.
+    settings = {"variants": slugs, "started": datetime.now(UTC).isoformat()}
     run_id = artifact_id(QuantizationRun.kind, settings, [jobs[0].merged.id])
     with store.build(
         QuantizationRun, run_id, settings=settings, parents=[jobs[0].merged.id]

@@ -15,7 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llava_ray.artifacts.storage import cache_folder, disk_errors
+from llava_ray.artifacts.faults import disk_errors
+from llava_ray.artifacts.storage import cache_folder
 from llava_ray.errors import VariantError
 from llava_ray.resources.crash import last_line
 from llava_ray.shipped import shipped

@@ -66,6 +66,8 @@ def make_variant(job: Job, device: str) -> Variant:
     )
     store = ArtifactStore(job.storage_uri)
     with store.build(Variant, job.artifact_id, settings=job.settings, parents=job.parents) as build:
+        if build.found:
+            return build.found
         reset_peaks(device)
         start = time.monotonic()
         elsewhere = spec.quantize(merged, build.folder, calibration, device)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from llava_ray.errors import LlavaRayError, VariantError
+from llava_ray.errors import LlavaRayError, StorageError, VariantError
 from llava_ray.resources.capacity import Resources
 from llava_ray.resources.crash import last_line
 from llava_ray.resources.forked import run_forked
@@ -71,7 +71,8 @@ def run_side_by_side(
     """Start tasks in their order, and yield each with its result or its failure as it ends.
 
     at_once: how many Ray is given at a time; None: all. wait_s: how long those that no node has
-    taken are waited for while none of them runs.
+    taken are waited for while none of them runs. Raises StorageError, which would meet the others
+    too, and ends them.
     """
     import ray
 
@@ -79,31 +80,37 @@ def run_side_by_side(
     given: dict[Any, Task[T]] = {}
     running: set[Any] = set()
     last_ran = logged = time.monotonic()
-    while waiting or given:
-        while waiting and len(given) < (at_once or len(tasks)):
-            task = waiting.pop(0)
-            given[task.start()] = task
-        ready: list[Any] = ray.wait(list(given), num_returns=1, timeout=min(_POLL_S, wait_s))[0]
-        for stream in ready:
-            outcome = _outcome(next(stream))
-            if isinstance(outcome, _Runs):
-                running.add(stream)
-                continue
-            running.discard(stream)
-            yield given.pop(stream), outcome
-        now = time.monotonic()
-        if running or not given:
-            last_ran = logged = now
-        elif now - last_ran > wait_s:
-            for stream, task in given.items():
-                ray.cancel(stream)
-                lack = f"no node had {task.resources} for it within resources.wait_s={wait_s:g}"
-                yield task, LlavaRayError(lack)
-            given.clear()
-        elif now - logged > _LOG_EVERY_S:
-            logged = now
-            task = next(iter(given.values()))
-            logger.info("%s waits for a node with %s", task.name, task.resources)
+    try:
+        while waiting or given:
+            while waiting and len(given) < (at_once or len(tasks)):
+                task = waiting.pop(0)
+                given[task.start()] = task
+            ready: list[Any] = ray.wait(list(given), num_returns=1, timeout=min(_POLL_S, wait_s))[0]
+            for stream in ready:
+                outcome = _outcome(next(stream))
+                if isinstance(outcome, _Runs):
+                    running.add(stream)
+                    continue
+                running.discard(stream)
+                task = given.pop(stream)
+                if isinstance(outcome, StorageError):
+                    raise outcome
+                yield task, outcome
+            now = time.monotonic()
+            if running or not given:
+                last_ran = logged = now
+            elif now - last_ran > wait_s:
+                for task in given.values():
+                    lack = f"no node had {task.resources} for it within resources.wait_s={wait_s:g}"
+                    yield task, LlavaRayError(lack)
+                return
+            elif now - logged > _LOG_EVERY_S:
+                logged = now
+                task = next(iter(given.values()))
+                logger.info("%s waits for a node with %s", task.name, task.resources)
+    finally:
+        for stream in given:
+            ray.cancel(stream)
 
 
 def _outcome(ref: Any) -> Any:

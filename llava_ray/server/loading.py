@@ -1,4 +1,4 @@
-"""From a variant's URI to a loaded engine, having checked every byte of it first."""
+"""From a variant's URI to a loaded engine; what a node has once needs the storage no more."""
 
 import json
 import logging
@@ -9,9 +9,9 @@ import time
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from llava_ray.artifacts.node import kept_text
 from llava_ray.artifacts.records import Variant
-from llava_ray.artifacts.storage import Storage
-from llava_ray.artifacts.store import CARD, MANIFEST, local_folder, read_record, verify
+from llava_ray.artifacts.store import CARD, MANIFEST, local_folder, read_record
 from llava_ray.console import set_up_logging
 from llava_ray.errors import ArtifactError
 from llava_ray.inference.engine import Engine
@@ -36,8 +36,11 @@ def main() -> None:
 
 
 def find_variant(uri: str) -> tuple[Variant, Path]:
-    """Return a variant's record and its folder on this machine, its files not checked yet."""
-    variant = read_record(Variant, uri)
+    """Return a variant's record and its folder on this machine.
+
+    Every file was hashed once there. Raises ArtifactError when one differs.
+    """
+    variant = read_record(Variant, uri, cached=True)
     return variant, local_folder(variant)
 
 
@@ -65,12 +68,11 @@ def open_variant(args: EngineArgs) -> Engine:
 
 
 def verified_variant(uri: str) -> tuple[Variant, Path]:
-    """Return a variant's record and its folder on this machine, every file hashed.
+    """Return a variant's record and its folder on this machine.
 
     Raises ArtifactError when a file differs, or is of a kind that could run code.
     """
     variant, folder = find_variant(uri)
-    verify(variant, folder)
     # What the manifest does not name was not checked, so it must not be there to be loaded.
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     extra = sorted(present - set(variant.files) - {MANIFEST, CARD})
@@ -86,7 +88,7 @@ def verified_variant(uri: str) -> tuple[Variant, Path]:
 
 def text_config(uri: str) -> dict[str, Any]:
     """Return the language model's part of a variant's config.json, without its weights."""
-    return dict(json.loads(Storage(uri).read_text("config.json") or "{}")["text_config"])
+    return dict(json.loads(kept_text(uri, "config.json") or "{}")["text_config"])
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def slots_that_fit(args: AppArgs, there: int | None = None) -> int:
     device = "cuda" if args.gpus_per_replica else "cpu"
     footprints = []
     for model in args.models:
-        variant = read_record(Variant, model.variant_uri)
+        variant = read_record(Variant, model.variant_uri, cached=True)
         text = text_config(model.variant_uri)
         footprints.append(footprint(variant, text, device=device, context=args.context))
     free, total = memory_bytes(device) if there is None else (there, there)

@@ -67,7 +67,7 @@ class Replica:
             asyncio.to_thread(import_module, "transformers.models.auto.tokenization_auto"),
         )
         card_uri = model.scorecard_uri
-        scorecard = read_record(Scorecard, card_uri) if card_uri else None
+        scorecard = read_record(Scorecard, card_uri, cached=True) if card_uri else None
         return Backend(
             card=make_card(variant, opened, name=name, scorecard=scorecard),
             tokenizer=tokenizers.AutoTokenizer.from_pretrained(folder),

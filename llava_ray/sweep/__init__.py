@@ -38,12 +38,15 @@ def run(config: RunConfig, dataset: DatasetRecord, score: "Scorer | None" = None
     found = store.find(SweepResult, id)
     if found is not None:
         logger.info("sweep: %s is there already", id)
+        store.remove_work(id)
         return found
     from llava_ray.sweep.pictures import write_report
     from llava_ray.sweep.search import search
 
     work = store.work_uri(id)
     with store.build(SweepResult, id, settings=settings, parents=[dataset.id]) as build:
+        if build.found:
+            return build.found
         done = search(config, dataset, work_uri=work, score=score)
         best = best_trial(done.trials)
         assert best.value is not None
@@ -60,8 +63,7 @@ def run(config: RunConfig, dataset: DatasetRecord, score: "Scorer | None" = None
             steps_without_early_stop=done.steps_per_trial * len(done.trials),
             trials=done.trials,
         )
-    if store.storage.is_local:
-        shutil.rmtree(work, ignore_errors=True)
+    store.remove_work(id)
     return record
 
 

@@ -10,6 +10,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,9 @@ class TrialRun(tune.Trainable):
         last, judged = False, False
         while not (last or judged):
             metrics, path, self._controller = self._next_report()
+            # Ray's paths of a remote storage lack their scheme.
+            scheme, separator, _ = self._task.work_uri.partition("://")
+            path = f"{scheme}://{path}" if path and separator else path
             self._path = path or self._path
             value = metrics["eval_loss"]
             last = "device" in metrics or not math.isfinite(value)
@@ -119,7 +123,8 @@ class TrialRun(tune.Trainable):
         # Not the trial's name alone: Ray Train would go on from this trial's own last checkpoint
         # where population based training wants another trial's.
         part = "start" if self._path is None else Path(self._path).name
-        trainer = make_trainer(
+        make = partial(
+            make_trainer,
             self._run_config,
             self._task.dataset,
             self._task.plan,
@@ -130,7 +135,7 @@ class TrialRun(tune.Trainable):
             export_always=self._score is not None,
         )
         try:
-            fit(trainer, self._run_config.train)
+            fit(make, self._run_config.train)
         except BaseException as error:
             self._failure = error
 

@@ -2,9 +2,11 @@
 
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_ray.artifacts.faults import patiently
 from llava_ray.artifacts.records import AdapterCheckpoint, DatasetRecord
 from llava_ray.artifacts.store import ArtifactStore, artifact_id
 from llava_ray.config.run import RunConfig, TrainConfig
@@ -45,6 +47,7 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
     found = store.find(AdapterCheckpoint, id)
     if found is not None:
         logger.info("train: %s is there already", id)
+        store.remove_work(id)
         return found
     plan = plan_workers(train, find_fleet(config))
     logger.info(
@@ -53,9 +56,12 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
     )  # fmt: skip
     work = store.work_uri(id)
     with store.build(AdapterCheckpoint, id, settings=settings, parents=[dataset.id]) as build:
-        trainer = make_trainer(config, dataset, plan, run_id=id, work_uri=work)
-        result = fit(trainer, train)
-        _collect(result, build.folder, Path(work) if store.storage.is_local else None)
+        if build.found:
+            return build.found
+        make = partial(make_trainer, config, dataset, plan, run_id=id, work_uri=work)
+        result = fit(make, train)
+        local_work = Path(work) if store.storage.is_local else None
+        patiently(partial(_collect, result, build.folder, local_work), work)
         metrics = result.metrics or {}
         record = build.finish(
             AdapterCheckpoint,
@@ -71,8 +77,7 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
             samples_per_s=metrics["samples_per_s"],
             peak_memory_bytes=metrics["peak_memory_bytes"],
         )
-    if store.storage.is_local:
-        shutil.rmtree(work, ignore_errors=True)
+    store.remove_work(id)
     return record
 
 
@@ -139,5 +144,5 @@ def _collect(result: "Result", folder: Path, work: Path | None) -> None:
         shutil.copytree(Path(last) / "artifact", folder, dirs_exist_ok=True)
         shutil.copy(Path(last) / METRICS, folder / METRICS)
     if work is not None and (work / "tensorboard").is_dir():
-        shutil.copytree(work / "tensorboard", folder / "tensorboard")
+        shutil.copytree(work / "tensorboard", folder / "tensorboard", dirs_exist_ok=True)
     draw_curve(read_metrics(folder / METRICS), folder / "curve.png")

@@ -1,19 +1,26 @@
 """The Ray Train trainer of a run, and what its failures mean."""
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from llava_ray.artifacts.faults import disk_fault, is_gone
 from llava_ray.artifacts.records import DatasetRecord
-from llava_ray.artifacts.storage import Storage, disk_errors
+from llava_ray.artifacts.storage import Storage
 from llava_ray.config.run import RunConfig, TrainConfig
 from llava_ray.errors import ConfigError, LlavaRayError
 from llava_ray.train.resources import WorkerPlan
 from llava_ray.train.worker import WorkerTask, train_worker
+
+logger = logging.getLogger(__name__)
+
+_OUTAGES = 3
+"""How often a run goes on after its storage was gone; Ray Train's own tries know no pause."""
 
 
 def make_trainer(
@@ -63,25 +70,29 @@ def make_trainer(
     )
 
 
-def fit(trainer: TorchTrainer, train: TrainConfig) -> Result:
-    """Run a trainer to its end.
+def fit(make: Callable[[], TorchTrainer], train: TrainConfig) -> Result:
+    """Run a trainer to its end, anew from its last checkpoint where its storage was gone meanwhile.
 
-    Raises the worker's own error where the user can fix it, ResourceError for a full disk,
-    ConfigError for a loss that is no longer finite.
+    Raises the worker's own error where the user can fix it, StorageError for a full disk or a
+    storage that stays away, ConfigError for a loss that is no longer finite.
     """
-    try:
-        result = trainer.fit()
-    except TrainingFailedError as error:
-        failures = [*getattr(error, "worker_failures", {}).values()]
-        # Ray Train's controller writes too: what it knows of the checkpoints.
-        failures.append(getattr(error, "controller_failure", None))
-        for failure in failures:
-            if isinstance(failure, LlavaRayError):
-                raise failure from error
-            if isinstance(failure, OSError):
-                with disk_errors(str(trainer.run_config.storage_path)):
-                    raise failure from error
-        raise
+    outages = 0
+    while True:
+        trainer = make()
+        try:
+            result = trainer.fit()
+            break
+        except (TrainingFailedError, OSError) as error:
+            where = str(trainer.run_config.storage_path)
+            failures = _failures(error)
+            for failure in failures:
+                if fault := _fault(failure, where):
+                    raise fault from error
+            outages += 1
+            if outages > _OUTAGES or not any(map(is_gone, failures)):
+                raise
+            logger.warning("train: %s was gone; goes on from the last checkpoint", where)
+            Storage(where).read_text("probe")  # Waits until it answers.
     metrics = result.metrics or {}
     if metrics.get("diverged"):
         raise ConfigError(
@@ -89,3 +100,14 @@ def fit(trainer: TorchTrainer, train: TrainConfig) -> Result:
             f"train.learning_rate={train.learning_rate:g} (or train.projector_learning_rate)"
         )
     return result
+
+
+def _failures(error: BaseException) -> list[BaseException]:
+    """Return what a training failed of; Ray Train's controller writes too, of the checkpoints."""
+    found = [*getattr(error, "worker_failures", {}).values()]
+    found.append(getattr(error, "controller_failure", None) or error)
+    return found
+
+
+def _fault(failure: BaseException, where: str) -> LlavaRayError | None:
+    return failure if isinstance(failure, LlavaRayError) else disk_fault(failure, where)

@@ -1,12 +1,22 @@
 import errno
+import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from llava_ray.artifacts import node
+from llava_ray.artifacts.faults import disk_errors
 from llava_ray.artifacts.records import DatasetRecord, MergedModel
-from llava_ray.artifacts.storage import Storage, disk_errors
+from llava_ray.artifacts.storage import Storage
 from llava_ray.artifacts.store import ArtifactStore, artifact_id, local_folder, read_record, verify
-from llava_ray.errors import ArtifactError, ConfigError, ResourceError
+from llava_ray.errors import (
+    ArtifactError,
+    ConfigError,
+    ResourceError,
+    StorageError,
+    VariantError,
+)
 
 
 def make(store: ArtifactStore, text: str = "hello") -> DatasetRecord:
@@ -90,6 +100,68 @@ def test_ids_depend_on_settings_and_parents() -> None:
     assert first == artifact_id("adapter", {"lr": 1e-4}, ["dataset-1"])
     assert first != artifact_id("adapter", {"lr": 2e-4}, ["dataset-1"])
     assert first != artifact_id("adapter", {"lr": 1e-4}, ["dataset-2"])
+
+
+@pytest.fixture
+def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ArtifactStore:
+    monkeypatch.setenv("LLAVA_RAY_CACHE", str(tmp_path / "cache"))
+    return ArtifactStore(str(tmp_path / "runs"))
+
+
+def test_a_damaged_artifact_is_named_before_it_is_used(local: ArtifactStore) -> None:
+    """B13"""
+    record = make(local)
+    path = local_folder(record) / "images" / "a.txt"
+    path.write_text("hellO")
+    with pytest.raises(ArtifactError, match=r"dataset-1: images/a.txt differs"):
+        local_folder(record)
+    path.unlink()
+    with pytest.raises(ArtifactError, match=r"dataset-1: images/a.txt is missing"):
+        local_folder(record)
+
+
+def test_an_artifact_is_checked_once_on_a_node(
+    local: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B13"""
+    record, checked = make(local), []
+    monkeypatch.setattr(node, "verify", lambda *_: checked.append(1))
+    local_folder(record)
+    assert not checked, "who made it on this node has hashed it"
+    monkeypatch.setenv("LLAVA_RAY_CACHE", str(tmp_path / "of another node"))
+    local_folder(record)
+    local_folder(record)
+    assert len(checked) == 1
+    os.utime(tmp_path / "runs" / "dataset" / "dataset-1" / "images" / "a.txt")
+    local_folder(record)
+    assert len(checked) == 2
+
+
+def test_a_finished_artifact_stays_for_who_reads_it(store: ArtifactStore) -> None:
+    """B4"""
+    first = make(store, "first")
+    folder = local_folder(first)
+    with (folder / "images" / "a.txt").open() as reader:
+        assert make(store, "second") == first
+        assert reader.read() == "first"
+    assert store.find(DatasetRecord, "dataset-1") == first
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+        RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: file write"),
+        VariantError("awq.py: OSError: [Errno 28] No space left on device: 'x'"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+    ],
+)
+def test_every_librarys_full_disk_is_a_full_disk(error: Exception) -> None:
+    """B12"""
+    with pytest.raises(StorageError, match="no space left at /runs"), disk_errors("/runs"):
+        raise error
 
 
 def test_a_full_disk_is_one_line() -> None:

@@ -65,7 +65,7 @@ STAGES = {
         Stage(
             "quantize", "quantize.py", "merge.py",
             ("quantize.variants=[none-fp16,bnb-nf4,bnb-int8,hqq-w8-g64,hqq-w4-g64,hqq-w2-g64]",),
-            ".staging/variant-*/*",
+            ".staging/variant-*/files/*",
             ("quantize", "make_variant"),
         ),
         Stage("serve", "deploy.py", "choose.py", (), "", ("llava_ray.server.loading",)),

@@ -2,6 +2,8 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from llava_ray.config.run import RunConfig, known_keys, load_config, to_yaml
 from llava_ray.errors import ConfigError
@@ -11,6 +13,41 @@ def test_override_is_split_at_the_first_equals_sign() -> None:
     config = load_config(None, ["data.question=What is 1=1?", "train.learning_rate=1e-4"])
     assert config.data.question == "What is 1=1?"
     assert config.train.learning_rate == 1e-4
+
+
+TEXTS = {
+    f"{section}.{key}": field
+    for section, part in RunConfig.model_fields.items()
+    for key, field in getattr(part.annotation, "model_fields", {}).items()
+    if field.annotation in (str, str | None)
+}
+_NAMES = {"benchmark.baseline", "serve.canary"}
+"""Of variants that must be named elsewhere too."""
+
+
+@pytest.mark.parametrize("key", sorted(TEXTS.keys() - _NAMES))
+@given(text=st.text(min_size=1).filter(lambda text: text != "null"))
+@example("7e10432")
+@example("What is this: a dog?")
+@example("[OCR] Read it")
+@example("yes")
+@example("'quoted'")
+@example(" # no comment\n")
+def test_text_stays_as_typed(key: str, text: str) -> None:
+    """B9"""
+    section, _, name = key.partition(".")
+    assert getattr(getattr(load_config(None, [f"{key}={text}"]), section), name) == text
+
+
+@pytest.mark.parametrize("key", sorted(TEXTS))
+def test_null_is_none_only_where_a_key_need_not_be_set(key: str) -> None:
+    """B9"""
+    section, _, name = key.partition(".")
+    if TEXTS[key].annotation is str:
+        if key not in _NAMES:
+            assert getattr(getattr(load_config(None, [f"{key}=null"]), section), name) == "null"
+    else:
+        assert getattr(getattr(load_config(None, [f"{key}=null"]), section), name) is None
 
 
 def test_all_mistakes_are_reported_at_once() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from quantize_inputs import merged_record
+from safetensors import SafetensorError
 from tiny_run import squares
 
 from llava_ray import quantize
@@ -21,7 +22,7 @@ from llava_ray.artifacts.records import (
 )
 from llava_ray.artifacts.store import ArtifactStore, verify
 from llava_ray.config.run import RunConfig
-from llava_ray.errors import ConfigError, VariantError
+from llava_ray.errors import ConfigError, StorageError, VariantError
 from llava_ray.quantize.job import Job
 from llava_ray.quantize.none import NoneSpec
 from llava_ray.resources.capacity import Resources
@@ -110,6 +111,22 @@ def test_failures_are_recorded_and_tried_again(
     same, now_good = run("bnb-nf4")
     assert same == good
     assert isinstance(now_good, Variant)
+
+
+def test_a_full_storage_ends_the_stage_not_one_variant(
+    run: Callable[..., Any], store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B12"""
+
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    def fill() -> None:
+        monkeypatch.setattr(NoneSpec, "quantize", full)
+
+    patch_task(monkeypatch, "none-bf16", fill)
+    with pytest.raises(StorageError, match=f"no space left at {store.storage.uri}"):
+        run("none-bf16", "bnb-nf4")
 
 
 def test_a_programming_error_and_a_killed_worker_stop_no_other(

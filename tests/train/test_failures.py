@@ -27,16 +27,16 @@ def trainer(error: Exception) -> Any:
 )
 def test_a_full_disk_is_named(error: Exception) -> None:
     with pytest.raises(ResourceError, match="no space left at /mine"):
-        fit(trainer(error), TrainConfig())
+        fit(lambda: trainer(error), TrainConfig())
 
 
 def test_a_workers_own_error_is_raised() -> None:
     error = WorkerGroupError("rank 0 failed", {0: DataError("no image 7.png")})
     with pytest.raises(DataError, match=r"no image 7\.png"):
-        fit(trainer(error), TrainConfig())
+        fit(lambda: trainer(error), TrainConfig())
 
 
 def test_other_failures_keep_their_traceback() -> None:
     error = WorkerGroupError("rank 0 failed", {0: ValueError("a bug")})
     with pytest.raises(WorkerGroupError, match="rank 0 failed"):
-        fit(trainer(error), TrainConfig())
+        fit(lambda: trainer(error), TrainConfig())

@@ -44,7 +44,7 @@ def test_a_loss_that_is_not_finite_between_logged_steps_ends_the_run_there(runs:
     assert report["diverged"] and report["step"] < 10
     trainer: Any = SimpleNamespace(fit=lambda: SimpleNamespace(metrics=report))
     with pytest.raises(ConfigError) as caught:
-        fit(trainer, TrainConfig())
+        fit(lambda: trainer, TrainConfig())
     assert str(caught.value) == (
         f"the loss is no longer a finite number at step {report['step']}: lower "
         "train.learning_rate=0.0002 (or train.projector_learning_rate)"
