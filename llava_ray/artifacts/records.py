@@ -32,6 +32,10 @@ class Record(Frozen):
     settings: dict[str, Any]
     """The part of the config that shaped it."""
     code_version: str
+    code_revision: int = 0
+    """Part of the id: REVISIONS in artifacts/identity.py."""
+    code_digest: str = ""
+    """Of the code that made it."""
     created: str
     """ISO 8601, UTC."""
     wall_s: float

@@ -4,8 +4,6 @@ An artifact is a folder `<storage>/<kind>/<id>` whose manifest.json is its recor
 from the settings that made it and its parents' ids, so the same work is found, not redone.
 """
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +18,7 @@ from pydantic import ValidationError
 from llava_ray import __version__
 from llava_ray.artifacts import lease
 from llava_ray.artifacts.faults import disk_errors
+from llava_ray.artifacts.identity import REVISIONS, kind_digest
 from llava_ray.artifacts.node import MANIFEST as MANIFEST
 from llava_ray.artifacts.node import hash_files, kept_text, remember_checked
 from llava_ray.artifacts.node import local_folder as local_folder
@@ -69,6 +68,8 @@ class Build(Generic[R]):
                 parents=self.parents,
                 settings=self.settings,
                 code_version=__version__,
+                code_revision=REVISIONS.get(record_type.kind, 0),
+                code_digest=kind_digest(record_type.kind),
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 wall_s=round(time.monotonic() - self.start, 3),
                 device=device,
@@ -104,6 +105,25 @@ class ArtifactStore:
             self.find(record_type, name) for name in self.storage.list_folders(record_type.kind)
         )
         return sorted((r for r in found if r is not None), key=lambda r: r.created)
+
+    def everything(self) -> list[Record]:
+        """Return all finished artifacts, newest last; what cannot be read is left out and named."""
+        found: list[Record] = []
+        for record_type in Record.__subclasses__():
+            for name in self.storage.list_folders(record_type.kind):
+                try:
+                    record = self.find(record_type, name)
+                except ArtifactError as error:
+                    logger.warning("%s", error)
+                    continue
+                found += [record] if record else []
+        return sorted(found, key=lambda record: record.created)
+
+    def delete(self, record: Record) -> None:
+        """Delete an artifact; its manifest goes first, so that nobody finds the rest."""
+        folder = f"{record.kind}/{record.id}"
+        self.storage.remove(f"{folder}/{MANIFEST}")
+        self.storage.remove(folder)
 
     @contextmanager
     def build(
@@ -142,12 +162,6 @@ class ArtifactStore:
     def remove_work(self, artifact_id: str) -> None:
         """Delete an artifact's checkpoints: it is sealed, and would else be made of them again."""
         self.storage.remove(f"work/{artifact_id}")
-
-
-def artifact_id(kind: str, settings: Mapping[str, Any], parents: Sequence[str] = ()) -> str:
-    """Derive an id from what shapes an artifact: `<kind>-<12 hex digits>`."""
-    text = json.dumps([kind, settings, list(parents)], sort_keys=True, default=str)
-    return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def read_record(record_type: type[R], uri: str, *, cached: bool = False) -> R:

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from llava_ray.artifacts.identity import artifact_id
 from llava_ray.artifacts.records import Scorecard, Variant, VariantFailure
-from llava_ray.artifacts.store import ArtifactStore, artifact_id
+from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.bench import results
 from llava_ray.benchmark.fidelity import paired_difference
 from llava_ray.benchmark.measure import read_fidelity

@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from llava_ray.artifacts.identity import artifact_id, versions
 from llava_ray.artifacts.records import (
     DatasetRecord,
     Generation,
@@ -17,7 +18,7 @@ from llava_ray.artifacts.records import (
     Spread,
     Variant,
 )
-from llava_ray.artifacts.store import ArtifactStore, artifact_id, local_folder
+from llava_ray.artifacts.store import ArtifactStore, local_folder
 from llava_ray.benchmark.caption_scores import caption_scores
 from llava_ray.benchmark.fidelity import SampleFidelity, compare, summarize
 from llava_ray.benchmark.plan import Plan, held_out
@@ -33,19 +34,24 @@ from llava_ray.inference.sampling import SamplingParams
 from llava_ray.models.conversation import Sample
 from llava_ray.models.folder import vision_shape
 from llava_ray.models.images import open_image
+from llava_ray.quantize.registry import spec_for
 from llava_ray.resources.devices import device_name
 
 logger = logging.getLogger(__name__)
 
 FIDELITY_FILE = "fidelity.json"
-PACKAGES = {"bnb": "bitsandbytes", "hqq": "hqq", "gguf": "llama-cpp-python"}
-"""By method: what runs it beside PyTorch and transformers."""
 
 
 def scorecard_id(plan: Plan, variant: Variant, baseline: Variant, dataset: DatasetRecord) -> str:
     """Return the id of a variant's scorecard."""
     parents = _parents(plan, variant, baseline, dataset)
-    return artifact_id(Scorecard.kind, plan.settings(), parents)
+    return artifact_id(Scorecard.kind, scorecard_settings(plan, variant), parents)
+
+
+def scorecard_settings(plan: Plan, variant: Variant) -> dict[str, Any]:
+    """Return what shapes a scorecard beside its parents."""
+    libraries = versions("torch", "transformers", *spec_for(variant.slug).packages)
+    return {**plan.settings(), "versions": libraries}
 
 
 def score_baseline(plan: Plan, baseline: Variant, dataset: DatasetRecord) -> ReferenceScores:
@@ -68,7 +74,7 @@ def measure(
     with ArtifactStore(plan.run.storage.uri).build(
         Scorecard,
         scorecard_id(plan, variant, baseline, dataset),
-        settings=plan.settings(),
+        settings=scorecard_settings(plan, variant),
         parents=_parents(plan, variant, baseline, dataset),
     ) as build:
         if build.found:
@@ -83,7 +89,7 @@ def measure(
             slug=variant.slug,
             variant_uri=variant.uri,
             dataset_uri=dataset.uri,
-            versions=_versions(variant.method),
+            versions=_versions(variant.slug),
             variant_bytes=variant.size_bytes,
             **fields,
         )
@@ -215,8 +221,6 @@ def _prompt(engine: Engine, plan: Plan, sample: Sample, folder: Path) -> Prompt:
 
 
 def _open(plan: Plan, variant: Variant, folder: Path, context: int) -> Engine:
-    from llava_ray.quantize.registry import spec_for
-
     spec = spec_for(variant.slug)
     return spec.open_engine(folder, device=plan.device, slots=1, context=context)
 
@@ -247,9 +251,8 @@ def _set_threads(plan: Plan) -> None:
         torch.set_num_threads(max(1, int(plan.num_cpus)))
 
 
-def _versions(method: str) -> dict[str, str]:
-    names = ("torch", "transformers", PACKAGES.get(method))
-    versions = {name: importlib.metadata.version(name) for name in names if name}
-    if method == "gguf":
-        versions["llama.cpp uses"] = features()
-    return versions
+def _versions(slug: str) -> dict[str, str]:
+    spec = spec_for(slug)
+    names = ("torch", "transformers", *spec.packages)
+    found = {name: importlib.metadata.version(name) for name in names}
+    return found | ({"llama.cpp uses": features()} if spec.method == "gguf" else {})

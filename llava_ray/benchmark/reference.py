@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_ray.artifacts.identity import artifact_id
 from llava_ray.artifacts.records import DatasetRecord, ReferenceScores, Variant
-from llava_ray.artifacts.store import ArtifactStore, artifact_id, local_folder
+from llava_ray.artifacts.store import ArtifactStore, local_folder
 from llava_ray.benchmark.plan import Plan, held_out
 from llava_ray.errors import DataError
 from llava_ray.inference.engine import Engine, Prompt

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from llava_ray.artifacts.identity import artifact_id
 from llava_ray.artifacts.records import ChosenVariant, Scorecard, VariantFailure
-from llava_ray.artifacts.store import ArtifactStore, artifact_id
+from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.choose.decision import decide
 from llava_ray.config.run import RunConfig
 

@@ -4,8 +4,9 @@ import json
 import os
 from typing import TYPE_CHECKING
 
+from llava_ray.artifacts.identity import artifact_id
 from llava_ray.artifacts.records import ChosenVariant, DeploymentRecord
-from llava_ray.artifacts.store import ArtifactStore, artifact_id, local_folder
+from llava_ray.artifacts.store import ArtifactStore, local_folder
 from llava_ray.config.run import RunConfig
 from llava_ray.deploy.probe import MAX_TOKENS, ask, curl_command, probe_request
 

@@ -3,8 +3,9 @@
 import logging
 from dataclasses import replace
 
+from llava_ray.artifacts.identity import artifact_id, versions
 from llava_ray.artifacts.records import AdapterCheckpoint, MergedModel
-from llava_ray.artifacts.store import ArtifactStore, artifact_id
+from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ResourceError, VariantError
 from llava_ray.merge.fold import merge_task
@@ -25,7 +26,8 @@ def run(config: RunConfig, adapter: AdapterCheckpoint) -> MergedModel:
     base is not the one that the adapter was trained on.
     """
     store = ArtifactStore(config.storage.uri)
-    settings = config.merge.model_dump(mode="json")
+    libraries = {"versions": versions("torch", "transformers", "peft")}
+    settings = {**config.merge.model_dump(mode="json"), **libraries}
     id = artifact_id(MergedModel.kind, settings, [adapter.id])
     found = store.find(MergedModel, id)
     if found is not None:

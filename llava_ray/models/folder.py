@@ -125,6 +125,14 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of a model's folder that stages read, by name."""
+    found = (
+        p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".model", ".jinja")
+    )
+    return {path.name: _remembered_sha256(path) for path in sorted(found)}
+
+
 def _remembered_sha256(path: Path) -> str:
     real = path.resolve()
     note = cache_folder() / "sha256" / hashlib.sha256(str(real).encode()).hexdigest()

@@ -12,8 +12,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from llava_ray.artifacts.code_digest import digest_of
+from llava_ray.artifacts.identity import artifact_id, versions
 from llava_ray.artifacts.records import DatasetRecord
-from llava_ray.artifacts.store import ArtifactStore, artifact_id
+from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import DataConfig, RunConfig
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.models.conversation import IMAGE_TOKEN
@@ -123,7 +124,8 @@ def _opened(config: DataConfig) -> Iterator[tuple[Table, Path | None]]:
 
 
 def _settings(config: DataConfig, content_sha256: str) -> dict[str, Any]:
-    return {**config.model_dump(mode="json"), "content_sha256": content_sha256}
+    libraries = {"versions": versions("pillow")}
+    return {**config.model_dump(mode="json"), "content_sha256": content_sha256, **libraries}
 
 
 def _content_sha256(table: Table, reader: RowReader, folder: Path | None) -> str:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
+from llava_ray.artifacts.identity import artifact_id
 from llava_ray.artifacts.records import (
     DatasetRecord,
     MergedModel,
@@ -11,7 +12,7 @@ from llava_ray.artifacts.records import (
     Variant,
     VariantFailure,
 )
-from llava_ray.artifacts.store import ArtifactStore, artifact_id
+from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import RunConfig
 from llava_ray.console import Progress
 from llava_ray.errors import ResourceError

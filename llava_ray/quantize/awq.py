@@ -4,6 +4,7 @@ AutoAWQ 0.2.9 runs only beside transformers 4.51, so a process of its own, with 
 (awq_environment.py), does the work. Source: arXiv 2306.00978.
 """
 
+import hashlib
 import json
 import re
 import tempfile
@@ -17,6 +18,7 @@ from llava_ray.quantize.awq_environment import autoawq_folder
 from llava_ray.quantize.spec import Calibration, QuantizationSpec, whole_model
 from llava_ray.resources.capacity import Resources
 from llava_ray.resources.crash import run_child
+from llava_ray.shipped import shipped
 
 _SLUG = re.compile(r"awq-w4-g(32|64|128)(-sym)?(-text)?")
 
@@ -30,6 +32,11 @@ class AwqSpec(QuantizationSpec):
         "awq-w4-g64", "awq-w4-g128", "awq-w4-g128-sym", "awq-w4-g128-text",
     )  # fmt: skip
     calibrated: ClassVar[bool] = True
+
+    def made_with(self) -> dict[str, str]:
+        """Return the versions of the packages that shape the variant; AutoAWQ's are all locked."""
+        locked = shipped("jobs/requirements/awq.txt").read_bytes()
+        return super().made_with() | {"awq.txt": hashlib.sha256(locked).hexdigest()[:12]}
 
     group_size: int
     zero_point: bool

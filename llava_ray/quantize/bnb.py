@@ -25,6 +25,7 @@ class BnbSpec(QuantizationSpec):
     """4-bit normal floats, 4-bit floats or 8-bit integers."""
 
     method: ClassVar[str] = "bnb"
+    packages: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     known_slugs: ClassVar[tuple[str, ...]] = (
         "bnb-int8", "bnb-nf4", "bnb-nf4-dq", "bnb-fp4", "bnb-fp4-dq",
     )  # fmt: skip

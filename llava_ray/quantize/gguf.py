@@ -55,6 +55,7 @@ class GgufSpec(QuantizationSpec):
     """One of llama.cpp's file types, such as q4_k_m, for the text model."""
 
     method: ClassVar[str] = "gguf"
+    packages: ClassVar[tuple[str, ...]] = ("gguf", "llama-cpp-python")
     known_slugs: ClassVar[tuple[str, ...]] = tuple(
         PREFIX + name for name in FILE_TYPES if name not in NEEDS_IMATRIX
     )

@@ -25,6 +25,7 @@ class HqqSpec(QuantizationSpec):
     """Integers of 8, 4, 3, 2 or 1 bits, with an fp16 scale and zero point per group."""
 
     method: ClassVar[str] = "hqq"
+    packages: ClassVar[tuple[str, ...]] = ("hqq",)
     known_slugs: ClassVar[tuple[str, ...]] = tuple(
         f"hqq-w{bits}-g{group}" for bits in (8, 4, 3, 2, 1) for group in (16, 32, 64, 128, 256)
     )

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_ray.artifacts.identity import artifact_id
 from llava_ray.artifacts.records import DatasetRecord, MergedModel, Variant
-from llava_ray.artifacts.store import ArtifactStore, artifact_id, local_folder
+from llava_ray.artifacts.store import ArtifactStore, local_folder
 from llava_ray.config.run import RunConfig
 from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.spec import Calibration
@@ -33,7 +34,7 @@ class Job:
         cls, config: RunConfig, slug: str, merged: MergedModel, dataset: DatasetRecord
     ) -> "Job":
         """Collect what shapes the variant; calibration counts only where a method looks at it."""
-        settings: dict[str, Any] = {"slug": slug}
+        settings: dict[str, Any] = {"slug": slug, "versions": spec_for(slug).made_with()}
         parents: tuple[str, ...] = (merged.id,)
         if spec_for(slug).calibrated:
             settings["calibration_samples"] = config.quantize.calibration_samples

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from llava_ray.artifacts.identity import versions
 from llava_ray.errors import VariantError
 from llava_ray.models import tensors as llava_folder
 from llava_ray.models.conversation import Sample, encode_sample, read_samples
@@ -73,6 +74,8 @@ class QuantizationSpec(ABC):
     """The slugs worth listing; `parse` may take more."""
     calibrated: ClassVar[bool] = False
     """Whether the result depends on the calibration samples."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """What makes and runs it beside PyTorch and transformers."""
 
     slug: str
 
@@ -92,6 +95,10 @@ class QuantizationSpec(ABC):
         Default: a quarter of the GPU, for methods that have one layer at a time on it.
         """
         return Resources(num_gpus=0.25 if gpu else 0, memory_bytes=process_memory(model_bytes))
+
+    def made_with(self) -> dict[str, str]:
+        """Return the versions of the packages that shape the variant."""
+        return versions("torch", "transformers", *self.packages)
 
     @abstractmethod
     def bits_per_weight(self) -> float:

@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_ray.artifacts.identity import artifact_id
 from llava_ray.artifacts.records import DatasetRecord, SweepResult, Trial
-from llava_ray.artifacts.store import ArtifactStore, artifact_id
+from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
 from llava_ray.sweep.objective import Objective

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_ray.artifacts.faults import patiently
+from llava_ray.artifacts.identity import artifact_id, versions
 from llava_ray.artifacts.records import AdapterCheckpoint, DatasetRecord
-from llava_ray.artifacts.store import ArtifactStore, artifact_id
+from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import RunConfig, TrainConfig
 from llava_ray.config.section import need_package
-from llava_ray.models.folder import model_folder, weights_sha256
+from llava_ray.models.folder import file_hashes, model_folder, weights_sha256
 from llava_ray.resources.capacity import find_fleet
 from llava_ray.train.curve import draw_curve
 from llava_ray.train.resources import plan_workers
@@ -29,6 +30,9 @@ _NOT_SHAPING = {
     "log_every_steps", "eval_every_steps", "checkpoint_every_steps", "checkpoints_kept",
     "max_failures", "trackers", "fused_layers",
 }  # fmt: skip
+
+
+LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "pillow")
 
 
 def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
@@ -67,7 +71,7 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
             AdapterCheckpoint,
             device=str(metrics["device"]),
             base_model=config.model.path,
-            base_model_sha256=settings["base_model_sha256"],
+            base_model_sha256=weights_sha256(model_folder(config.model)),
             dataset_uri=dataset.uri,
             num_workers=plan.num_workers,
             zero_stage=train.zero_stage,
@@ -133,7 +137,8 @@ def shaping_settings(config: RunConfig) -> dict[str, Any]:
     return {
         "train": config.train.model_dump(mode="json", exclude=_NOT_SHAPING),
         "system_prompt": config.model.system_prompt,
-        "base_model_sha256": weights_sha256(model_folder(config.model)),
+        "base_files": file_hashes(model_folder(config.model)),
+        "versions": versions(*LIBRARIES),
     }
 
 

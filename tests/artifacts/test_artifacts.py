@@ -7,9 +7,10 @@ from safetensors import SafetensorError
 
 from llava_ray.artifacts import node
 from llava_ray.artifacts.faults import disk_errors
+from llava_ray.artifacts.identity import artifact_id
 from llava_ray.artifacts.records import DatasetRecord, MergedModel
 from llava_ray.artifacts.storage import Storage
-from llava_ray.artifacts.store import ArtifactStore, artifact_id, local_folder, read_record, verify
+from llava_ray.artifacts.store import ArtifactStore, local_folder, read_record, verify
 from llava_ray.errors import (
     ArtifactError,
     ConfigError,
