@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -13,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from askers import engine_pids
+from askers import engine_pids, replica_pids
 from free_port import free_port
+from hostile import one_of_each
 from openai import OpenAI
 from served_variant import make_chosen
 
@@ -23,6 +25,11 @@ from llava_ray.artifacts.records import ChosenVariant, DeploymentRecord
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError, ResourceError
 from llava_ray.resources.capacity import free_nodes
+
+HOSTILE_ROUNDS = 17 if "LLAVA_RAY_SLOW" in os.environ else 2
+"""Of 60 requests each."""
+HOSTILE_GROWTH_BYTES = 64e6
+"""In the second half: until some 2,000 requests the engine's 32 kept prefixes fill up."""
 
 
 @pytest.fixture(scope="module", params=["python", "haproxy"])
@@ -89,6 +96,29 @@ def test_openais_client_streams_through_serve(served: DeploymentRecord) -> None:
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == plain.choices[0].message.content
     assert plain.usage.completion_tokens <= 8
+
+
+def _resident_bytes() -> dict[str, int]:
+    import psutil
+
+    pids = {"replica": replica_pids(), "engine": engine_pids()}
+    return {name: psutil.Process(pid).memory_info().rss for name, (pid,) in pids.items()}
+
+
+def test_hostile_requests_leave_nothing_behind(served: DeploymentRecord) -> None:
+    import httpx
+
+    rng, held = random.Random(0), []
+    headers = {"Content-Type": "application/json"}
+    with httpx.Client(timeout=30, headers=headers) as client:
+        for half in (HOSTILE_ROUNDS // 2, HOSTILE_ROUNDS - HOSTILE_ROUNDS // 2):
+            for body in (body for _ in range(half) for body in one_of_each(rng, "none-fp32")):
+                answer = client.post(f"{served.url}/chat/completions", content=body)
+                assert answer.status_code in (200, 400, 404, 413), answer.text
+                assert answer.status_code == 200 or answer.json()["error"]["message"]
+            held.append(_resident_bytes())
+    grown = {name: held[1][name] - held[0][name] for name in held[0]}
+    assert max(grown.values()) < HOSTILE_GROWTH_BYTES, grown
 
 
 def test_models_show_the_variants_digest_and_scorecard(served: DeploymentRecord) -> None:
