@@ -11,13 +11,14 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from askers import asking, engine_pids, replica_pids, uploading_slowly, ways
 from free_port import free_port
 from hostile import one_of_each
 from openai import OpenAI
-from served_variant import make_chosen
+from served_variant import SLUG, make_chosen
 
 from llava_ray import deploy
 from llava_ray.artifacts.records import ChosenVariant, DeploymentRecord
@@ -25,6 +26,13 @@ from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError, ResourceError
 from llava_ray.resources.capacity import free_nodes
 
+BESIDE = "none-bf16"
+QUESTION: dict[str, Any] = {
+    "model": SLUG,
+    "messages": [{"role": "user", "content": "What does the sign say?"}],
+    "max_tokens": 20,
+    "extra_body": {"ignore_eos": True},
+}
 HOSTILE_ROUNDS = 17 if "LLAVA_RAY_SLOW" in os.environ else 2
 """Of 60 requests each."""
 HOSTILE_GROWTH_BYTES = 64e6
@@ -51,7 +59,7 @@ def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def chosen(config: RunConfig) -> ChosenVariant:
-    return make_chosen(config)
+    return make_chosen(config, BESIDE)
 
 
 def test_a_taken_port_is_one_line(
@@ -232,25 +240,24 @@ def test_another_address_for_the_same_cluster_is_refused(
         deploy.run(config.model_copy(update={"serve": elsewhere}), chosen)
 
 
-def test_a_new_deployment_takes_over_without_a_failed_request(
+Outcomes = dict[bool, list[object]]
+
+
+@pytest.fixture(scope="module")
+def upgraded(
     served: DeploymentRecord, config: RunConfig, chosen: ChosenVariant
-) -> None:
+) -> tuple[DeploymentRecord, Outcomes]:
+    """A deployment with another variant beside the winner, and what clients saw meanwhile."""
     import threading
 
-    outcomes: dict[bool, list[object]] = {False: [], True: []}
+    outcomes: Outcomes = {False: [], True: []}
     over = threading.Event()
 
     def keep_asking(stream: bool) -> None:
         with OpenAI(base_url=served.url, api_key="unused", max_retries=0) as client:
             while not over.is_set():
                 try:
-                    answer = client.chat.completions.create(
-                        model="none-fp32",
-                        messages=[{"role": "user", "content": "What does the sign say?"}],
-                        max_tokens=20,
-                        stream=stream,
-                        extra_body={"ignore_eos": True},
-                    )
+                    answer = client.chat.completions.create(**QUESTION, stream=stream)
                     last = list(answer)[-1] if stream else answer
                     outcomes[stream].append(last.choices[0].finish_reason)
                 except Exception as error:
@@ -260,16 +267,39 @@ def test_a_new_deployment_takes_over_without_a_failed_request(
     for thread in threads:
         thread.start()
     try:
-        changed = config.serve.model_copy(update={"max_new_tokens": 32})
+        more = {"beside": (BESIDE,), "canary": BESIDE, "canary_share": 1.0}
+        changed = config.serve.model_copy(update=more)
         second = deploy.run(config.model_copy(update={"serve": changed}), chosen)
     finally:
         over.set()
         for thread in threads:
             thread.join()
+    return second, outcomes
+
+
+def test_a_new_deployment_takes_over_without_a_failed_request(
+    served: DeploymentRecord, upgraded: tuple[DeploymentRecord, Outcomes]
+) -> None:
+    second, outcomes = upgraded
     assert second.id != served.id
     for found in outcomes.values():
         assert len(found) > 3
         assert [outcome for outcome in found if outcome != "length"] == []
+
+
+def test_a_variant_beside_answers_from_the_same_replica_and_is_the_canary(
+    upgraded: tuple[DeploymentRecord, Outcomes],
+) -> None:
+    record, _ = upgraded
+    _await(lambda: (len(replica_pids()), len(engine_pids())) == (1, 2))
+    with OpenAI(base_url=record.url, api_key="unused") as client:
+        assert [model.id for model in client.models.list()] == [SLUG, BESIDE]
+        for slug in (SLUG, BESIDE):
+            answer = client.chat.completions.create(**QUESTION | {"model": slug})
+            assert answer.model == slug and answer.choices[0].finish_reason == "length"
+    # Of what was asked of the winner alone.
+    _await(lambda: sum(_series(record, "canary_answers_total", f'model="{BESIDE}"')) >= 1)
+    assert sum(_series(record, "canary_answers_total", 'outcome="failed"')) == 0
 
 
 def test_a_replica_that_fits_no_node_is_refused(
@@ -296,5 +326,7 @@ def test_a_variant_beside_must_have_been_measured(
     more = config.serve.model_copy(
         update={"beside": ("gguf-q2_k",), "port": free_port(), "cpus_per_replica": 0.1}
     )
-    with pytest.raises(ConfigError, match="no variant 'gguf-q2_k' beside the winner; there: none"):
+    with pytest.raises(
+        ConfigError, match="no variant 'gguf-q2_k' beside the winner; there: none-bf16"
+    ):
         deploy.run(config.model_copy(update={"serve": more}), chosen)
