@@ -13,7 +13,7 @@ import drill
 from drill_faults import scenarios
 from drill_results import outcome_line, write_results
 
-from llava_ray.cli import EXIT_USER_ERROR, fail, set_up_logging
+from llava_ray.console import EXIT_USER_ERROR, fail, set_up_logging
 from llava_ray.errors import LlavaRayError
 
 

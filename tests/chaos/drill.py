@@ -219,7 +219,10 @@ def _disturb_endpoint(scene: Scene) -> None:
         if scene.fault == "disk":
             time.sleep(_DISK_FULL_S)
         mend(cluster, scene.fault, hit, scene.storage)
-        wait_for(lambda: _all_replicas(cluster, hit), _REPLICAS_S, "not all replicas came back")
+        wait_for(
+            lambda: _all_replicas(cluster, hit) and clients.healthy(),
+            _REPLICAS_S, "not all replicas came back",
+        )  # fmt: skip
         scene.seen["recover_s"] = round(time.monotonic() - start, 1)
         time.sleep(_AFTERWARDS_S)
         scene.seen["finished"] = True

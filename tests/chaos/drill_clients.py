@@ -17,6 +17,8 @@ ATTEMPTS = 3
 _TIMEOUT_S = 30.0
 _PAUSE_S = 0.5
 _TOKENS = 24
+_HEALTH_TRIALS = 8
+"""Each is answered by a replica that Serve chooses."""
 
 
 class Requests(BaseModel):
@@ -71,6 +73,21 @@ class Clients:
     def running(self) -> bool:
         """Say whether they still ask."""
         return any(thread.is_alive() for thread in self._threads)
+
+    def healthy(self) -> bool:
+        """Say whether every replica can answer, as far as asking a few times tells."""
+        address, headers = self._addresses[0], {"Authorization": f"Bearer {self._key}"}
+        for _ in range(_HEALTH_TRIALS):
+            connection = http.client.HTTPConnection(*address, timeout=_TIMEOUT_S)
+            try:
+                connection.request("GET", "/health", headers=headers)
+                if connection.getresponse().status != 200:
+                    return False
+            except (http.client.HTTPException, OSError):
+                return False
+            finally:
+                connection.close()
+        return True
 
     def stop(self) -> Requests:
         """End them after the answers they are in, and count."""

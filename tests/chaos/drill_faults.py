@@ -56,9 +56,7 @@ def strike(cluster: DrillCluster, stage: Stage, fault: str, disk: Path) -> Strik
     if fault == "disk":
         fill(disk)
         return Strike((f"all {DISK_BYTES} bytes of the disk are taken",))
-    # Of an endpoint the process that stands before the replicas is a worker too.
-    ingress = stage.name == "serve" and fault == "worker"
-    titles = ("ServeReplica:llava_ray:replica",) if ingress else stage.workers
+    titles = ("ServeReplica:llava_ray:replica",) if fault == "replica" else stage.workers
     wait_for(lambda: bool(cluster.working(*titles)), _BUSY_S, f"{stage.name} has no worker")
     process, node = next(iter(cluster.working(*titles).items()))
     if fault == "node":

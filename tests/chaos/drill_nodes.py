@@ -41,6 +41,8 @@ SETTINGS = {
 """Of Ray, given to every node."""
 RAYS_OWN = "_AutoscalingCoordinatorActor"
 """One per cluster, which Ray Train starts and which stays by design."""
+ENGINE = "llava_ray.server.loading"
+"""In the command of an engine's process, the child of a replica."""
 OBJECT_STORE_BYTES = 100_000_000
 _LOST_S = 90.0
 _AGENTS_S = 60.0
@@ -147,7 +149,7 @@ class DrillCluster:
         return found
 
     def working(self, *titles: str) -> dict["psutil.Process", str]:
-        """Return Ray's workers whose title holds one of these, with the node of each."""
+        """Return the processes at work whose title holds one of these, with the node of each."""
         places = self._places()
         return {
             process: places[process]
@@ -305,9 +307,9 @@ def free_ports(count: int) -> list[int]:
 
 
 def is_work(title: str) -> bool:
-    """Say whether a process's title is that of a Ray task or actor."""
+    """Say whether a process's title is that of a Ray task or actor, or of an engine."""
     idle = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", f"ray::{RAYS_OWN}")
-    return title.startswith("ray::") and not title.startswith(idle)
+    return ENGINE in title or (title.startswith("ray::") and not title.startswith(idle))
 
 
 def wait_for(ready: Callable[[], bool], timeout_s: float, otherwise: str) -> None:

@@ -9,11 +9,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from drill_nodes import REPOSITORY, DrillCluster
+from drill_nodes import ENGINE, REPOSITORY, DrillCluster
 
-CHECKPOINT_EVERY_STEPS = 4
-TRAIN_STEPS = 24
+CHECKPOINT_EVERY_STEPS = 8
+"""They take longer than the 2 s after which Ray Train's controller looks for new checkpoints."""
+TRAIN_STEPS = 48
 SWEEP_STEPS = 18
+_SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""In a run's folder: the checkpoints that Ray Train knows of, and goes on from."""
 SHARED = (
     "model.path=embedded", "data.source=scene-text", "data.limit=40", "train.num_workers=2",
     "train.cpus_per_worker=1", "train.lora_r=8", "train.lora_alpha=16", "train.max_steps=2",
@@ -52,23 +55,23 @@ STAGES = {
             "train", "train.py", "prepare.py",
             (f"train.max_steps={TRAIN_STEPS}", "train.trackers=[tensorboard]",
              f"train.checkpoint_every_steps={CHECKPOINT_EVERY_STEPS}"),
-            "work/adapter-*/checkpoints/checkpoint_*/state.json",
+            f"work/adapter-*/checkpoints/{_SNAPSHOT}",
             ("RayTrainWorker",),
         ),
         Stage(
             "sweep", "sweep.py", "prepare.py",
             ("train.num_workers=1", f"train.max_steps={SWEEP_STEPS}", "sweep.scheduler=fifo",
              "sweep.space={learning_rate: {grid: [1e-4, 1e-3, 1e-2]}}", "sweep.num_trials=1"),
-            "work/sweep-*/trials/*/checkpoints/checkpoint_*/state.json",
+            f"work/sweep-*/trials/*/checkpoints/{_SNAPSHOT}",
             ("RayTrainWorker",),
         ),
         Stage(
             "quantize", "quantize.py", "merge.py",
             ("quantize.variants=[none-fp16,bnb-nf4,bnb-int8,hqq-w8-g64,hqq-w4-g64,hqq-w2-g64]",),
             ".staging/variant-*/files/*",
-            ("quantize", "make_variant"),
+            ("ray::none-", "ray::bnb-", "ray::hqq-"),
         ),
-        Stage("serve", "deploy.py", "choose.py", (), "", ("llava_ray.server.loading",)),
+        Stage("serve", "deploy.py", "choose.py", (), "", (ENGINE,)),
     )
 }  # fmt: skip
 
@@ -140,13 +143,13 @@ class Loss:
 def checkpoint_steps(storage: Path, stage: Stage) -> dict[str, int]:
     """Return the last checkpoint's step of the run, or of each trial of a sweep, by folder."""
     steps: dict[str, int] = {}
-    for path in storage.glob(stage.signs) if stage.signs.endswith("state.json") else ():
+    for path in storage.glob(stage.signs) if stage.signs.endswith(_SNAPSHOT) else ():
         try:
-            step = json.loads(path.read_text(encoding="utf-8"))["step"]
+            known = json.loads(path.read_text(encoding="utf-8"))["checkpoint_results"]
+            states = [path.parent / each["checkpoint_dir_name"] / "state.json" for each in known]
+            steps[path.parents[1].name] = max(json.loads(s.read_text())["step"] for s in states)
         except (OSError, ValueError):
             continue  # Being written, or already pruned.
-        run = path.parents[2].name
-        steps[run] = max(step, steps.get(run, 0))
     return steps
 
 

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +28,7 @@ from drill_results import (
     plain,
     write_results,
 )
-from drill_stages import CHECKPOINT_EVERY_STEPS, STAGES, losses
+from drill_stages import CHECKPOINT_EVERY_STEPS, STAGES, checkpoint_steps, losses
 
 from llava_ray.artifacts.records import DatasetRecord
 from llava_ray.artifacts.store import ArtifactStore
@@ -49,7 +51,7 @@ def test_a_scenario_that_keeps_every_goal_misses_none() -> None:
         ({"finished": False, "failed_with": "exit code 1: boom"}, "did not finish: exit code 1"),
         ({"error": "train has no worker"}, "not carried out: train has no worker"),
         ({"artifacts_corrupt": ["a.bin differs"]}, "corrupt: a.bin differs"),
-        ({"steps_lost": CHECKPOINT_EVERY_STEPS + 1}, "5 steps lost"),
+        ({"steps_lost": CHECKPOINT_EVERY_STEPS + 1}, "9 steps lost"),
         ({"resumed_at_steps": [4, 4]}, "went on before the checkpoint of step 8"),
         ({"resumed_at_steps": []}, "went on before the checkpoint of step 8"),
         ({"failed_parts": ["hqq-w4-g64: gone"]}, "failed for good: hqq-w4-g64"),
@@ -130,6 +132,17 @@ def test_steps_done_twice_are_counted_from_tensorboard(tmp_path: Path) -> None:
     assert (loss.steps_lost, loss.resumed_at_steps, loss.recover_s) == (2, (4,), 15)
 
 
+def test_only_checkpoints_that_ray_train_knows_of_count(tmp_path: Path) -> None:
+    run = tmp_path / "work" / "adapter-1" / "checkpoints"
+    for step in (8, 16):
+        (run / f"checkpoint_{step}").mkdir(parents=True)
+        (run / f"checkpoint_{step}" / "state.json").write_text(json.dumps({"step": step}))
+    assert checkpoint_steps(tmp_path, STAGES["train"]) == {}
+    known = {"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_8"}]}
+    (run / "checkpoint_manager_snapshot.json").write_text(json.dumps(known))
+    assert checkpoint_steps(tmp_path, STAGES["train"]) == {"adapter-1": 8}
+
+
 def test_results_of_other_scenarios_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "results" / "drill.json"
     one = Outcome.model_validate(GOOD)
@@ -153,6 +166,9 @@ def test_scenarios_are_named_by_stage_and_fault() -> None:
     assert len(scenarios([])) == 4 * 5 + 1
     with pytest.raises(ResourceError, match="no drill 'train:replica'"):
         scenarios(["train:replica"])
+    command = [sys.executable, str(Path(__file__).parent), "train:replica"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "no drill 'train:replica'" in done.stderr
 
 
 class Answers(http.server.BaseHTTPRequestHandler):

@@ -1,11 +1,13 @@
-"""Clients that keep asking for streams, and the processes that answer them."""
+"""Clients that keep asking for streams or upload slowly, and the processes that answer them."""
 
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -23,11 +25,11 @@ def engine_pids() -> list[int]:
 def _pids(name: str) -> list[int]:
     import psutil
 
-    return sorted(
-        process.pid
-        for process in psutil.Process().children(recursive=True)
-        if name in " ".join(process.cmdline())
-    )
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found += [process.pid] * (name in " ".join(process.cmdline()))
+    return sorted(found)
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,37 @@ def asking(url: str, count: int) -> Iterator[list[Asker]]:
         over.set()
         for asker in askers:
             asker.join()
+
+
+@contextmanager
+def uploading_slowly(url: str, count: int) -> Iterator[None]:
+    """Have some clients send a body, a byte a second, until the block ends."""
+    parts, over = urlsplit(f"{url}/chat/completions"), threading.Event()
+    head = (
+        f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
+        "Content-Type: application/json\r\nContent-Length: 9999\r\n\r\n"
+    )
+    with ExitStack() as stack:
+        connections = [
+            stack.enter_context(socket.create_connection((parts.hostname, parts.port)))
+            for _ in range(count)
+        ]
+
+        def send() -> None:
+            part = head.encode()
+            while not over.is_set():
+                for connection in connections:
+                    connection.sendall(part)
+                part = b" "
+                over.wait(1)
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
 
 def ways(askers: list[Asker]) -> dict[str, int]:

@@ -21,23 +21,24 @@ from llava_ray.quantize.spec import Calibration
 SLUG = "none-fp32"
 
 
-def make_variant(store: ArtifactStore) -> Variant:
-    spec = spec_for(SLUG)
-    with store.build(Variant, "variant-test", settings={}) as build:
+def make_variant(store: ArtifactStore, slug: str = SLUG) -> Variant:
+    spec = spec_for(slug)
+    with store.build(Variant, f"variant-{slug}", settings={}) as build:
         calibration = Calibration(dataset_folder=build.folder, num_samples=0)
         spec.quantize(EMBEDDED, build.folder, calibration, "cpu")
         return build.finish(
-            Variant, device="cpu", slug=SLUG, method="none", bits_per_weight=32,
+            Variant, device="cpu", slug=slug, method="none", bits_per_weight=int(slug[-2:]),
             quantize_s=1.0, peak_memory_bytes=1,
         )  # fmt: skip
 
 
-def make_chosen(config: RunConfig) -> ChosenVariant:
+def make_chosen(config: RunConfig, *others: str) -> ChosenVariant:
+    """Return a choice of SLUG, which was measured with others."""
     store = ArtifactStore(config.storage.uri)
     dataset = _dataset(store)
-    variant = make_variant(store)
-    card = _scorecard(store, variant, dataset)
-    with store.build(ChosenVariant, "chosen-test", settings={}, parents=[card.id]) as build:
+    variant, *rest = (make_variant(store, slug) for slug in (SLUG, *others))
+    cards = [_scorecard(store, each, dataset).id for each in (variant, *rest)]
+    with store.build(ChosenVariant, "chosen-test", settings={}, parents=cards) as build:
         return build.finish(
             ChosenVariant, device="cpu", slug=SLUG, variant_uri=variant.uri,
             reasons=("fastest",), against={},
@@ -67,9 +68,9 @@ def _scorecard(store: ArtifactStore, variant: Variant, dataset: DatasetRecord) -
     for name, field in Scorecard.model_fields.items():
         if field.is_required() and name not in Record.model_fields:
             fields[name] = spread if field.annotation is Spread else _plain(field.annotation)
-    fields |= {"slug": SLUG, "variant_uri": variant.uri, "top1_agreement": 0.99}
+    fields |= {"slug": variant.slug, "variant_uri": variant.uri, "top1_agreement": 0.99}
     with store.build(
-        Scorecard, "scorecard-test", settings={}, parents=[variant.id, dataset.id]
+        Scorecard, f"scorecard-{variant.slug}", settings={}, parents=[variant.id, dataset.id]
     ) as build:
         return build.finish(Scorecard, device="cpu", **fields)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -9,20 +10,33 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
-from askers import engine_pids
+from askers import asking, engine_pids, replica_pids, uploading_slowly, ways
 from free_port import free_port
+from hostile import one_of_each
 from openai import OpenAI
-from served_variant import make_chosen
+from served_variant import SLUG, make_chosen
 
 from llava_ray import deploy
 from llava_ray.artifacts.records import ChosenVariant, DeploymentRecord
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError, ResourceError
 from llava_ray.resources.capacity import free_nodes
+
+BESIDE = "none-bf16"
+QUESTION: dict[str, Any] = {
+    "model": SLUG,
+    "messages": [{"role": "user", "content": "What does the sign say?"}],
+    "max_tokens": 20,
+    "extra_body": {"ignore_eos": True},
+}
+HOSTILE_ROUNDS = 17 if "LLAVA_RAY_SLOW" in os.environ else 2
+"""Of 60 requests each."""
+HOSTILE_GROWTH_BYTES = 64e6
+"""In the second half: until some 2,000 requests the engine's 32 kept prefixes fill up."""
 
 
 @pytest.fixture(scope="module", params=["python", "haproxy"])
@@ -46,7 +60,7 @@ def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def chosen(config: RunConfig) -> ChosenVariant:
-    return make_chosen(config)
+    return make_chosen(config, BESIDE)
 
 
 def test_a_taken_port_is_one_line(
@@ -90,6 +104,29 @@ def test_openais_client_streams_through_serve(served: DeploymentRecord) -> None:
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == plain.choices[0].message.content
     assert plain.usage.completion_tokens <= 8
+
+
+def _resident_bytes() -> dict[str, int]:
+    import psutil
+
+    pids = {"replica": replica_pids(), "engine": engine_pids()}
+    return {name: psutil.Process(pid).memory_info().rss for name, (pid,) in pids.items()}
+
+
+def test_hostile_requests_leave_nothing_behind(served: DeploymentRecord) -> None:
+    import httpx
+
+    rng, held = random.Random(0), []
+    headers = {"Content-Type": "application/json"}
+    with httpx.Client(timeout=30, headers=headers) as client:
+        for half in (HOSTILE_ROUNDS // 2, HOSTILE_ROUNDS - HOSTILE_ROUNDS // 2):
+            for body in (body for _ in range(half) for body in one_of_each(rng, "none-fp32")):
+                answer = client.post(f"{served.url}/chat/completions", content=body)
+                assert answer.status_code in (200, 400, 404, 413), answer.text
+                assert answer.status_code == 200 or answer.json()["error"]["message"]
+            held.append(_resident_bytes())
+    grown = {name: held[1][name] - held[0][name] for name in held[0]}
+    assert max(grown.values()) < HOSTILE_GROWTH_BYTES, grown
 
 
 def test_models_show_the_variants_digest_and_scorecard(served: DeploymentRecord) -> None:
@@ -149,24 +186,26 @@ def test_a_client_that_hangs_up_stops_the_engine(served: DeploymentRecord) -> No
 
 
 def test_health_answers_while_the_engine_does_not(served: DeploymentRecord) -> None:
-    """A stopped engine is ended, started again, and takes what had not begun."""
+    """A stopped engine is ended, started again, and takes what had not begun.
+
+    Meanwhile its two slots are taken, requests wait, and bodies come in slowly.
+    """
     import httpx
 
     root = served.url.removesuffix("/v1")
     (engine,) = engine_pids()
-    os.kill(engine, signal.SIGSTOP)
-    with ThreadPoolExecutor() as pool, OpenAI(base_url=served.url, api_key="unused") as client:
-        asked = json.loads((Path(served.uri) / "request.json").read_text()) | {"max_tokens": 8}
-        answer = pool.submit(client.chat.completions.create, **asked)
-        was_bad = False
-        while not answer.done():
+    with uploading_slowly(served.url, 32), asking(served.url, 8) as askers:
+        time.sleep(1.5)
+        os.kill(engine, signal.SIGSTOP)
+        stopped, statuses = time.monotonic(), [0]
+        while statuses[-2:] != [503, 200]:
             start = time.monotonic()
-            was_bad |= httpx.get(f"{root}/health").status_code == 503
+            statuses.append(httpx.get(f"{root}/health").status_code)
             assert time.monotonic() - start < 2
+            assert start - stopped < 60, statuses
             time.sleep(0.1)
-    assert answer.result().choices[0].message.content
-    assert was_bad and engine not in engine_pids()
-    assert httpx.get(f"{root}/health").status_code == 200
+    assert engine not in engine_pids()
+    assert "whole" in ways(askers) and set(ways(askers)) <= {"whole", "cut"}, ways(askers)
 
 
 def test_only_haproxy_listens_beyond_loopback(served: DeploymentRecord, config: RunConfig) -> None:
@@ -202,25 +241,24 @@ def test_another_address_for_the_same_cluster_is_refused(
         deploy.run(config.model_copy(update={"serve": elsewhere}), chosen)
 
 
-def test_a_new_deployment_takes_over_without_a_failed_request(
+Outcomes = dict[bool, list[object]]
+
+
+@pytest.fixture(scope="module")
+def upgraded(
     served: DeploymentRecord, config: RunConfig, chosen: ChosenVariant
-) -> None:
+) -> tuple[DeploymentRecord, Outcomes]:
+    """A deployment with another variant beside the winner, and what clients saw meanwhile."""
     import threading
 
-    outcomes: dict[bool, list[object]] = {False: [], True: []}
+    outcomes: Outcomes = {False: [], True: []}
     over = threading.Event()
 
     def keep_asking(stream: bool) -> None:
         with OpenAI(base_url=served.url, api_key="unused", max_retries=0) as client:
             while not over.is_set():
                 try:
-                    answer = client.chat.completions.create(
-                        model="none-fp32",
-                        messages=[{"role": "user", "content": "What does the sign say?"}],
-                        max_tokens=20,
-                        stream=stream,
-                        extra_body={"ignore_eos": True},
-                    )
+                    answer = client.chat.completions.create(**QUESTION, stream=stream)
                     last = list(answer)[-1] if stream else answer
                     outcomes[stream].append(last.choices[0].finish_reason)
                 except Exception as error:
@@ -230,16 +268,39 @@ def test_a_new_deployment_takes_over_without_a_failed_request(
     for thread in threads:
         thread.start()
     try:
-        changed = config.serve.model_copy(update={"max_new_tokens": 32})
+        more = {"beside": (BESIDE,), "canary": BESIDE, "canary_share": 1.0}
+        changed = config.serve.model_copy(update=more)
         second = deploy.run(config.model_copy(update={"serve": changed}), chosen)
     finally:
         over.set()
         for thread in threads:
             thread.join()
+    return second, outcomes
+
+
+def test_a_new_deployment_takes_over_without_a_failed_request(
+    served: DeploymentRecord, upgraded: tuple[DeploymentRecord, Outcomes]
+) -> None:
+    second, outcomes = upgraded
     assert second.id != served.id
     for found in outcomes.values():
         assert len(found) > 3
         assert [outcome for outcome in found if outcome != "length"] == []
+
+
+def test_a_variant_beside_answers_from_the_same_replica_and_is_the_canary(
+    upgraded: tuple[DeploymentRecord, Outcomes],
+) -> None:
+    record, _ = upgraded
+    _await(lambda: (len(replica_pids()), len(engine_pids())) == (1, 2))
+    with OpenAI(base_url=record.url, api_key="unused") as client:
+        assert [model.id for model in client.models.list()] == [SLUG, BESIDE]
+        for slug in (SLUG, BESIDE):
+            answer = client.chat.completions.create(**QUESTION | {"model": slug})
+            assert answer.model == slug and answer.choices[0].finish_reason == "length"
+    # Of what was asked of the winner alone.
+    _await(lambda: sum(_series(record, "canary_answers_total", f'model="{BESIDE}"')) >= 1)
+    assert sum(_series(record, "canary_answers_total", 'outcome="failed"')) == 0
 
 
 def test_a_replica_that_fits_no_node_is_refused(
@@ -266,5 +327,7 @@ def test_a_variant_beside_must_have_been_measured(
     more = config.serve.model_copy(
         update={"beside": ("gguf-q2_k",), "port": free_port(), "cpus_per_replica": 0.1}
     )
-    with pytest.raises(ConfigError, match="no variant 'gguf-q2_k' beside the winner; there: none"):
+    with pytest.raises(
+        ConfigError, match="no variant 'gguf-q2_k' beside the winner; there: none-bf16"
+    ):
         deploy.run(config.model_copy(update={"serve": more}), chosen)
