@@ -25,6 +25,7 @@ WORKING_DIR_LIMIT_BYTES = 100 * 2**20
 _PLACEHOLDER = re.compile(
     r"\b(PROJECT|BUCKET|REGISTRY|VARIANT)\b|OWNER/NAME|203\.0\.113\.\d+", re.ASCII
 )
+_SECRET = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD)(_|$)", re.IGNORECASE)
 _OPEN = ("0.0.0.0/0", "::/0")
 _IGNORE_FILES = (".gitignore", ".rayignore")
 _NEVER_TRAVEL = (".git", ".venv", "venv", "__pycache__")
@@ -55,10 +56,15 @@ def examine(path: Path, config: RunConfig, working_dir: Path, runtime_env: Path)
         "capacity": _capacity(cluster, config),
         "storage": _storage(cluster, config),
         "working_dir": _working_dir(working_dir, runtime_env),
+        "secrets": _secrets(cluster, runtime_env),
         "placeholders": _placeholders(cluster, config),
     }
     found = [Finding(name, tuple(problems)) for name, problems in checks.items()]
-    notes = {"serving": _serving(config), "llama.cpp on this machine": _llama_cpp()}
+    notes = {
+        "how secrets reach nodes": _secret_means(cluster, config),
+        "serving": _serving(config),
+        "llama.cpp on this machine": _llama_cpp(),
+    }
     return [*found, *(Finding(name, (), tuple(said)) for name, said in notes.items())]
 
 
@@ -178,6 +184,57 @@ def _storage(cluster: Cluster, config: RunConfig) -> Iterator[str]:
         yield f"storage.uri {uri!r} is a path that nodes do not share: use s3:// or gs://"
 
 
+def _secrets(cluster: Cluster, runtime_env: Path) -> Iterator[str]:
+    """Name secrets in what Ray's dashboard and job API show in clear."""
+    yield from _shown(str(runtime_env), _read_runtime_env(runtime_env))
+    yield from _shown("this YAML", cluster.tree)
+
+
+def _shown(where: str, tree: dict[str, Any]) -> Iterator[str]:
+    for name in dict.fromkeys(_env_vars(tree)):
+        if _SECRET.search(name):
+            yield (
+                f"{where}: a runtime_env holds {name}, which Ray shows in clear: give it to nodes "
+                "by a Secret (KubeRay) or a mounted file (file_mounts)"
+            )
+
+
+def _env_vars(tree: Any) -> Iterator[str]:
+    """Yield the names of all env_vars in a tree, and in the YAML texts inside it."""
+    if isinstance(tree, dict):
+        yield from tree["env_vars"] if isinstance(tree.get("env_vars"), dict) else ()
+    for text in strings_of(tree):
+        if "env_vars" in text:
+            yield from _env_vars(yaml.safe_load(text))
+    for node in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        if not isinstance(node, str):
+            yield from _env_vars(node)
+
+
+def _secret_means(cluster: Cluster, config: RunConfig) -> Iterator[str]:
+    key = config.serve.api_key_env
+    if cluster.kuberay:
+        yield (
+            f"{key} and HF_TOKEN reach pods from the Secret llava-ray-env: kubectl create secret "
+            f"generic llava-ray-env --from-literal={key}=... --from-literal=HF_TOKEN=..."
+        )
+    elif cluster.workers:
+        yield (
+            f"{key} and HF_TOKEN reach nodes from lines such as HF_TOKEN=... in ~/.llava_ray.env, "
+            "mounted by file_mounts, which the start commands read"
+        )
+    else:
+        yield f"{key} and HF_TOKEN reach jobs from the environment of 'llava-ray up'"
+
+
+def check_job(working_dir: Path, runtime_env: Path) -> None:
+    """Raise ConfigError for a job that is too large to travel, or that carries secrets."""
+    tree = _read_runtime_env(runtime_env)
+    problems = [*_working_dir(working_dir, runtime_env), *_shown(str(runtime_env), tree)]
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
 def _working_dir(folder: Path, runtime_env: Path) -> Iterator[str]:
     size, largest = working_dir_size(folder, runtime_env)
     if size > WORKING_DIR_LIMIT_BYTES:
@@ -193,10 +250,7 @@ def working_dir_size(folder: Path, runtime_env: Path) -> tuple[int, list[tuple[i
 
     Raises ConfigError when the runtime_env cannot be read.
     """
-    try:
-        excludes = (yaml.safe_load(runtime_env.read_text("utf-8")) or {}).get("excludes", [])
-    except (OSError, yaml.YAMLError, AttributeError) as error:
-        raise ConfigError(f"{runtime_env}: no runtime_env YAML ({error})") from error
+    excludes = _read_runtime_env(runtime_env).get("excludes", [])
     sizes: dict[str, int] = {}
     always = GitIgnoreSpec.from_lines([*_NEVER_TRAVEL, *excludes])
     for path in _travelling(folder, [(folder, always)]):
@@ -204,6 +258,13 @@ def working_dir_size(folder: Path, runtime_env: Path) -> tuple[int, list[tuple[i
         sizes[top] = sizes.get(top, 0) + path.stat().st_size
     largest = sorted(((size, name) for name, size in sizes.items()), reverse=True)[:3]
     return sum(sizes.values()), largest
+
+
+def _read_runtime_env(path: Path) -> dict[str, Any]:
+    try:
+        return dict(yaml.safe_load(path.read_text("utf-8")) or {})
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: no runtime_env YAML ({error})") from error
 
 
 def _travelling(folder: Path, rules: Sequence[tuple[Path, GitIgnoreSpec]]) -> Iterator[Path]:

@@ -1,9 +1,12 @@
 """The commands up, down, status and env: a cluster YAML's head on this machine."""
 
 import argparse
+import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from llava_ray.cluster.local import down, processes_of, running, up
 from llava_ray.console import fail
@@ -15,11 +18,14 @@ COMMANDS = {
     "down": "stop it, and all that it started",
     "status": "say whether it runs",
     "env": "print the exports that clients of it need",
+    "submit": "send a job to a cluster, unless it is too large to travel or carries secrets",
 }
 
 
 def main(argv: Sequence[str]) -> None:
     """Run one of COMMANDS; an expected failure is one line on stderr and exit code 2."""
+    if argv[0] == "submit":
+        _submit(argv[1:])
     parser = argparse.ArgumentParser(prog=f"llava-ray {argv[0]}", description=COMMANDS[argv[0]])
     parser.add_argument(
         "yaml", type=Path, nargs="?", default=shipped("cluster/local.yaml"),
@@ -30,6 +36,28 @@ def main(argv: Sequence[str]) -> None:
         {"up": _up, "down": _down, "status": _status, "env": _env}[argv[0]](path)
     except LlavaRayError as error:
         fail(error)
+
+
+def _submit(argv: Sequence[str]) -> NoReturn:
+    """Become `ray job submit`, having looked at what would travel."""
+    parser = argparse.ArgumentParser(
+        prog="llava-ray submit", description=COMMANDS["submit"],
+        epilog="example: %(prog)s -- python jobs/pipeline.py --config my.yaml",
+    )  # fmt: skip
+    parser.add_argument("--working-dir", type=Path, default=Path.cwd(), help="what travels")
+    parser.add_argument("--runtime-env", type=Path, default=shipped("jobs/runtime_env.yaml"))
+    parser.add_argument("entrypoint", nargs="+", help="the job's command, after --")
+    given = parser.parse_args(argv)
+    # Imported here: the other commands need none of what it knows.
+    from llava_ray.cluster.doctor import check_job
+
+    try:
+        check_job(given.working_dir.absolute(), given.runtime_env)
+    except LlavaRayError as error:
+        fail(error)
+    ray = Path(sys.executable).with_name("ray")
+    travels = ["--working-dir", given.working_dir, "--runtime-env", given.runtime_env]
+    os.execv(ray, [str(part) for part in (ray, "job", "submit", *travels, "--", *given.entrypoint)])
 
 
 def _up(path: Path) -> None:

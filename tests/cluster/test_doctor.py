@@ -45,7 +45,7 @@ def problems(
     path.write_text(text)
     config = load_config(None, [*OVERRIDES, *extra])
     findings: list[Finding] = examine(path, config, working_dir, RUNTIME_ENV)
-    assert len(findings) == 11
+    assert len(findings) == 13
     assert "extra buffer types o" in findings[-1].notes[0]
     return {finding.check: finding.problems for finding in findings if finding.problems}
 
@@ -105,6 +105,64 @@ def test_each_mistake_is_found(
     found = problems(tmp_path, working_dir, name, (old, new))
     assert list(found) == [check]
     assert message in found[check][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("kuberay/rayservice.yaml", "PYTHONPATH: /home/ray/llava_ray", "HF_TOKEN: hf_1"),
+        ("kuberay/rayjob.yaml", "  backoffLimit: 2\n",
+         "  backoffLimit: 2\n  runtimeEnvYAML: |\n    env_vars: {HF_TOKEN: hf_1}\n"),
+    ],
+)  # fmt: skip
+def test_a_secret_in_a_runtime_env_is_found(
+    tmp_path: Path, working_dir: Path, name: str, old: str, new: str
+) -> None:
+    """B6"""
+    found = problems(tmp_path, working_dir, name, (old, new))
+    assert list(found) == ["secrets"]
+    assert found["secrets"][0].startswith("this YAML: a runtime_env holds HF_TOKEN, which Ray")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_how_secrets_reach_nodes_is_said(working_dir: Path, name: str) -> None:
+    """B6"""
+    config = load_config(None, OVERRIDES)
+    findings = examine(REPO / "cluster" / name, config, working_dir, RUNTIME_ENV)
+    (said,) = (f.notes[0] for f in findings if f.check == "how secrets reach nodes")
+    assert ("Secret llava-ray-env" if "kuberay" in name else "~/.llava_ray.env") in said
+    assert "llava-ray-env" in (text := (REPO / "cluster" / name).read_text()) or (
+        ".llava_ray.env" in text or "llava-ray-api" in text
+    )
+
+
+def submit(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", "from llava_ray.cli import main; main()", "submit", *arguments],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_a_job_too_large_to_travel_is_one_line_before_it_is_sent(working_dir: Path) -> None:
+    """B7"""
+    (working_dir / "video").mkdir()
+    with (working_dir / "video" / "long.mp4").open("wb") as stream:
+        stream.truncate(1300 * 2**20)
+    done = submit("--working-dir", str(working_dir), "--", "python", "job.py")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "is 1300 MiB, above 100: add to excludes" in done.stderr
+    assert "(video 1300 MiB, job.py 0 MiB)" in done.stderr
+
+
+def test_a_job_with_a_secret_is_not_sent(tmp_path: Path, working_dir: Path) -> None:
+    """B6"""
+    runtime_env = tmp_path / "runtime_env.yaml"
+    runtime_env.write_text("env_vars: {WANDB_API_KEY: x, TOKENIZERS_PARALLELISM: 'false'}\n")
+    done = submit(
+        "--working-dir", str(working_dir), "--runtime-env", str(runtime_env), "--", "true"
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "holds WANDB_API_KEY, which" in done.stderr and "TOKENIZERS" not in done.stderr
 
 
 @pytest.mark.parametrize(
