@@ -9,6 +9,7 @@ from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.models.folder import EMBEDDED
 from llava_ray.quantize.registry import spec_for
+from llava_ray.resources.capacity import Fleet
 
 JOBS = [
     "prepare",
@@ -27,6 +28,7 @@ def test_an_expected_failure_is_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(cli, "connect", lambda: None)
+    monkeypatch.setattr(cli, "find_fleet", lambda config, **_: Fleet((), True, "cpu"))
 
     def stage(config: RunConfig) -> None:
         raise DataError("two\nlines")
@@ -39,6 +41,7 @@ def test_an_expected_failure_is_one_line_and_exit_code_2(
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cli, "connect", lambda: None)
+    monkeypatch.setattr(cli, "find_fleet", lambda config, **_: Fleet((), True, "cpu"))
 
     def stage(config: RunConfig) -> None:
         raise KeyError("bug")

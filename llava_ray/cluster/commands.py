@@ -42,14 +42,14 @@ def _submit(argv: Sequence[str]) -> NoReturn:
     """Become `ray job submit`, having looked at what would travel."""
     parser = argparse.ArgumentParser(
         prog="llava-ray submit", description=COMMANDS["submit"],
-        epilog="example: %(prog)s -- python jobs/pipeline.py --config my.yaml",
+        epilog="example: %(prog)s -- llava-ray pipeline --config my.yaml",
     )  # fmt: skip
     parser.add_argument("--working-dir", type=Path, default=Path.cwd(), help="what travels")
     parser.add_argument("--runtime-env", type=Path, default=shipped("jobs/runtime_env.yaml"))
     parser.add_argument("entrypoint", nargs="+", help="the job's command, after --")
     given = parser.parse_args(argv)
     # Imported here: the other commands need none of what it knows.
-    from llava_ray.cluster.doctor import check_job
+    from llava_ray.doctor import check_job
 
     try:
         check_job(given.working_dir.absolute(), given.runtime_env)
