@@ -1,6 +1,6 @@
 """One process at a time makes an artifact, on any storage and from any machine.
 
-Below `.leases/<artifact>/` lies a small file, named by a number: its owner writes it anew every
+In `.leases/` lies a small file, `<artifact>.<number>`: its owner writes it anew every
 few seconds with a count that grows. Who finds no file creates number 1. Who finds that the owner
 is dead (its process is gone from this machine, or the count stood still over several looks, so that
 no two clocks are compared) creates the next number. Creating is exclusive where the store has
@@ -25,6 +25,7 @@ from llava_ray.errors import ArtifactError, LlavaRayError
 
 logger = logging.getLogger(__name__)
 
+_FOLDER = ".leases"
 BEAT_S = 5.0
 STILL_LOOKS = 12
 """Looks in a row, BEAT_S apart, that show the same count before an owner is taken for dead. Only
@@ -43,7 +44,7 @@ class Lease:
 
     def __init__(self, storage: Storage, name: str) -> None:
         """Wait until nobody holds it, and take it."""
-        self.name, self._storage, self._folder = name, storage, f".leases/{name}"
+        self.name, self._storage = name, storage
         self._mine = _Holder(
             owner=Owner.here(), since=datetime.now(UTC).isoformat(timespec="seconds"), count=0
         )
@@ -97,7 +98,8 @@ class Lease:
         return self._storage.create_text(self._path(number), self._mine.model_dump_json())
 
     def _numbers(self) -> list[int]:
-        return [int(name) for name in self._storage.list_files(self._folder) if name.isdigit()]
+        split = (file.rpartition(".") for file in self._storage.list_files(_FOLDER))
+        return [int(number) for name, _, number in split if name == self.name and number.isdigit()]
 
     def _remove(self, upto: int) -> None:
         for number in self._numbers():
@@ -105,7 +107,7 @@ class Lease:
                 self._storage.remove(self._path(number))
 
     def _path(self, number: int) -> str:
-        return f"{self._folder}/{number:06d}"
+        return f"{_FOLDER}/{self.name}.{number:06d}"
 
 
 @contextmanager

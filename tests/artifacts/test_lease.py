@@ -41,14 +41,14 @@ def uri(
     monkeypatch.setattr(lease, "BEAT_S", 0.05)
     uri = str(tmp_path / "runs") if request.param == "local" else f"memory://{tmp_path.name}"
     yield uri
-    assert Storage(uri).list_files(".leases/dataset-1") == []
+    assert Storage(uri).list_files(".leases") == []
 
 
 def held_elsewhere(uri: str, count: int = 0) -> None:
     holder = lease._Holder(owner=ELSEWHERE, since="2026-01-01T00:00:00", count=count)
     storage = Storage(uri)
-    storage.create_text(".leases/dataset-1/000007", "")
-    storage.write_text(".leases/dataset-1/000007", holder.model_dump_json())
+    storage.create_text(".leases/dataset-1.000007", "")
+    storage.write_text(".leases/dataset-1.000007", holder.model_dump_json())
 
 
 def test_of_several_at_once_one_makes_it_and_the_others_find_it(uri: str) -> None:
@@ -80,7 +80,7 @@ def test_a_living_owner_elsewhere_is_waited_for_and_named(
         count = 0
         while not over.wait(0.02):
             held_elsewhere(uri, count := count + 1)
-        Storage(uri).remove(".leases/dataset-1")
+        Storage(uri).remove(".leases/dataset-1.000007")
 
     held_elsewhere(uri)
     thread = threading.Thread(target=beat)
@@ -111,10 +111,10 @@ def test_who_was_taken_for_dead_seals_nothing(uri: str) -> None:
     ):
         held_elsewhere(uri)
         time.sleep(0.2)
-        assert store.storage.list_files(".leases/dataset-1")[-1] == "000007"
+        assert store.storage.list_files(".leases")[-1] == "dataset-1.000007"
         build.finish(DatasetRecord, **FIELDS)
     assert store.find(DatasetRecord, "dataset-1") is None
-    store.storage.remove(".leases/dataset-1")
+    store.storage.remove(".leases/dataset-1.000007")
 
 
 def test_who_died_on_this_machine_is_replaced_at_once_and_its_folder_removed(

@@ -99,7 +99,7 @@ def test_the_manifest_appears_last_and_work_goes_when_it_is_there(uri: str) -> N
     store.remove_work("dataset-1")
     assert seen == [{Path(name).name for name in FILES}]
     assert store.storage.list_folders("work") == []
-    assert store.storage.list_folders(".leases") == []
+    assert store.storage.list_files(".leases") == []
 
 
 def test_a_finished_artifact_is_never_replaced(uri: str) -> None:

@@ -82,7 +82,7 @@ def test_the_line_survives_a_server_that_is_gone_for_a_moment(
     from llava_ray.artifacts.storage import Storage
 
     storage = Storage(f"s3://{BUCKET}/{tmp_path.name}")
-    assert storage.list_folders("work") == storage.list_folders(".leases") == []
+    assert storage.list_folders("work") == storage.list_files(".leases") == []
     assert not list((tmp_path / "cache" / "staging").iterdir())
     copies = [path.name.rpartition("-")[0] for path in (tmp_path / "cache/artifacts").iterdir()]
     assert len(copies) == len(set(copies))

@@ -54,7 +54,7 @@ def test_trials_are_scored_as_quantized_models_and_a_bad_one_is_a_row(
     assert "| failed |" in report and "| diverged |" in report
     # Found, not run again; and what the scores were made from is gone.
     assert sweep.run(config, bench.dataset, scorer_for(config)) == result
-    assert {path.name for path in bench.store.iterdir()} - {".staging"} == {
+    assert {path.name for path in bench.store.iterdir()} - {".staging", ".leases"} == {
         "dataset", "sweep", "work",
     }  # fmt: skip
     assert not list((bench.store / "work").iterdir())
