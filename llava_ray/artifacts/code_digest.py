@@ -43,6 +43,7 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "serving_7b_h100": ("llava_ray.bench.serving", *_SERVED),
     "serving_faults": _SERVED,
     "serving_memory_h100": ("llava_ray.server.memory", "llava_ray.inference.torch.engine"),
+    "storage": ("llava_ray.bench.storage",),
     "sweep": ("llava_ray.sweep",),
     "train_h100": ("llava_ray.bench.train",),
 }

@@ -316,6 +316,12 @@ _STAGES_7B = _by_row(
         row for row in tree["stages"] if row["stage"] not in ("variant", "benchmark")
     ),
 )
+_STORAGE = _by_row(
+    Column("direction", "direction"),
+    Column("files/s, one at a time", "one_by_one_files_per_s", ".0f"),
+    Column("files/s, **llava_ray**", "files_per_s", ".0f"),
+    Column("times faster", "times_faster", ".1f"),
+)
 _TRAIN = _by_row(
     Column("trainer", _trainer),
     Column("batch", "batch"),
@@ -348,6 +354,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "serving_faults": ("serving_faults", _plain),
     "serving_memory": ("serving_memory_h100", _plain),
     "stages_7b": ("llava_7b_h100", _STAGES_7B),
+    "storage": ("storage", _STORAGE),
     "train": ("train_h100", _TRAIN),
     "variants_7b": ("llava_7b_h100", _VARIANTS_7B),
 }

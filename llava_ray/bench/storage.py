@@ -1,0 +1,82 @@
+"""Small files up and down as artifacts move, beside one at a time, on a server that delays.
+
+Surprising: one at a time takes too long for all files, so it is measured on a share of them and
+told per file.
+"""
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_ray.artifacts.storage import Storage
+from llava_ray.bench import results
+
+logger = logging.getLogger(__name__)
+
+_MANIFEST = "manifest.json"
+_FILE_BYTES = 2048
+
+
+def run(out: Path, uri: str, *, files: int, one_by_one: int, delay_s: float) -> Path:
+    """Time both ways below `uri` and write a row for each direction.
+
+    files: how many are moved at once; one_by_one: how many singly; delay_s: what the server waits
+    before each answer, for the record.
+    """
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        many, few = Path(name) / "many", Path(name) / "few"
+        for folder, count in ((many, files), (few, one_by_one)):
+            _fill(folder, count)
+        names = [f"{index:06d}" for index in range(files)]
+        storage, single = Storage(uri), Storage(uri)
+        storage.read_text("warm-up")
+        bulk_s = _timed(lambda: storage.put_folder(many, "many", last=_MANIFEST))
+        single_s = _timed(lambda: _put(single, few, one_by_one))
+        rows.append(_row("up", bulk_s / files, single_s / one_by_one))
+        back = Path(name) / "back"
+        bulk_s = _timed(lambda: storage.get_files("many", names, back))
+        assert len(list(back.iterdir())) == files
+        single_s = _timed(lambda: _get(single, names[:one_by_one], back))
+        rows.append(_row("down", bulk_s / files, single_s / one_by_one))
+    tree = {
+        "files": files, "one_by_one": one_by_one, "file_bytes": _FILE_BYTES, "delay_s": delay_s,
+        "rows": rows,
+    }  # fmt: skip
+    return results.write(out, "storage", tree)
+
+
+def _put(storage: Storage, folder: Path, count: int) -> None:
+    for index in range(count):
+        name = f"{index:06d}"
+        storage.write_text(f"few/{name}", (folder / name).read_text("utf-8"))
+
+
+def _get(storage: Storage, names: Sequence[str], target: Path) -> None:
+    for name in names:
+        storage.get_files("many", [name], target)
+
+
+def _fill(folder: Path, count: int) -> None:
+    folder.mkdir()
+    for index in range(count):
+        (folder / f"{index:06d}").write_text("x" * _FILE_BYTES, encoding="utf-8")
+    (folder / _MANIFEST).write_text("{}", encoding="utf-8")
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _row(direction: str, bulk_s: float, single_s: float) -> dict[str, Any]:
+    row = {
+        "direction": direction, "files_per_s": 1 / bulk_s, "one_by_one_files_per_s": 1 / single_s,
+        "times_faster": single_s / bulk_s,
+    }  # fmt: skip
+    logger.info("%s", row)
+    return row
