@@ -29,6 +29,8 @@ SHARED = (
 )  # fmt: skip
 """Small enough for two CPUs; the same for all stages, so that they find each other's artifacts."""
 _FEW = "quantize.variants=[none-fp16,hqq-w8-g64]"
+_HQQ = ",".join(f"hqq-w{bits}-g{group}" for bits in (8, 4, 3, 2) for group in (64, 32, 128))
+"""About a second of work each, so that a fault finds some of them under way."""
 _RESUMED = re.compile(r"pid=(\d+).*train: resumed at step (\d+)")
 _QUANTIZING = re.compile(r"pid=(\d+).* (\S+) INFO (\S+): starts on ")
 
@@ -67,7 +69,7 @@ STAGES = {
         ),
         Stage(
             "quantize", "quantize.py", "merge.py",
-            ("quantize.variants=[none-fp16,bnb-nf4,bnb-int8,hqq-w8-g64,hqq-w4-g64,hqq-w2-g64]",),
+            (f"quantize.variants=[none-fp16,bnb-nf4,bnb-int8,{_HQQ}]",),
             ".staging/variant-*/files/*",
             ("ray::none-", "ray::bnb-", "ray::hqq-"),
         ),
