@@ -11,7 +11,10 @@ from llava_ray.config.run import RunConfig, load_config
 @pytest.fixture
 def config(tmp_path: Path) -> Callable[..., RunConfig]:
     def make(source: Path | str, **data: Any) -> RunConfig:
-        overrides = [f"data.{key}={json.dumps(value)}" for key, value in data.items()]
+        overrides = [
+            f"data.{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in data.items()
+        ]
         return load_config(
             None, [f"storage.uri={tmp_path / 'runs'}", f"data.source={source}", *overrides]
         )
