@@ -173,7 +173,7 @@ def _disturb_job(scene: Scene) -> None:
         scene.seen["checkpoint_steps"] = checkpoint_steps(storage, stage)
         struck_at = time.time()
         hit = strike(cluster, stage, scene.fault, storage)
-        scene.seen["struck"] = hit.struck
+        scene.seen["struck"] = [plain(name) for name in hit.struck]
         if scene.fault == "disk":
             # Nobody frees a disk before the job has met it.
             jobs[0].wait(JOB_S)
@@ -215,7 +215,7 @@ def _disturb_endpoint(scene: Scene) -> None:
         wait_for(lambda: clients.whole() >= 2 * _CLIENTS, JOB_S, "the endpoint does not answer")
         start = time.monotonic()
         hit = strike(cluster, scene.stage, scene.fault, scene.storage)
-        scene.seen["struck"] = hit.struck
+        scene.seen["struck"] = [plain(name) for name in hit.struck]
         if scene.fault == "disk":
             time.sleep(_DISK_FULL_S)
         mend(cluster, scene.fault, hit, scene.storage)
