@@ -78,6 +78,6 @@ def config_for(storage: Path, model: Path, *overrides: str) -> RunConfig:
         [
             f"storage.uri={storage}", f"model.path={model}", "train.lora_r=4",
             "train.lora_alpha=8", "train.num_workers=1", "train.cpus_per_worker=1",
-            "train.trackers=[]", *overrides,
+            "train.trackers=[]", "resources.node_types=up", *overrides,
         ],
     )  # fmt: skip

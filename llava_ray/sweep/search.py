@@ -1,8 +1,10 @@
 """Ray Tune: scheduler, search algorithm, resumption, and the table of trials."""
 
+import errno
 import logging
 import math
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any
 
 from ray import tune
@@ -10,7 +12,7 @@ from ray.tune import schedulers
 from ray.tune.search import BasicVariantGenerator
 
 from llava_ray.artifacts.records import DatasetRecord, Trial
-from llava_ray.artifacts.storage import Storage
+from llava_ray.artifacts.storage import Storage, disk_errors
 from llava_ray.config.run import RunConfig, TrainConfig
 from llava_ray.config.section import need_package
 from llava_ray.console import Progress
@@ -70,7 +72,7 @@ def search(
     )
     places = concurrent_trials(plan, fleet, scored=score is not None)
     tuner = _tuner(config, trainable, places, total, Storage(work_uri).uri)
-    grid = tuner.fit()
+    grid = _fit(tuner, work_uri)
     results = [grid[index] for index in range(len(grid))]
     devices = [(result.metrics or {}).get("device") for result in results]
     return Search(
@@ -103,7 +105,11 @@ def _tuner(config: RunConfig, trainable: Any, concurrent: int, total: int, work:
     samples = num_samples(config.sweep)
     if tune.Tuner.can_restore(f"{work}/tune"):
         logger.info("sweep: goes on with the trials that an earlier run left")
-        return tune.Tuner.restore(f"{work}/tune", trainable, resume_unfinished=True)
+        # With its space, which Tune needs where a full disk has cut short what it knew of trials.
+        return tune.Tuner.restore(
+            f"{work}/tune", trainable, resume_unfinished=True,
+            param_space=domains(config.sweep.space),
+        )  # fmt: skip
     concurrent = config.sweep.max_concurrent_trials or concurrent
     logger.info("sweep: %d trial(s) of %d steps at a time", concurrent, total)
     return tune.Tuner(
@@ -127,6 +133,19 @@ def _tuner(config: RunConfig, trainable: Any, concurrent: int, total: int, work:
             callbacks=[_TrialProgress()],
         ),
     )
+
+
+def _fit(tuner: tune.Tuner, work_uri: str) -> tune.ResultGrid:
+    """Run the trials.
+
+    Raises ResourceError for a full disk.
+    """
+    with disk_errors(work_uri):
+        try:
+            return tuner.fit()
+        except (EOFError, UnpicklingError) as error:
+            # Tune reads trials' errors from files, and goes on where it could not write them.
+            raise OSError(errno.ENOSPC, "a trial's error is cut short") from error
 
 
 def _scheduler(config: RunConfig, total: int) -> Any:
