@@ -11,8 +11,9 @@ from ray import tune
 from ray.tune import schedulers
 from ray.tune.search import BasicVariantGenerator
 
+from llava_ray.artifacts.faults import disk_errors
 from llava_ray.artifacts.records import DatasetRecord, Trial
-from llava_ray.artifacts.storage import Storage, disk_errors
+from llava_ray.artifacts.storage import Storage
 from llava_ray.config.run import RunConfig, TrainConfig
 from llava_ray.config.section import need_package
 from llava_ray.console import Progress
