@@ -10,6 +10,7 @@ number than its own was taken for dead, and must not seal what it made.
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ class _Holder(Frozen):
     owner: Owner
     since: str
     count: int
+    token: str = ""
+    """Random, so that no two holders' files are equal: two threads may be of one process."""
 
 
 class Lease:
@@ -46,7 +49,10 @@ class Lease:
         """Wait until nobody holds it, and take it."""
         self.name, self._storage = name, storage
         self._mine = _Holder(
-            owner=Owner.here(), since=datetime.now(UTC).isoformat(timespec="seconds"), count=0
+            owner=Owner.here(),
+            since=datetime.now(UTC).isoformat(timespec="seconds"),
+            count=0,
+            token=os.urandom(8).hex(),
         )
         self._number = self._take()
 
