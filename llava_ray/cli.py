@@ -95,10 +95,22 @@ def run_job(
     A LlavaRayError ends the process with one line on stderr and exit code 2; `--dry-run` prints
     the merged config and the resources that would be asked for, and returns None.
     """
-    args = argument_parser(description).parse_intermixed_args(argv)
+    parser = argument_parser(description)
+    parser.add_argument(
+        "--force", action="append", default=[], metavar="STAGE",
+        help="delete what the stage has made, and all made from it, and make it anew",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", metavar="ID",
+        help="go on with a training that was cut off under other code or libraries",
+    )  # fmt: skip
+    args = parser.parse_intermixed_args(argv)
     set_up_logging()
+    overrides = [*args.overrides]
+    overrides += [f"storage.force=[{', '.join(args.force)}]"] if args.force else []
+    overrides += [f"train.resume_from={args.resume}"] if args.resume else []
     try:
-        config = load_config(args.config, args.overrides)
+        config = load_config(args.config, overrides)
         # Imported here: the stages that they ask know large libraries.
         from llava_ray import preflight, settle
 

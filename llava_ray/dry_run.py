@@ -179,7 +179,7 @@ def _benchmark(config: RunConfig) -> str:
         "auto": "a GPU unknown: where the cluster has them",
         "cuda": "a GPU (benchmark.device)",
         "cpu": "no GPU (benchmark.device)",
-    }[benchmark.device]
+    }.get(benchmark.device, f"a device named {benchmark.device} (benchmark.device)")
     return (
         f"benchmark: a process a variant with {serve.cpus_per_replica:g} CPUs "
         f"(serve.cpus_per_replica) and {gpu}; memory unknown: what the variant takes"

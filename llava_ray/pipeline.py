@@ -6,28 +6,34 @@ Finished artifacts are found by their ids, so asking for the last stage does onl
 import logging
 import time
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from datetime import UTC, datetime
+from typing import Any, TypeVar
 
 from llava_ray import benchmark, choose, deploy, merge, prepare, quantize, sweep, train
+from llava_ray.artifacts.inventory import delete, made_from
 from llava_ray.artifacts.records import (
     AdapterCheckpoint,
     ChosenVariant,
     DatasetRecord,
     DeploymentRecord,
     MergedModel,
+    Record,
     Scorecard,
     SweepResult,
     Variant,
     VariantFailure,
 )
+from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
 from llava_ray.trial_score import scorer_for
 
 logger = logging.getLogger(__name__)
 
-P = ParamSpec("P")
 T = TypeVar("T")
+
+_STARTED = datetime.now(UTC).isoformat(timespec="seconds")
+"""When this process did; what it makes itself is not made twice by storage.force."""
 
 
 def run_prepare(config: RunConfig) -> DatasetRecord:
@@ -82,9 +88,23 @@ def run_deploy(config: RunConfig, chosen: ChosenVariant | None = None) -> Deploy
     return _stage("deploy", deploy.run, config, chosen or run_choose(config))
 
 
-def _stage(name: str, run: Callable[P, T], /, *arguments: P.args, **keywords: P.kwargs) -> T:
+def _stage(name: str, run: Callable[..., T], config: RunConfig, *arguments: Any) -> T:
     start = time.monotonic()
     logger.info("%s: starts", name)
-    result = run(*arguments, **keywords)
+    result = run(config, *arguments)
+    if name in config.storage.force and _delete_older(config, result):
+        result = run(config, *arguments)
     logger.info("%s: done in %.1f s", name, time.monotonic() - start)
     return result
+
+
+def _delete_older(config: RunConfig, result: object) -> list[Record]:
+    """Delete what a stage found finished, and what was made from it; return what went."""
+    results = result if isinstance(result, list) else [result]
+    older = [r for r in results if isinstance(r, Record) and r.created < _STARTED]
+    if older:
+        store = ArtifactStore(config.storage.uri)
+        older = made_from(store.everything(), older)
+        logger.info("storage.force: deletes %s", ", ".join(record.id for record in older))
+        delete(store, older)
+    return older

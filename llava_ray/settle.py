@@ -54,13 +54,14 @@ def settle(config: RunConfig, fleet: Fleet) -> RunConfig:
     if not fleet.complete and config.train.num_workers is None:
         logger.info("train.num_workers=1: set it, or resources.node_types, for more")
     train: dict[str, Any] = {"num_workers": workers}
+    measured = benchmark.make_plan(config, fleet)
     if config.train.precision == "auto":
         train["precision"] = "bf16" if fleet.gpu else "fp32"
     return changed(
         config,
         resources={"accelerator": fleet.accelerator},
         train=train,
-        benchmark={"device": benchmark.make_plan(config, fleet).device},
+        benchmark={"device": measured.model or measured.device},
         serve={"gpus_per_replica": deploy.gpus_per_replica(config.serve, fleet)},
     )
 

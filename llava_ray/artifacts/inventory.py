@@ -27,7 +27,7 @@ def describe(records: Sequence[Record]) -> Iterator[str]:
 
 def differences(before: Record, after: Record) -> Iterator[str]:
     """Yield each setting, file, version, revision and parent that is another."""
-    yield from _changes("", before.settings, after.settings)
+    yield from changes(before.settings, after.settings)
     if before.code_revision != after.code_revision:
         yield f"revision of the code: {before.code_revision} -> {after.code_revision}"
     elif before.code_digest != after.code_digest:
@@ -40,11 +40,12 @@ def differences(before: Record, after: Record) -> Iterator[str]:
         yield f"made from: {gone} -> {new}"
 
 
-def _changes(prefix: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield each setting that is another, sections by dotted keys below `prefix`."""
     for key in sorted({*before, *after}):
         old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _changes(f"{prefix}{key}.", old, new)
+            yield from changes(old, new, f"{prefix}{key}.")
         elif old != new:
             yield f"{prefix}{key}: {_short(old)} -> {_short(new)}"
 
@@ -67,6 +68,15 @@ def unneeded(records: Sequence[Record]) -> list[Record]:
     # A deployment is needed with its choice, and nothing is made from it.
     needed |= {r.id for r in records if r.kind == "deployment" and needed & set(r.parents)}
     return [record for record in records if record.id not in needed]
+
+
+def made_from(records: Sequence[Record], roots: Sequence[Record]) -> list[Record]:
+    """Return the roots and all that was made from them; `records` in the order of their making."""
+    found = {record.id: record for record in roots}
+    for record in records:
+        if not found.keys().isdisjoint(record.parents):
+            found[record.id] = record
+    return list(found.values())
 
 
 def delete(store: ArtifactStore, records: Sequence[Record]) -> int:

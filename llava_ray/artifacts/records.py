@@ -240,6 +240,11 @@ class Scorecard(Record):
     generations: tuple[Generation, ...]
 
     @property
+    def device_name(self) -> str:
+        """The GPU or processor of the node that measured; part of the id."""
+        return str(self.settings.get("device_name", ""))
+
+    @property
     def bandwidth_share(self) -> float:
         """The share of the device's bandwidth that reading the weights takes while decoding."""
         return self.weight_bytes * self.decode_tokens_per_s.median / self.copy_bytes_per_s

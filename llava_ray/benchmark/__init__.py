@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llava_ray.artifacts.records import (
@@ -15,8 +16,8 @@ from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.benchmark.turns import shared_turn
 from llava_ray.config.run import RunConfig
 from llava_ray.console import Progress
-from llava_ray.errors import LlavaRayError, VariantError
-from llava_ray.resources.capacity import find_fleet
+from llava_ray.errors import ConfigError, LlavaRayError, VariantError
+from llava_ray.resources.capacity import find_fleet, model_up
 from llava_ray.resources.forked import Forked
 from llava_ray.resources.tasks import Task, run_side_by_side, run_task
 
@@ -38,20 +39,24 @@ def run(
     Finished scorecards are found, not measured again. Raises VariantError when the baseline,
     against which the others are measured, cannot be scored itself.
     """
-    from llava_ray.benchmark.measure import scorecard_id
+    from llava_ray.benchmark.measure import scorecard_prefix
     from llava_ray.benchmark.plan import check_dataset, check_room, make_plan
 
     check_dataset(dataset)
     baseline = find_baseline(config, variants)
     fleet = find_fleet(config)
     plan = make_plan(config, fleet)
+    if config.resources.node_types == "up" and not plan.model:
+        plan = replace(plan, model=model_up(gpu=plan.device == "cuda"))
     store = ArtifactStore(config.storage.uri)
     results: dict[str, Scorecard | VariantFailure] = {}
     missing: list[Variant] = []
     for variant in variants:
         if isinstance(variant, VariantFailure):
             results[variant.slug] = variant
-        elif card := store.find(Scorecard, scorecard_id(plan, variant, baseline, dataset)):
+        elif card := _found(
+            plan, store.find_all(Scorecard, scorecard_prefix(plan, variant, baseline, dataset))
+        ):
             results[variant.slug] = card
         else:
             missing.append(variant)
@@ -60,6 +65,23 @@ def run(
         reference = _reference(plan, baseline, dataset)
         results.update(_measure_all(plan, missing, baseline, dataset, reference))
     return [results[variant.slug] for variant in variants]
+
+
+def _found(plan: "Plan", cards: Sequence[Scorecard]) -> Scorecard | None:
+    """Return the one that was measured on the device wanted.
+
+    Raises ConfigError where it was measured on several.
+    """
+    from llava_ray.benchmark.plan import is_model
+
+    wanted = [card for card in cards if is_model(card.device_name, plan.model)]
+    if len(wanted) > 1:
+        names = ", ".join(sorted(card.device_name for card in wanted))
+        raise ConfigError(
+            f"{wanted[0].slug} was measured on {names}: set benchmark.device to a part of the name "
+            "of one"
+        )
+    return wanted[0] if wanted else None
 
 
 def score_captions(config: RunConfig, variant: Variant, dataset: DatasetRecord) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The work inside a worker process: open one variant and measure it."""
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -21,7 +22,7 @@ from llava_ray.artifacts.records import (
 from llava_ray.artifacts.store import ArtifactStore, local_folder
 from llava_ray.benchmark.caption_scores import caption_scores
 from llava_ray.benchmark.fidelity import SampleFidelity, compare, summarize
-from llava_ray.benchmark.plan import Plan, held_out
+from llava_ray.benchmark.plan import Plan, held_out, is_model
 from llava_ray.benchmark.reference import encode, read_reference, reference_id, write_reference
 from llava_ray.benchmark.timing import PeakMemory, copy_bytes_per_s, spread, time_generation
 from llava_ray.benchmark.turns import quiet_turn, shared_turn
@@ -42,8 +43,10 @@ logger = logging.getLogger(__name__)
 FIDELITY_FILE = "fidelity.json"
 
 
-def scorecard_id(plan: Plan, variant: Variant, baseline: Variant, dataset: DatasetRecord) -> str:
-    """Return the id of a variant's scorecard."""
+def scorecard_prefix(
+    plan: Plan, variant: Variant, baseline: Variant, dataset: DatasetRecord
+) -> str:
+    """Return how the ids of a variant's scorecards begin; the device's name makes the rest."""
     parents = _parents(plan, variant, baseline, dataset)
     return artifact_id(Scorecard.kind, scorecard_settings(plan, variant), parents)
 
@@ -69,12 +72,19 @@ def measure(
     dataset: DatasetRecord,
     reference: ReferenceScores,
 ) -> Scorecard:
-    """Measure one variant in this process, whose memory should be that of the engine alone."""
+    """Measure one variant in this process, whose memory should be that of the engine alone.
+
+    Raises VariantError on another device than is wanted.
+    """
     _set_threads(plan)
+    model = device_name(plan.device)
+    if not is_model(model, plan.model):
+        raise VariantError(f"this node has {model}, and benchmark.device is {plan.model!r}")
+    prefix = scorecard_prefix(plan, variant, baseline, dataset)
     with ArtifactStore(plan.run.storage.uri).build(
         Scorecard,
-        scorecard_id(plan, variant, baseline, dataset),
-        settings=scorecard_settings(plan, variant),
+        f"{prefix}-{hashlib.sha256(model.encode()).hexdigest()[:6]}",
+        settings={**scorecard_settings(plan, variant), "device_name": model},
         parents=_parents(plan, variant, baseline, dataset),
     ) as build:
         if build.found:

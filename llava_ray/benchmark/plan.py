@@ -18,6 +18,8 @@ class Plan:
     run: RunConfig
     device: str
     """`cpu` or `cuda`."""
+    model: str = ""
+    """A part of the device's name that it must have; empty: any."""
 
     @property
     def config(self) -> BenchmarkConfig:
@@ -45,16 +47,21 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """Return what shapes a scorecard."""
-        measured = self.config.model_dump(mode="json", exclude={"max_parallel"})
+        measured = self.config.model_dump(mode="json", exclude={"device", "max_parallel"})
         return {**measured, **self.reference_settings(), "num_cpus": self.num_cpus}
 
 
 def make_plan(config: RunConfig, fleet: Fleet) -> Plan:
     """Settle the device by the nodes that there can be."""
-    device = config.benchmark.device
-    if device == "auto":
-        device = "cuda" if fleet.gpu else "cpu"
-    return Plan(config, device)
+    wanted = config.benchmark.device
+    if wanted in ("cpu", "cuda"):
+        return Plan(config, wanted)
+    return Plan(config, "cuda" if fleet.gpu else "cpu", "" if wanted == "auto" else wanted)
+
+
+def is_model(name: str, wanted: str) -> bool:
+    """Tell whether a device of this name is one of those wanted."""
+    return wanted.casefold() in name.casefold()
 
 
 def check_room(plan: Plan, fleet: Fleet) -> None:

@@ -32,8 +32,9 @@ def decide(
 
     Equals in what is preferred are ordered by the other two measures, then by slug, so the
     order of the scorecards never matters. Raises ConfigError when nothing fits, with each
-    variant's reason.
+    variant's reason, and for scorecards of several devices.
     """
+    _check_device(scorecards)
     against = {failure.slug: f"failed: {failure.reason}" for failure in failures}
     fitting: list[Scorecard] = []
     for card in scorecards:
@@ -52,6 +53,18 @@ def decide(
         if card.slug != winner.slug:
             against[card.slug] = _lost(card, winner, prefer)
     return Decision(winner, _reasons(winner, len(fitting), config), dict(sorted(against.items())))
+
+
+def _check_device(scorecards: Sequence[Scorecard]) -> None:
+    measured: dict[str, list[str]] = {}
+    for card in scorecards:
+        measured.setdefault(card.device_name, []).append(card.slug)
+    if len(measured) > 1:
+        each = "; ".join(f"{name}: {', '.join(slugs)}" for name, slugs in sorted(measured.items()))
+        raise ConfigError(
+            f"variants were measured on several devices, so their speeds do not compare ({each}): "
+            "set benchmark.device to a part of the name of one"
+        )
 
 
 def violations(card: Scorecard, config: RunConfig) -> list[str]:

@@ -11,7 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from llava_ray.config.section import Count as Count
 from llava_ray.config.section import Positive as Positive
@@ -21,12 +21,17 @@ from llava_ray.config.train import TrainConfig as TrainConfig
 from llava_ray.errors import ConfigError
 from llava_ray.shipped import or_shipped
 
+Stage = Literal["prepare", "sweep", "train", "merge", "quantize", "benchmark", "choose", "deploy"]
+
 
 class StorageConfig(Section):
     """Where artifacts live."""
 
     uri: str = Field(default="~/llava_ray_runs", min_length=1)
     """A path, or an fsspec URI such as s3://bucket/prefix that every node reaches."""
+    force: tuple[Stage, ...] = Field(default=())
+    """Stages whose finished artifacts are deleted, with all that was made from them, and made
+    anew."""
 
 
 class ModelConfig(Section):
@@ -123,11 +128,19 @@ class BenchmarkConfig(Section):
     """Tokens of one timed generation."""
     warmup: int = Field(default=1, ge=0)
     repeats: Count = Field(default=3)
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto")
-    """`auto`: as resources.accelerator."""
+    device: str = Field(default="auto", min_length=1)
+    """`cpu`, `cuda`, a part of a device's name such as H100, or `auto`: as resources.accelerator.
+    A name decides where variants were measured on several."""
     max_parallel: Count | None = Field(default=None)
     """Variants measured at a time; default: as many as there are CPUs (models below 1 GiB) or
     GPUs for. Each is timed while no other on its machine is at work."""
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str) -> str:
+        if device.lower() in ("gpu", "cuda:0", "tpu", "mps"):
+            raise ValueError(f"{device!r} is not one: give auto, cpu, cuda or a name such as H100")
+        return device
 
 
 class ChooseConfig(Section):

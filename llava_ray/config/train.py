@@ -86,6 +86,9 @@ class TrainConfig(Section):
         default=("tensorboard",)
     )
     seed: int = Field(default=0)
+    resume_from: str | None = Field(default=None, pattern=r"^adapter-[0-9a-f]+$")
+    """Id of a training that was cut off under another version of code or libraries: start from its
+    last checkpoint [resume_from_checkpoint]."""
 
     @property
     def runs_fused(self) -> bool:

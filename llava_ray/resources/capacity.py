@@ -8,6 +8,7 @@ from typing import Any
 
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ResourceError
+from llava_ray.resources.devices import device_name
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +146,20 @@ def free_nodes(*, idle: bool = False) -> list[Resources]:
             for node_id, node in free.items():
                 node[key] = totals[node_id].get(key, 0.0)
     return [Resources(*(node[key] for key in _COUNTED)) for node in free.values()]
+
+
+def model_up(*, gpu: bool) -> str:
+    """Return a part of the name of the GPU that every living node has, or of the only node's
+    processor; empty where they differ or it is unknown."""
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    if not gpu:
+        # The driver runs on a node of its cluster.
+        return device_name("cpu") if len(alive) == 1 else ""
+    prefix = "accelerator_type:"
+    types = {key for node in alive for key in node["Resources"] if key.startswith(prefix)}
+    return types.pop().removeprefix(prefix) if len(types) == 1 else ""
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from llava_ray.resources.capacity import find_fleet
 from llava_ray.train.curve import draw_curve
 from llava_ray.train.resources import plan_workers
 from llava_ray.train.trackers import METRICS, read_metrics
+from llava_ray.train.unfinished import last_checkpoint, note, offer
 
 if TYPE_CHECKING:
     from ray.train import Result
@@ -62,7 +63,13 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
     with store.build(AdapterCheckpoint, id, settings=settings, parents=[dataset.id]) as build:
         if build.found:
             return build.found
-        make = partial(make_trainer, config, dataset, plan, run_id=id, work_uri=work)
+        start_from = train.resume_from and last_checkpoint(store, train.resume_from)
+        if not start_from:
+            offer(store, id, settings, dataset.id)
+        note(store, id, settings, dataset.id)
+        make = partial(
+            make_trainer, config, dataset, plan, run_id=id, work_uri=work, start_from=start_from
+        )
         result = fit(make, train)
         local_work = Path(work) if store.storage.is_local else None
         patiently(partial(_collect, result, build.folder, local_work), work)
@@ -82,6 +89,8 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
             peak_memory_bytes=metrics["peak_memory_bytes"],
         )
     store.remove_work(id)
+    if train.resume_from:
+        store.remove_work(train.resume_from)
     return record
 
 

@@ -5,7 +5,15 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig, TrainingFailedError
+from ray.exceptions import RayActorError
+from ray.train import (
+    CheckpointConfig,
+    ControllerError,
+    FailureConfig,
+    Result,
+    ScalingConfig,
+    TrainingFailedError,
+)
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -13,14 +21,17 @@ from llava_ray.artifacts.faults import disk_fault, is_gone
 from llava_ray.artifacts.records import DatasetRecord
 from llava_ray.artifacts.storage import Storage
 from llava_ray.config.run import RunConfig, TrainConfig
-from llava_ray.errors import ConfigError, LlavaRayError
+from llava_ray.errors import ConfigError, LlavaRayError, ResourceError
+from llava_ray.resources.crash import last_line
 from llava_ray.train.resources import WorkerPlan
+from llava_ray.train.unfinished import CHECKPOINTS
 from llava_ray.train.worker import WorkerTask, train_worker
 
 logger = logging.getLogger(__name__)
 
-_OUTAGES = 3
-"""How often a run goes on after its storage was gone; Ray Train's own tries know no pause."""
+_TRIES = 3
+"""How often a run goes on after its storage was gone or its controller failed; Ray Train's own
+tries know neither pause nor end."""
 
 
 def make_trainer(
@@ -61,9 +72,12 @@ def make_trainer(
         torch_config=TorchConfig(backend="nccl" if plan.each.num_gpus else "gloo"),
         run_config=RayRunConfig(
             # The same name again makes Ray Train find the checkpoints of a run that was cut off.
-            name="checkpoints",
+            name=CHECKPOINTS,
             storage_path=work.uri,
-            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            failure_config=FailureConfig(
+                max_failures=config.train.max_failures,
+                controller_failure_limit=0,  # type: ignore[call-arg]
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.checkpoints_kept),
             callbacks=list(callbacks),
         ),
@@ -74,9 +88,10 @@ def fit(make: Callable[[], TorchTrainer], train: TrainConfig) -> Result:
     """Run a trainer to its end, anew from its last checkpoint where its storage was gone meanwhile.
 
     Raises the worker's own error where the user can fix it, StorageError for a full disk or a
-    storage that stays away, ConfigError for a loss that is no longer finite.
+    storage that stays away, ResourceError for workers that die or find no node, ConfigError for a
+    loss that is no longer finite.
     """
-    outages = 0
+    tries = 0
     while True:
         trainer = make()
         try:
@@ -88,10 +103,18 @@ def fit(make: Callable[[], TorchTrainer], train: TrainConfig) -> Result:
             for failure in failures:
                 if fault := _fault(failure, where):
                     raise fault from error
-            outages += 1
-            if outages > _OUTAGES or not any(map(is_gone, failures)):
+            if any(isinstance(failure, RayActorError) for failure in failures):
+                raise ResourceError(
+                    f"train: a worker died, {train.max_failures + 1} times in all "
+                    "(train.max_failures): its node was lost or ran out of memory; the same "
+                    "command goes on from the last checkpoint"
+                ) from error
+            gone = any(map(is_gone, failures))
+            tries += 1
+            if tries > _TRIES or not (gone or isinstance(error, ControllerError)):
                 raise
-            logger.warning("train: %s was gone; goes on from the last checkpoint", where)
+            what = f"{where} was gone" if gone else last_line(str(failures[-1]))
+            logger.warning("train: %s; goes on from the last checkpoint", what)
             Storage(where).read_text("probe")  # Waits until it answers.
     metrics = result.metrics or {}
     if metrics.get("diverged"):
@@ -106,8 +129,16 @@ def _failures(error: BaseException) -> list[BaseException]:
     """Return what a training failed of; Ray Train's controller writes too, of the checkpoints."""
     found = [*getattr(error, "worker_failures", {}).values()]
     found.append(getattr(error, "controller_failure", None) or error)
-    return found
+    # Of a worker that is gone Train tells that it could not ask it, and why.
+    return [getattr(failure, "health_check_failure", failure) for failure in found]
 
 
 def _fault(failure: BaseException, where: str) -> LlavaRayError | None:
+    # The class is not among Ray Train's public ones.
+    if type(failure).__name__ == "WorkerGroupStartupTimeoutError":
+        workers = getattr(failure, "num_workers", "all")
+        return ResourceError(
+            f"train: nodes for {workers} workers did not come within resources.wait_s: raise it, "
+            "or lower train.num_workers"
+        )
     return failure if isinstance(failure, LlavaRayError) else disk_fault(failure, where)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llava_ray import pipeline
 from llava_ray.artifacts import identity
 from llava_ray.artifacts.identity import DIGESTS, artifact_id, today, versions
 from llava_ray.artifacts.inventory import delete, describe, differences, unneeded
@@ -137,6 +138,27 @@ MERGED = {
     "mean_logit_difference": 0, "rounded_max_logit_difference": 0,
 }  # fmt: skip
 CHOSEN = {"slug": "s", "variant_uri": "u", "reasons": (), "against": {}}
+
+
+def test_a_forced_stage_is_made_anew_once_without_what_was_made_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections = {"storage": {"uri": str(tmp_path)}, "data": {"limit": 4}}
+    dataset = pipeline.run_prepare(changed(RunConfig(), **sections))
+    store = ArtifactStore(str(tmp_path))
+    other = sealed(store, MergedModel, "merged-1", ["adapter-1"], **MERGED)
+    merged = sealed(store, MergedModel, "merged-2", [dataset.id], **MERGED)
+    sealed(store, ChosenVariant, "chosen-1", [merged.id], **CHOSEN)
+    (tmp_path / "dataset" / dataset.id / "touched").touch()
+
+    sections["storage"]["force"] = ("prepare",)
+    monkeypatch.setattr(pipeline, "_STARTED", dataset.created)
+    assert pipeline.run_prepare(changed(RunConfig(), **sections)) == dataset
+    monkeypatch.setattr(pipeline, "_STARTED", "9999")
+    anew = pipeline.run_prepare(changed(RunConfig(), **sections))
+    assert anew.id == dataset.id
+    assert not (tmp_path / "dataset" / dataset.id / "touched").exists()
+    assert [record.id for record in store.everything()] == [other.id, dataset.id]
 
 
 def test_the_inventory_says_why_and_what_can_go(tmp_path: Path) -> None:

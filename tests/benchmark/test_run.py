@@ -12,6 +12,7 @@ from measured_run import make_config, make_dataset
 from llava_ray import benchmark
 from llava_ray.artifacts.records import (
     DatasetRecord,
+    Record,
     ReferenceScores,
     Scorecard,
     Variant,
@@ -20,9 +21,10 @@ from llava_ray.artifacts.records import (
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.benchmark import measure
 from llava_ray.benchmark.plan import Plan
-from llava_ray.config.run import RunConfig
+from llava_ray.config.run import RunConfig, changed
 from llava_ray.errors import ConfigError, VariantError
 from llava_ray.models.folder import EMBEDDED
+from llava_ray.resources.devices import device_name
 
 FAILED = VariantFailure(slug="awq-w4-g128", reason="quantize: no package")
 
@@ -71,6 +73,45 @@ def test_each_variant_is_measured_or_fails_on_its_own(config: RunConfig) -> None
     (reference,) = store.latest(ReferenceScores)
     assert card.parents == (variants[0].id, dataset.id, reference.id)
     assert benchmark.run(config, variants[:1], dataset) == [card]
+
+
+def copied(store: ArtifactStore, card: Scorecard, device_name: str) -> Scorecard:
+    """Seal a scorecard again, as if another device had measured it."""
+    settings = {**card.settings, "device_name": device_name}
+    made = card.model_dump(exclude=set(Record.model_fields) - {"device"})
+    id = f"{card.id.rpartition('-')[0]}-000000"
+    with store.build(Scorecard, id, settings=settings, parents=card.parents) as build:
+        return build.finish(Scorecard, **made)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_another_device_measures_anew_and_a_name_decides_among_several(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B3"""
+    store = ArtifactStore(config.storage.uri)
+    dataset, variants = make_dataset(store), [make_variant(store, "none-fp16")]
+
+    def run(wanted: str = "cpu", node_types: str | None = None) -> Any:
+        sections = {"benchmark": {"device": wanted}, "resources": {"node_types": node_types}}
+        (card,) = benchmark.run(changed(config, **sections), variants, dataset)
+        return card
+
+    ours = run()
+    assert ours.device_name == device_name("cpu") and run(ours.device_name[:3]) == ours
+    other = copied(store, ours, "Graviton3")
+    assert run(node_types="up") == ours and run("graviton") == other
+    with pytest.raises(
+        ConfigError, match=r"none-fp16 was measured on .*Graviton3.*: set benchmark"
+    ):
+        run()
+    # Where it is not known which node will come, what there is counts; else today's is measured.
+    store.delete(ours)
+    assert run() == other
+    anew = run(node_types="up")
+    assert anew.id == ours.id and anew.created >= ours.created
+    lack = f"this node has {ours.device_name}, and benchmark.device is 'Xeon 9'"
+    assert lack in run("Xeon 9").reason
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -29,6 +29,17 @@ def limits(**fields: object) -> RunConfig:
     return RunConfig.model_validate({"benchmark": {"baseline": BASELINE}, "choose": fields})
 
 
+def test_variants_measured_on_several_devices_are_not_compared() -> None:
+    """B3"""
+    cards = [
+        card(slug).model_copy(update={"settings": {"device_name": name}})
+        for slug, name in (("a", "NVIDIA L4"), ("b", "NVIDIA H100"), ("c", "NVIDIA L4"))
+    ]
+    assert decide(cards[::2], [], limits()).winner.slug == "a"
+    with pytest.raises(ConfigError, match="NVIDIA H100: b; NVIDIA L4: a, c.*benchmark.device"):
+        decide(cards, [], limits())
+
+
 @pytest.mark.parametrize(
     ("prefer", "winner"), [("speed", "fast"), ("size", "small"), ("fidelity", "close")]
 )

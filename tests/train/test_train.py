@@ -1,5 +1,6 @@
 """train.run on Ray: two workers, one of which is killed in the middle."""
 
+import logging
 import os
 import signal
 import threading
@@ -9,22 +10,27 @@ from pathlib import Path
 import pytest
 
 from llava_ray import train
+from llava_ray.artifacts import identity
 from llava_ray.artifacts.records import AdapterCheckpoint
-from llava_ray.artifacts.store import local_folder
+from llava_ray.artifacts.store import ArtifactStore, local_folder
+from llava_ray.config.run import changed
 from llava_ray.errors import ConfigError, ResourceError
 from llava_ray.train.trackers import read_metrics
+from llava_ray.train.unfinished import last_checkpoint
 
 SLOW = pytest.mark.skipif(
     not os.environ.get("LLAVA_RAY_SLOW"), reason="takes minutes: set LLAVA_RAY_SLOW=1"
 )
 
 
-def kill_a_worker_after_a_checkpoint(work: Path, killed: list[int]) -> None:
+def kill_a_worker_after_a_checkpoint(
+    work: Path, killed: list[int], proof: str = "checkpoint_*/state.json"
+) -> None:
     """Send SIGKILL to a training worker of this session's Ray once a checkpoint is there."""
     import psutil
 
     deadline = time.monotonic() + 120
-    while not list(work.glob("adapter-*/checkpoints/checkpoint_*/state.json")):
+    while not list(work.glob(f"adapter-*/checkpoints/{proof}")):
         if time.monotonic() > deadline:
             return
         time.sleep(0.05)
@@ -70,6 +76,41 @@ def test_a_killed_worker_costs_at_most_one_checkpoint_interval(ray_local, bench,
     assert any("tfevents" in name for name in record.files)
     assert not list((bench.root / "store" / "work").glob("adapter-*"))
     assert train.run(config, bench.dataset).created == record.created
+
+
+def test_a_run_of_other_libraries_is_offered_and_gone_on_with(
+    ray_local, bench, monkeypatch, caplog
+) -> None:
+    config = bench.config(
+        "train.max_steps=6", "train.checkpoint_every_steps=1", "train.zero_stage=0",
+        "train.max_failures=0", "train.seed=5",
+    )  # fmt: skip
+    work, killed = bench.root / "store" / "work", list[int]()
+    # Which Ray Train writes once it knows the checkpoint.
+    proof = "checkpoint_manager_snapshot.json"
+    watch = threading.Thread(target=kill_a_worker_after_a_checkpoint, args=(work, killed, proof))
+    watch.start()
+    with pytest.raises(ResourceError, match="the same command goes on from the last"):
+        train.run(config, bench.dataset)
+    watch.join()
+    (left,) = work.glob("adapter-*")
+    saved = last_checkpoint(ArtifactStore(config.storage.uri), left.name)
+    lines = read_metrics(Path(saved) / "metrics.jsonl")
+
+    monkeypatch.setattr(identity, "version", lambda name: "0.0.1")
+    with caplog.at_level(logging.WARNING):
+        anew = train.run(config, bench.dataset)
+    (offered,) = (line for line in caplog.messages if "--resume" in line)
+    assert f"give --resume {left.name}" in offered and 'versions.torch: "' in offered
+    assert "learning_rate" not in offered
+    resumed = train.run(changed(config, train={"resume_from": left.name}), bench.dataset)
+    assert resumed.id != anew.id and resumed.steps == 6
+    assert read_metrics(local_folder(resumed) / "metrics.jsonl")[: len(lines)] == lines
+    assert not list(work.glob("adapter-*"))
+
+    other = changed(config, train={"resume_from": "adapter-abc", "seed": 6})
+    with pytest.raises(ConfigError, match=r"train.resume_from='adapter-abc': no checkpoint.*none"):
+        train.run(other, bench.dataset)
 
 
 def test_more_workers_than_the_cluster_holds_are_refused_at_once(ray_local, bench) -> None:
