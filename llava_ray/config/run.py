@@ -5,6 +5,7 @@ All mistakes are reported at once, before a worker is asked for.
 
 import contextlib
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -14,6 +15,10 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from llava_ray.config.section import Count as Count
+from llava_ray.config.section import Integer as Integer
+from llava_ray.config.section import Natural as Natural
+from llava_ray.config.section import NotNegative as NotNegative
+from llava_ray.config.section import Number as Number
 from llava_ray.config.section import Positive as Positive
 from llava_ray.config.section import Section as Section
 from llava_ray.config.section import Share as Share
@@ -57,14 +62,14 @@ class DataConfig(Section):
     image_column: str = Field(default="filename")
     caption_column: str = Field(default="caption_condensed")
     question: str = Field(default="Describe this image in detail.")
-    limit: int | None = Field(default=None, ge=2)
+    limit: Integer | None = Field(default=None, ge=2)
     """Take only the first rows; for scene-text how many are drawn (default 240)."""
     test_share: Share = Field(default=0.1)
     max_rejected_share: Share = Field(default=0.05)
     """More rejected rows than this share end the stage with the list of reasons."""
     max_image_pixels: Count = Field(default=50_000_000)
     """Larger images are rejected before they are decoded."""
-    seed: int = Field(default=0)
+    seed: Integer = Field(default=0)
 
 
 class SweepConfig(Section):
@@ -82,7 +87,7 @@ class SweepConfig(Section):
     `character_error_rate`), or such a score `after <variant slug>`: of the quantized model."""
     max_concurrent_trials: Count | None = Field(default=None)
     """Default: as many as the cluster's GPUs (or CPUs) hold."""
-    seed: int = Field(default=0)
+    seed: Integer = Field(default=0)
 
 
 class MergeConfig(Section):
@@ -126,7 +131,7 @@ class BenchmarkConfig(Section):
     max_new_tokens: Count = Field(default=96)
     decode_tokens: Count = Field(default=48)
     """Tokens of one timed generation."""
-    warmup: int = Field(default=1, ge=0)
+    warmup: Natural = Field(default=1)
     repeats: Count = Field(default=3)
     device: str = Field(default="auto", min_length=1)
     """`cpu`, `cuda`, a part of a device's name such as H100, or `auto`: as resources.accelerator.
@@ -171,7 +176,7 @@ class EndpointConfig(Section):
     """Requests that wait in a replica; more are refused with 429."""
     max_new_tokens: Count = Field(default=1024)
     request_timeout_s: Positive = Field(default=120)
-    step_timeout_s: Positive = Field(default=120)
+    step_timeout_s: Number = Field(default=120, ge=1)
     """An engine that takes no step for so long is started again."""
     max_images: Count = Field(default=8)
     """Of one request, as far as the context goes."""
@@ -180,15 +185,23 @@ class EndpointConfig(Section):
     image_hosts: tuple[str, ...] = Field(default=())
     """Hosts whose image URLs are fetched, such as images.example.com; default: data URLs only."""
 
+    @field_validator("image_hosts")
+    @classmethod
+    def _check_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if not re.fullmatch(r"(\[[\da-f:.]+\]|[a-z\d._-]+)(:\d{1,5})?", host):
+                raise ValueError(f"{host!r} is no host, such as images.example.com or host:8080")
+        return hosts
+
 
 class ServeConfig(EndpointConfig):
     """The endpoint."""
 
     host: str = Field(default="127.0.0.1")
-    port: int = Field(default=8000, ge=1, le=65535)
+    port: Integer = Field(default=8000, ge=1, le=65535)
     model_name: str | None = Field(default=None)
     """Default: the variant's slug."""
-    gpus_per_replica: float | None = Field(default=None, ge=0)
+    gpus_per_replica: NotNegative | None = Field(default=None)
     """Default: 1 with GPUs (see resources.accelerator), shared where replicas are more, else 0."""
     proxy: Literal["python", "haproxy"] = Field(default="python")
     """What takes HTTP in: Ray Serve's own proxy, or HAProxy, which is faster but also binds pages
@@ -208,6 +221,8 @@ class ServeConfig(EndpointConfig):
             )
         if self.canary is not None and self.canary not in self.beside:
             raise ValueError(f"canary {self.canary!r} is not in beside: add it")
+        if self.model_name in self.beside:
+            raise ValueError(f"model_name {self.model_name!r} is a slug in beside: take another")
         return self
 
 
@@ -215,9 +230,9 @@ class NodeTypeConfig(Section):
     """Nodes of one kind that the cluster can have."""
 
     name: str = Field(default="worker")
-    num_cpus: float = Field(ge=0)
-    num_gpus: float = Field(default=0, ge=0)
-    memory_bytes: float = Field(default=0, ge=0)
+    num_cpus: NotNegative
+    num_gpus: NotNegative = Field(default=0)
+    memory_bytes: NotNegative = Field(default=0)
     """0: not known."""
     max_count: Count = Field(default=1)
 

@@ -1,15 +1,27 @@
 """What every section of the config is made of."""
 
 import importlib
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from llava_ray.errors import ConfigError
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+
+def _number(value: Any) -> Any:
+    """Refuse what Python would take for 0 or 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"needs a number, not {str(value).lower()}")
+    return value
+
+
+Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Integer = Annotated[int, BeforeValidator(_number)]
+Count = Annotated[Integer, Field(ge=1)]
+Natural = Annotated[Integer, Field(ge=0)]
 
 
 class Section(BaseModel):

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from llava_ray.config.section import Count, Positive, Section, Share
+from llava_ray.config.section import Count, Integer, Natural, NotNegative, Positive, Section, Share
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -37,7 +37,7 @@ class TrainConfig(Section):
     use_dora: bool = Field(default=False)
     use_rslora: bool = Field(default=False)
     learning_rate: Positive = Field(default=2e-4)
-    projector_learning_rate: float = Field(default=2e-5, ge=0)
+    projector_learning_rate: NotNegative = Field(default=2e-5)
     """[mm_projector_lr]; 0 freezes the projector."""
     optimizer: Literal["adamw", "adamw8bit", "galore"] = Field(default="adamw")
     """[optim] `adamw8bit` is bitsandbytes', `galore` needs llava_ray[galore] and method=full. Both
@@ -46,7 +46,7 @@ class TrainConfig(Section):
     galore_update_steps: Count = Field(default=200)
     """Steps between two projections [update_proj_gap]."""
     galore_scale: Positive = Field(default=0.25)
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: NotNegative = Field(default=0.0)
     max_grad_norm: Positive = Field(default=1.0)
     warmup_ratio: Share = Field(default=0.03)
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field(default="cosine")
@@ -69,7 +69,7 @@ class TrainConfig(Section):
     fused_layers: bool = Field(default=True)
     """Faster LoRA layers with the same results; for method=lora without DoRA, not for ZeRO-3."""
     group_by_modality_length: bool = Field(default=True)
-    loader_workers: int | None = Field(default=None, ge=0)
+    loader_workers: Natural | None = Field(default=None)
     """Processes that decode images beside each worker [dataloader_num_workers]. Default: 4 beside
     a GPU, which would else wait for images, and none on CPUs."""
     log_every_steps: Count = Field(default=1)
@@ -80,12 +80,12 @@ class TrainConfig(Section):
     """[save_steps]; default: ten times a run."""
     checkpoints_kept: Count = Field(default=1)
     """[save_total_limit]"""
-    max_failures: int = Field(default=3, ge=0)
+    max_failures: Natural = Field(default=3)
     """How often a lost worker is replaced before the run fails."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
         default=("tensorboard",)
     )
-    seed: int = Field(default=0)
+    seed: Integer = Field(default=0)
     resume_from: str | None = Field(default=None, pattern=r"^adapter-[0-9a-f]+$")
     """Id of a training that was cut off under another version of code or libraries: start from its
     last checkpoint [resume_from_checkpoint]."""

@@ -1,11 +1,14 @@
 """Starting and updating the Serve application on the running cluster."""
 
+import errno
+import http.client
 import json
 import logging
 import os
 import socket
 import time
 import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +23,7 @@ from llava_ray.deploy import proxy
 from llava_ray.deploy.probe import fetch
 from llava_ray.deploy.resources import check_room, gpus_per_replica
 from llava_ray.errors import ConfigError, ResourceError
-from llava_ray.resources.capacity import find_fleet
+from llava_ray.resources.capacity import find_fleet, serve_details
 from llava_ray.resources.crash import last_line
 from llava_ray.server import memory
 from llava_ray.server.application import build
@@ -75,7 +78,7 @@ def ensure_served(target: Target) -> str:
     args = _app_args(target, gpus)
     slots = _slots(args)
     if slots < args.max_concurrent_requests:
-        logger.info("serve.max_concurrent_requests: memory has room for %d", slots)
+        logger.info("serve.max_concurrent_requests: there is room for %d", slots)
     application = build(args.model_copy(update={"max_concurrent_requests": slots}))
     _start_serve(target)
     serve.run_many(
@@ -159,15 +162,12 @@ def _running_deployment(target: Target) -> str | None:
 def _start_serve(target: Target) -> None:
     """Start Serve's controller and proxy, unless this cluster has them at the same address.
 
-    Raises ResourceError when another process has the port, or Serve listens elsewhere.
+    Raises ResourceError when another process has the port, or Serve listens elsewhere or by
+    another proxy, ConfigError for a host that is not this machine's.
     """
     host, port = target.config.serve.host, target.config.serve.port
     if serve.status().proxies:
-        if not _is_proxy(target.root_url):
-            raise ResourceError(
-                f"this cluster's Ray Serve does not listen at {target.root_url}: give its "
-                "serve.host and serve.port, or end it with 'serve shutdown'"
-            )
+        _check_proxy(target)
         return
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as trial:
@@ -175,6 +175,11 @@ def _start_serve(target: Target) -> None:
         try:
             trial.bind((host, port))
         except OSError as error:
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise ConfigError(
+                    f"serve.host={host!r} is no address of the head node ({error.strerror}): take "
+                    "127.0.0.1, 0.0.0.0 or one of its own"
+                ) from error
             raise ResourceError(
                 f"port {port} of {host} cannot be had ({error.strerror}): set serve.port to a free "
                 "one or end what listens there"
@@ -182,14 +187,45 @@ def _start_serve(target: Target) -> None:
     proxy.start(target.config.serve)
 
 
-def _is_proxy(root_url: str) -> bool:
+def _check_proxy(target: Target) -> None:
+    """Raise ResourceError where the running proxy is not the one that is asked for."""
+    config = target.config.serve
+    running = _proxy_at(target.root_url)
+    if running is None:
+        raise ResourceError(
+            f"this cluster's Ray Serve does not listen at {target.root_url}: give its "
+            "serve.host and serve.port, or end it with 'serve shutdown -y'"
+        )
+    if running != config.proxy:
+        raise ResourceError(
+            f"this cluster's Ray Serve runs with serve.proxy={running}, not {config.proxy}: give "
+            "that, or end it with 'serve shutdown -y'"
+        )
+    timeout_s = (serve_details().get("http_options") or {}).get("request_timeout_s")
+    if timeout_s and timeout_s != config.request_timeout_s + proxy.SPARE_S:
+        logger.warning(
+            "requests that find no replica wait %g s until 'serve shutdown -y', as Ray Serve was "
+            "started with; serve.request_timeout_s=%g counts where there is one",
+            timeout_s,
+            config.request_timeout_s,
+        )
+
+
+def _proxy_at(root_url: str) -> str | None:
+    """Return which of Ray Serve's proxies answers there, if one does."""
     try:
-        return fetch(f"{root_url}/-/healthz") == b"success"
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            f"{root_url}/-/healthz", timeout=10
+        ) as answer:
+            headers = answer.headers if answer.read() == b"success" else None
     except urllib.error.HTTPError as error:
         # A proxy whose applications are still starting says so with this status.
-        return error.code == 503
-    except OSError:
-        return False
+        headers = error.headers if error.code == 503 else None
+    except (OSError, http.client.HTTPException):
+        return None
+    if headers is None:
+        return None
+    return "python" if headers.get("server") == "uvicorn" else "haproxy"
 
 
 def _wait_until_running(target: Target) -> None:

@@ -29,6 +29,8 @@ _FAST = {
 _RANGE = 100
 """Ports of one cluster."""
 _TRIALS = 50
+SPARE_S = 5
+"""From a replica's own deadline to the proxy's."""
 
 
 def start(config: ServeConfig) -> None:
@@ -45,8 +47,9 @@ def start(config: ServeConfig) -> None:
         http_options={
             "host": config.host,
             "port": config.port,
-            # A request that finds no replica waits as long as it may.
-            "request_timeout_s": 2 * config.request_timeout_s,
+            # A request that finds no replica waits as long as it may; where there is one, that
+            # keeps the deadline.
+            "request_timeout_s": config.request_timeout_s + SPARE_S,
         },
         controller_options={"runtime_env": {"env_vars": environment}},
     )
@@ -98,7 +101,7 @@ def _haproxy(config: ServeConfig) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": grpc[-1],
         # Serve itself says to HAProxy that a replica leaves, so nobody has to notice it by checks.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(2 * config.request_timeout_s)),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(config.request_timeout_s + SPARE_S)),
     }
 
 

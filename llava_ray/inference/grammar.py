@@ -1,35 +1,87 @@
 """Answers that keep to a grammar, such as a JSON schema's, by llguidance.
 
 Before each token the grammar's matcher says which ones may follow; all others get no probability.
+
+Run as a module it compiles the schema on its stdin and prints the grammar: some schemas take more
+time and memory than there is, so the first try is made where the system can end it.
 """
 
 import json
+import os
+import resource
+import subprocess
+import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from llava_ray.errors import DataError
+
+_COMPILE_S = 2
+"""Of processor time."""
+_COMPILE_BYTES = 1 << 30
 
 
 def json_grammar(schema: Mapping[str, Any]) -> str:
     """Return the grammar of a JSON schema, as `GrammarCompiler` takes it.
 
-    Raises DataError for a schema that llguidance cannot follow, with its words.
+    Raises DataError for a schema that llguidance cannot follow, with its words, that no text keeps
+    to, or that takes too much to compile.
     """
-    from llguidance import LLMatcher
+    return _compiled(json.dumps(schema))
 
+
+@lru_cache(maxsize=256)
+def _compiled(schema: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", __name__],
+        input=schema,
+        capture_output=True,
+        text=True,
+        # Ray may have added to the path of this process alone.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    if done.returncode < 0:
+        raise DataError(
+            f"it takes more than {_COMPILE_S} s or {_COMPILE_BYTES >> 20} MiB to compile: simplify "
+            "what counts or repeats, such as multipleOf and patterns"
+        )
+    if done.returncode:
+        raise DataError((done.stderr.strip().splitlines() or ["no message"])[-1])
+    return done.stdout
+
+
+def _compile_stdin() -> None:
+    from llguidance import LLMatcher, LLTokenizer
+
+    there = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (there + _COMPILE_BYTES,) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (_COMPILE_S,) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Free whitespace would let a small model go on with nothing else.
     options: Any = {"whitespace_pattern": r"[ \n]?"}
     try:
-        grammar: str = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
-        problem = LLMatcher.validate_grammar(grammar)
+        grammar: str = LLMatcher.grammar_from_json_schema(sys.stdin.read(), overrides=options)
     except ValueError as error:
-        problem = str(error)
+        sys.exit(_line(str(error)))
+    # Its tokens are the bytes, and special ones behind them.
+    matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
+    bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    problem = _line(matcher.get_error())
+    if problem == "NoExtensionBias" or not (problem or bits[: 256 // 8].any()):
+        problem = "no text keeps to it, as where it refers to itself alone"
     if problem:
-        raise DataError(" ".join(problem.split()))
-    return grammar
+        sys.exit(problem)
+    sys.stdout.write(grammar)
+
+
+def _line(error: str) -> str:
+    """Return llguidance's words without the matcher's state behind them."""
+    return " ".join(error.partition("<state>")[0].split())
 
 
 class GrammarCompiler:
@@ -53,10 +105,10 @@ class GrammarCompiler:
             self._tokenizer = from_tokenizer(
                 self._hf_tokenizer, n_vocab=self._vocab_size, eos_token=self._eos_token_id
             )
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
-        if matcher.is_error():
-            raise DataError(" ".join(matcher.get_error().split()))
-        return Matcher(matcher, self._vocab_size)
+        matcher = Matcher(LLMatcher(self._tokenizer, grammar, log_level=0), self._vocab_size)
+        if matcher.failure:
+            raise DataError(matcher.failure)
+        return matcher
 
 
 class Matcher:
@@ -67,12 +119,17 @@ class Matcher:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing can follow any more."""
-        return bool(self._matcher.is_stopped())
+        """Whether the answer keeps to the grammar and nothing can follow any more."""
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+
+    @property
+    def failure(self) -> str:
+        """Why the answer cannot be followed any further, such as its length; empty if it can."""
+        return _line(self._matcher.get_error()) if self._matcher.is_error() else ""
 
     def allowed(self) -> NDArray[np.bool_]:
         """Return which tokens may follow, bool [vocab_size]."""
-        if self.complete:
+        if self._matcher.is_stopped():
             return np.ones(self._vocab_size, np.bool_)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         return np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(np.bool_)
@@ -80,3 +137,7 @@ class Matcher:
     def accept(self, token: int) -> None:
         """Go on behind a token."""
         self._matcher.consume_token(token)
+
+
+if __name__ == "__main__":
+    _compile_stdin()

@@ -102,6 +102,15 @@ class TooLarge(ApiError):
         return super().headers() | {"connection": "close"}
 
 
+class SlowBody(ApiError):
+    """The body comes too slowly."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+    retry = True
+
+
 class UnsupportedMedia(ApiError):
     """The body is not JSON."""
 

@@ -246,12 +246,17 @@ class Scheduler:
                     self._emit(answer, step)
 
     def _emit(self, answer: Answer, step: Step) -> None:
+        matcher = answer.row.matcher
+        if matcher is not None and matcher.failure:
+            problem = f"response_format: the answer cannot be kept to it: {matcher.failure}"
+            self._end(answer, BadRequest(problem, "response_format"))
+            return
         if step.token_id == self.engine.eos_token_id and not answer.row.sampling.ignore_eos:
             self._end(answer, "stop")
             return
         answer.emitted += 1
         self._outbox.append((answer, step))
-        if (matcher := answer.row.matcher) is not None:
+        if matcher is not None:
             matcher.accept(step.token_id)
             if matcher.complete:
                 self._end(answer, "stop")

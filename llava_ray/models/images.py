@@ -75,7 +75,9 @@ def open_image(
         raise DataError(f"not an image in one of {', '.join(FORMATS)}") from error
     except FileNotFoundError as error:
         raise DataError(f"no image file at {source!r}") from error
-    except (Image.DecompressionBombError, *_BROKEN) as error:
+    except Image.DecompressionBombError as error:
+        raise DataError(f"image of far more than {max_pixels} pixels, which are allowed") from error
+    except _BROKEN as error:
         raise DataError(f"broken image: {error}") from error
 
 

@@ -66,6 +66,8 @@ class Fleet:
     """Whether no node of another kind can come; what fits none is then refused at once."""
     accelerator: str
     """As resources.accelerator."""
+    held: str = ""
+    """What is not counted in, since served replicas have it."""
 
     @property
     def gpu(self) -> bool:
@@ -90,7 +92,10 @@ class Fleet:
         if self.complete and (room := self.total(need)) < count:
             times = f"{count} times " if count > 1 else ""
             has = f"has room for {room}" if room else "has no node for that"
-            raise ResourceError(f"{what} asks for {times}{need}: the cluster {has}; it has {self}")
+            held = self.held and f"; {self.held}: 'serve shutdown -y' ends what is served"
+            raise ResourceError(
+                f"{what} asks for {times}{need}: the cluster {has}; it has {self}{held}"
+            )
 
     def fit(self, what: str, need: Resources) -> Resources:
         """Lower the CPUs to what the largest fitting node has: fewer CPUs only take longer.
@@ -112,9 +117,9 @@ def find_fleet(config: RunConfig, *, idle: bool = False) -> Fleet:
     """
     wanted = config.resources
     if not isinstance(wanted.node_types, tuple):
-        counts = Counter(free_nodes(idle=idle))
-        nodes = tuple(NodeType("node", each, count) for each, count in counts.items())
-        return Fleet(nodes, wanted.node_types == "up", wanted.accelerator)
+        free, held = free_nodes(idle=idle)
+        nodes = tuple(NodeType("node", each, count) for each, count in Counter(free).items())
+        return Fleet(nodes, wanted.node_types == "up", wanted.accelerator, held)
     types = (
         NodeType(t.name, Resources(t.num_cpus, t.num_gpus, t.memory_bytes), t.max_count)
         for t in wanted.node_types
@@ -122,9 +127,9 @@ def find_fleet(config: RunConfig, *, idle: bool = False) -> Fleet:
     return Fleet(tuple(types), True, wanted.accelerator)
 
 
-def free_nodes(*, idle: bool = False) -> list[Resources]:
+def free_nodes(*, idle: bool = False) -> tuple[list[Resources], str]:
     """Return what each living machine has without what served replicas have, unless it counts as
-    idle.
+    idle, and in words what those have.
 
     Replicas stay: a stage that counted on their CPUs would wait for them forever. What other jobs
     have comes free, so it is counted in. Where replicas have all CPUs or GPUs that there are, they
@@ -135,17 +140,20 @@ def free_nodes(*, idle: bool = False) -> list[Resources]:
     alive: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     totals = {node["NodeID"]: node["Resources"] for node in alive if node["Alive"]}
     free = {id: {key: has.get(key, 0.0) for key in _COUNTED} for id, has in totals.items()}
+    held = dict.fromkeys(_COUNTED, 0.0)
     for node_id, taken in () if idle else _taken_by_replicas():
         if node_id in free:
             for key in _COUNTED:
                 free[node_id][key] -= taken.get(key, 0.0)
+                held[key] += taken.get(key, 0.0)
     for key in ("CPU", "GPU"):
         most = max((has.get(key, 0.0) for has in totals.values()), default=0.0)
         if most >= 1 and all(node[key] < 1 for node in free.values()):
             _warn_of_waiting(key)
             for node_id, node in free.items():
                 node[key] = totals[node_id].get(key, 0.0)
-    return [Resources(*(node[key] for key in _COUNTED)) for node in free.values()]
+    words = f"replicas hold {Resources(*held.values())}" if any(held.values()) else ""
+    return [Resources(*(node[key] for key in _COUNTED)) for node in free.values()], words
 
 
 def model_up(*, gpu: bool) -> str:
@@ -171,30 +179,9 @@ def _warn_of_waiting(key: str) -> None:
 
 
 def _taken_by_replicas() -> list[tuple[str, dict[str, float]]]:
-    """Return the node and the resources of each replica of Ray Serve.
-
-    By the dashboard (`GET /api/serve/applications/`); without one it is unknown.
-    """
-    import ray
-    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-
-    # The address keeps Ray from looking for another cluster, which it would then connect to.
-    connected = ray.init(
-        address=ray.get_runtime_context().gcs_address,
-        ignore_reinit_error=True,
-        logging_level=logging.WARNING,
-    )
-    dashboard = connected.dashboard_url
-    if not dashboard:
-        return []
-    try:
-        details = ServeSubmissionClient(f"http://{dashboard}").get_serve_details()
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        # In a worker of a cluster without a dashboard the address may be another cluster's.
-        logger.warning("what served replicas hold is unknown: %s", str(error).splitlines()[0])
-        return []
+    """Return the node and the resources of each replica of Ray Serve."""
     found = []
-    for application in details["applications"].values():
+    for application in serve_details().get("applications", {}).values():
         for deployment in application["deployments"].values():
             options = deployment["deployment_config"]["ray_actor_options"]
             resources = {
@@ -208,3 +195,26 @@ def _taken_by_replicas() -> list[tuple[str, dict[str, float]]]:
                 if replica["node_id"]
             ]
     return found
+
+
+def serve_details() -> dict[str, Any]:
+    """Return what the dashboard says of Ray Serve (`GET /api/serve/applications/`), or nothing."""
+    import ray
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    # The address keeps Ray from looking for another cluster, which it would then connect to.
+    connected = ray.init(
+        address=ray.get_runtime_context().gcs_address,
+        ignore_reinit_error=True,
+        logging_level=logging.WARNING,
+    )
+    dashboard = connected.dashboard_url
+    if not dashboard:
+        return {}
+    try:
+        details: dict[str, Any] = ServeSubmissionClient(f"http://{dashboard}").get_serve_details()
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        # In a worker of a cluster without a dashboard the address may be another cluster's.
+        logger.warning("what Ray Serve holds is unknown: %s", str(error).splitlines()[0])
+        return {}
+    return details

@@ -2,10 +2,10 @@
 
 import base64
 import binascii
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
-from urllib.parse import unquote
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -20,9 +20,8 @@ from llava_ray.server.settings import AppArgs
 
 MAX_STOPS = 4
 MAX_TOP_LOGPROBS = 20
-
-Fetch = Callable[[str], Awaitable[bytes]]
-"""Turns an allowed image URL into bytes."""
+_ESCAPED = [("+", b"%2B"), ("/", b"%2F"), ("=", b"%3D"), ("", b"%0A"), ("", b"%0D"), ("", b"%20")]
+"""What is encoded of base64 where it is put into a URL."""
 
 
 class _Part(BaseModel):
@@ -35,8 +34,10 @@ class _Part(BaseModel):
     def _drop_unused(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
+        named = cls.model_fields.items()
+        needed = {field.alias or name for name, field in named if field.is_required()}
         sent = {name: value for name, value in fields.items() if value is not None}
-        return {n: v for n, v in sent.items() if n in cls.model_fields or not _is_empty(v)}
+        return {name: v for name, v in sent.items() if name in needed or not _is_empty(v)}
 
 
 def _is_empty(value: Any) -> bool:
@@ -46,7 +47,12 @@ def _is_empty(value: Any) -> bool:
     return value is None or value in ("", [])
 
 
-class TextPart(_Part):
+class _Cached(_Part):
+    cache_control: dict[str, Any] | None = None
+    """Of clients that speak to servers with a cache to control; changes nothing here."""
+
+
+class TextPart(_Cached):
     """Text of a message."""
 
     type: Literal["text"]
@@ -61,7 +67,7 @@ class ImageUrl(_Part):
     """Accepted and ignored: LLaVA-1.5 sees every image at one size."""
 
 
-class ImagePart(_Part):
+class ImagePart(_Cached):
     """An image of a user's message."""
 
     type: Literal["image_url"]
@@ -73,7 +79,7 @@ class ImagePart(_Part):
         return {"url": value} if isinstance(value, str) else value
 
 
-class Message(_Part):
+class Message(_Cached):
     """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -91,9 +97,13 @@ class Message(_Part):
         """Return the text parts, one a line."""
         return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
 
-    def image_urls(self) -> list[str]:
-        """Return the images in their order."""
-        return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
+    def images(self, where: str) -> "list[ImageSource]":
+        """Return the images in their order; where: what errors call the message."""
+        return [
+            ImageSource(part.image_url.url, f"{where}.content.{index}")
+            for index, part in enumerate(self.content)
+            if isinstance(part, ImagePart)
+        ]
 
 
 class JsonSchema(_Part):
@@ -101,7 +111,7 @@ class JsonSchema(_Part):
 
     name: str = ""
     description: str = ""
-    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    schema_: dict[str, Any] = Field(alias="schema")
     strict: bool = True
 
 
@@ -166,12 +176,26 @@ class ChatRequest(_Part):
 
 
 @dataclass(frozen=True)
+class ImageSource:
+    """An image of a request, not read yet."""
+
+    url: str
+    where: str
+    """The part that it is, such as `messages.0.content.1`."""
+
+    @property
+    def is_inline(self) -> bool:
+        """Whether the URL holds the image itself."""
+        return self.url[:5].lower() == "data:"
+
+
+@dataclass(frozen=True)
 class Conversation:
     """What a request's messages say."""
 
     turns: tuple[Turn, ...]
     system: str | None
-    image_urls: tuple[str, ...]
+    images: tuple[ImageSource, ...]
 
 
 def parse_request(body: bytes, args: AppArgs) -> ChatRequest:
@@ -243,13 +267,14 @@ def read_conversation(messages: Sequence[Message], args: AppArgs) -> Conversatio
     """
     system = [protect(m.text()) for m in messages if m.role in ("system", "developer")]
     turns: list[Turn] = []
-    urls: list[str] = []
+    images: list[ImageSource] = []
     for index, message in enumerate(messages):
-        where, found = f"messages.{index}", message.image_urls()
+        where = f"messages.{index}"
+        found = message.images(where)
         if found and message.role != "user":
             raise BadRequest("only a user's message can hold images", where)
         if message.role == "user":
-            urls += found
+            images += found
             turn = Turn(message.text(), num_images=len(found))
             if not turn.text and not found:
                 raise BadRequest("the message is empty", where)
@@ -262,31 +287,43 @@ def read_conversation(messages: Sequence[Message], args: AppArgs) -> Conversatio
             turns[-1] = Turn(last.text, last.num_images, answer)
     if not _open(turns):
         raise BadRequest("the last message must be a user's", "messages")
-    if len(urls) > args.max_images:
+    if len(images) > args.max_images:
         raise BadRequest(
-            f"{len(urls)} images: at most {args.max_images} are allowed",
+            f"{len(images)} images: at most {args.max_images} are allowed",
             "messages",
             "too_many_images",
         )
-    return Conversation(tuple(turns), "\n".join(system) if system else None, tuple(urls))
+    return Conversation(tuple(turns), "\n".join(system) if system else None, tuple(images))
 
 
-async def read_image_bytes(url: str, args: AppArgs, fetch: Fetch) -> bytes:
-    """Return the bytes of a data URL, or of a URL that `fetch` allows.
+@contextmanager
+def named(source: ImageSource) -> Iterator[None]:
+    """Have the errors of an image say which part of the request it is."""
+    try:
+        yield
+    except (BadRequest, TooLarge) as error:
+        raise type(error)(f"{source.where}: {error}", source.where, error.code) from error
 
-    Raises TooLarge before decoding more than the limit, BadRequest for anything else.
+
+def data_url_bytes(url: str, args: AppArgs) -> bytes:
+    """Return the bytes of a data URL.
+
+    Raises TooLarge before decoding more than the limit, BadRequest for what is no base64.
     """
-    if url[:5].lower() != "data:":
-        return await fetch(url)
     header, comma, payload = url.partition(",")
     if not comma or not header.lower().endswith(";base64"):
         raise _bad_image("an image's data URL reads data:image/jpeg;base64,...")
     if len(payload) > args.max_image_bytes * 4 // 3 + 4:
         raise TooLarge(f"an image has more than {args.max_image_bytes} bytes", "messages")
-    # Some clients break lines, leave the padding out or encode it for a URL.
-    letters = "".join(unquote(payload).split()).rstrip("=")
+    # Some clients break lines, leave the padding out or encode it for a URL. Pieces of a hostile
+    # payload are not made into a list: it would take a hundred times their bytes.
     try:
-        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
+        letters = payload.encode("ascii")
+        for letter, escape in _ESCAPED:
+            for each in (escape, escape.lower()):
+                letters = letters.replace(each, letter.encode())
+        letters = letters.translate(None, b" \t\r\n").rstrip(b"=")
+        return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise _bad_image(f"an image's base64 is broken: {error}") from error
 
@@ -318,19 +355,31 @@ def _join(first: Turn, second: Turn) -> Turn:
 
 def _explain(error: ValidationError) -> ApiError:
     """Turn pydantic's first complaint into OpenAI's words."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    # pydantic names a part's kind as if it were a field.
+    first = error.errors(include_url=False, include_input=False)[0]
+    kind, context = first["type"], first.get("ctx", {})
+    # pydantic names a part's kind, and a type of a union, as if they were fields.
     location = [
         str(part)
         for before, part in zip(("", *first["loc"]), first["loc"], strict=False)
         if not (isinstance(before, int) and part in ("text", "image_url"))
+        and part not in ("str", "list[str]")
     ]
     param = ".".join(location) or None
-    if first["type"] == "json_invalid":
+    if kind == "json_invalid":
         return BadRequest(f"the body is not JSON ({first['msg']})")
-    if first["type"] == "extra_forbidden":
+    if kind == "extra_forbidden":
         return BadRequest(f"Unrecognized request argument supplied: {param}", param)
-    if first["type"] == "missing":
+    if kind == "union_tag_not_found":
+        param = f"{param}.type"
+    if kind in ("missing", "union_tag_not_found"):
         return BadRequest(f"Missing required parameter: {param}", param)
-    where = f"{param}: " if param else ""
-    return BadRequest(f"{where}{first['msg']}", param)
+    where, said = f"{param}: " if param else "", first["msg"]
+    if kind == "union_tag_invalid":
+        said = f"its type is {context['expected_tags']}, not {context['tag']!r}"
+    elif kind == "too_long" and context["max_length"] == 0:
+        said = "this model cannot follow it: leave it out"
+    elif kind == "too_short":
+        said = f"at least {context['min_length']} is needed"
+    elif kind == "literal_error" and context["expected"] == "0":
+        said = "only 0 can be followed: leave it out"
+    return BadRequest(f"{where}{said}", param)

@@ -3,12 +3,14 @@
 import asyncio
 import logging
 import random
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
+from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse
@@ -30,10 +32,12 @@ from llava_ray.server.backend import Backend
 from llava_ray.server.canary import Canary
 from llava_ray.server.chat import (
     ChatRequest,
+    ImageSource,
+    data_url_bytes,
     decode_image,
+    named,
     parse_request,
     read_conversation,
-    read_image_bytes,
     sampling_params,
 )
 from llava_ray.server.fetch import ImageFetcher
@@ -52,6 +56,8 @@ _DECODERS = 2
 """Images decoded at a time: each may take some 200 MB while it is."""
 _SMALL = 20_000
 """Bytes that are parsed, or text that is encoded, sooner than handed to a thread."""
+_UNREAD_S = 2
+"""After its deadline a stream's last event is still sent, to a client that reads."""
 
 
 class Endpoint:
@@ -62,6 +68,8 @@ class Endpoint:
         self._backends: Mapping[str, Backend] = {b.card.name: b for b in backends}
         self._fetch = ImageFetcher(args.image_hosts, args.max_image_bytes)
         self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
+        # One at a time, so that many slow schemas keep no other thread and processor.
+        self._schemas = ThreadPoolExecutor(1, thread_name_prefix="schema")
         self._canary = _make_canary(backends, args)
         self._under_way = 0
         slots = sum(backend.card.slots for backend in backends)
@@ -71,11 +79,14 @@ class Endpoint:
         """Build the ASGI application; no keys means that only this machine may ask."""
         app = FastAPI(title="llava_ray", docs_url=None, redoc_url=None, openapi_url=None)
         app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
-        app.add_api_route("/v1/models", self.models, methods=["GET"], response_model=None)
-        app.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
-        app.add_api_route("/health", self.health, methods=["GET"], response_model=None)
-        app.add_api_route("/metrics", self.metrics, methods=["GET"], response_model=None)
-        app.add_api_route("/", self.page, methods=["GET"], response_model=None)
+        for path, answer in (
+            ("/v1/models", self.models),
+            ("/v1/models/{name:path}", self.model),
+            ("/health", self.health),
+            ("/metrics", self.metrics),
+            ("/", self.page),
+        ):
+            app.add_api_route(path, answer, methods=["GET", "HEAD"], response_model=None)
         app.add_exception_handler(ApiError, _on_api_error)
         app.add_exception_handler(HTTPException, _on_http_exception)
         app.add_exception_handler(ClientDisconnect, _on_disconnect)
@@ -112,9 +123,10 @@ class Endpoint:
         """Answer a conversation, whole or as a stream."""
         leave = self._enter()
         response = None
+        deadline = time.monotonic() + self.args.request_timeout_s
         try:
             async with asyncio.timeout(self.args.request_timeout_s):
-                response = await self._chat(request, leave)
+                response = await self._chat(request, deadline, leave)
                 return response
         except TimeoutError as error:
             raise DeadlineExceeded(f"no answer within {self.args.request_timeout_s:g} s") from error
@@ -134,7 +146,7 @@ class Endpoint:
 
         return leave
 
-    async def _chat(self, request: Request, leave: Callable[[], None]) -> Response:
+    async def _chat(self, request: Request, deadline: float, leave: Callable[[], None]) -> Response:
         parsed = await self._read(request)
         backend = self._backend(parsed.model)
         canary = self._canary_for(backend)
@@ -144,9 +156,12 @@ class Endpoint:
         if parsed.response_format is None:
             samplings = sampling_params(parsed, self.args)
         else:  # A schema takes its time to be compiled.
-            samplings = await asyncio.to_thread(sampling_params, parsed, self.args)
+            loop = asyncio.get_running_loop()
+            samplings = await loop.run_in_executor(
+                self._schemas, sampling_params, parsed, self.args
+            )
         return await until_disconnect(
-            request.receive, self._answer(parsed, backend, samplings, canary, leave)
+            request.receive, self._answer(parsed, backend, samplings, canary, deadline, leave)
         )
 
     async def _read(self, request: Request) -> ChatRequest:
@@ -164,13 +179,14 @@ class Endpoint:
         backend: Backend,
         samplings: Sequence[SamplingParams],
         canary: Canary | None,
+        deadline: float,
         leave: Callable[[], None],
     ) -> Response:
         prompt = await self._prompt(parsed, backend)
         usage = parsed.stream_options is not None and parsed.stream_options.include_usage
         reply = Reply(backend.card, len(prompt.input_ids), include_usage=usage)
         choices = [Choice(backend.tokenizer, sampling) for sampling in samplings]
-        timeout_s = self.args.request_timeout_s
+        timeout_s = deadline - time.monotonic()
         streams = [
             _choose(backend, prompt, sampling, choice, timeout_s)
             for sampling, choice in zip(samplings, choices, strict=True)
@@ -185,7 +201,7 @@ class Endpoint:
             events = _events(reply, choices, merge(streams), done)
             # The first event is awaited before the headers go out, so that a refusal has a status.
             first = await anext(events)
-            return EventStream(_chain(first, events), leave, timeout_s=2 * timeout_s)
+            return EventStream(_chain(first, events), leave, timeout_s=timeout_s + _UNREAD_S)
         async with aclosing(merge(streams)) as items:
             async for _ in items:
                 pass
@@ -194,16 +210,25 @@ class Endpoint:
 
     async def _prompt(self, parsed: ChatRequest, backend: Backend) -> Prompt:
         conversation = read_conversation(parsed.messages, self.args)
-        data = [await read_image_bytes(u, self.args, self._fetch) for u in conversation.image_urls]
+        sources, fetched = conversation.images, {}
+        for source in sources:
+            if not source.is_inline:
+                with named(source):
+                    fetched[source] = await self._fetch(source.url)
         system = conversation.system
         if system is None:
             system = self.args.system_prompt
 
+        def read(source: ImageSource) -> Image.Image:
+            with named(source):
+                data = fetched.get(source) or data_url_bytes(source.url, self.args)
+                return decode_image(data, self.args)
+
         def build() -> Prompt:
-            images = [decode_image(each, self.args) for each in data]
+            images = [read(source) for source in sources]
             return make_prompt(backend, conversation.turns, images, system)
 
-        if not data and sum(len(turn.text) for turn in conversation.turns) < _SMALL:
+        if not sources and sum(len(turn.text) for turn in conversation.turns) < _SMALL:
             prompt = build()
         else:
             loop = asyncio.get_running_loop()

@@ -6,7 +6,6 @@ name this machine (against DNS rebinding) and an Origin has to be the endpoint's
 
 import hashlib
 import hmac
-import uuid
 from base64 import b64decode
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -116,8 +115,7 @@ def _host_name(host: str) -> str:
 def _with_headers(send: Send) -> Send:
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
-            request_id = (b"x-request-id", f"req_{uuid.uuid4().hex}".encode())
-            message["headers"] = [*message.get("headers", ()), *_ALWAYS, request_id]
+            message["headers"] = [*message.get("headers", ()), *_ALWAYS]
         await send(message)
 
     return sending

@@ -16,6 +16,7 @@ import psutil
 from llava_ray.artifacts.records import Variant
 from llava_ray.artifacts.store import read_record
 from llava_ray.errors import ResourceError
+from llava_ray.inference.llama_cpp import MAX_SEQUENCES
 from llava_ray.resources.crash import last_line
 from llava_ray.server.loading import text_config
 from llava_ray.server.settings import AppArgs
@@ -37,6 +38,8 @@ class Footprint:
     """Bytes of its weights and of its process."""
     per_slot: int
     """Bytes of the KV cache of one answer."""
+    most: int | None = None
+    """What its engine takes at a time at most."""
 
 
 def footprint(
@@ -55,7 +58,8 @@ def footprint(
     weights = int(variant.size_bytes * (32 / bits if unpacked else 1)) + _RESERVE[device]
     # On a GPU PyTorch's engine has a spare slot.
     spare = per_slot if device == "cuda" and variant.method != "gguf" else 0
-    return Footprint(variant.slug, weights + spare, per_slot)
+    most = MAX_SEQUENCES if variant.method == "gguf" else None
+    return Footprint(variant.slug, weights + spare, per_slot, most)
 
 
 def slots_within(footprints: Sequence[Footprint], memory_bytes: float, wanted: int) -> int:
@@ -65,6 +69,7 @@ def slots_within(footprints: Sequence[Footprint], memory_bytes: float, wanted: i
     """
     weights = sum(each.weights for each in footprints)
     per_slot = sum(each.per_slot for each in footprints)
+    wanted = min(wanted, *(each.most for each in footprints if each.most), wanted)
     found = min(wanted, int((memory_bytes * _USABLE - weights) // per_slot))
     if found < 1:
         names = ", ".join(each.slug for each in footprints)

@@ -42,10 +42,13 @@ class Choice:
         """Take a chunk; `finish_reason` is set once the choice is complete."""
         text, logprobs = "", []
         for step in chunk.steps:
-            self.token_ids.append(step.token_id)
-            text += self._stop.push(self._detokenizer.push(step.token_id))
+            piece = self._detokenizer.push(step.token_id)
             if self._wants_logprobs:
-                logprobs.append(self._logprob(step))
+                # Some tokenizers put a space before all text, which is not the answer's.
+                lead = b"" if self.token_ids or piece.startswith(" ") else b" "
+                logprobs.append(self._logprob(step, lead))
+            self.token_ids.append(step.token_id)
+            text += self._stop.push(piece)
             if self._stop.stopped:
                 break
         if chunk.finish_reason is not None and not self._stop.stopped:
@@ -62,14 +65,14 @@ class Choice:
         """Whether a stop string ended the answer."""
         return self._stop.stopped
 
-    def _logprob(self, step: Step) -> dict[str, Any]:
+    def _logprob(self, step: Step, lead: bytes) -> dict[str, Any]:
         assert step.logprob is not None
-        entry = self._entry(step.token_id, step.logprob)
-        entry["top_logprobs"] = [self._entry(token, value) for token, value in step.top_logprobs]
-        return entry
+        entry = self._entry(step.token_id, step.logprob, lead)
+        rivals = [self._entry(token, value, lead) for token, value in step.top_logprobs]
+        return entry | {"top_logprobs": rivals}
 
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        data = token_bytes(self._tokenizer, token_id)
+    def _entry(self, token_id: int, logprob: float, lead: bytes) -> dict[str, Any]:
+        data = token_bytes(self._tokenizer, token_id).removeprefix(lead)
         # OpenAI's floor for what is all but impossible; JSON has no infinity.
         return {
             "token": data.decode("utf-8", errors="replace"),

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llava_ray.config.run import Count, EndpointConfig, Section, Share
+from llava_ray.config.run import Count, EndpointConfig, Natural, NotNegative, Section, Share
 
 
 class ModelArgs(Section):
@@ -24,7 +24,10 @@ class ModelArgs(Section):
     def _expand(cls, uri: str) -> str:
         expanded = os.path.expandvars(uri)
         if "$" in expanded:
-            raise ValueError(f"{uri!r}: the environment variable is not set on the cluster")
+            raise ValueError(
+                f"{uri!r}: the cluster has no such environment variable: write the folder in its "
+                "place, or export it before the cluster is started"
+            )
         return expanded
 
 
@@ -37,7 +40,7 @@ class EngineArgs(Section):
     device: Literal["cpu", "cuda"]
     slots: Count
     context: Count
-    kept_prefixes: int = Field(ge=0)
+    kept_prefixes: Natural
 
 
 class CanaryArgs(Section):
@@ -51,12 +54,12 @@ class CanaryArgs(Section):
 class AppArgs(EndpointConfig):
     """Arguments of `build`, the Serve application."""
 
-    models: tuple[ModelArgs, ...] = Field(min_length=1)
+    models: tuple[ModelArgs, ...]
     """The first one is what the page asks by default."""
     canary: CanaryArgs | None = Field(default=None)
     deployment_id: str = Field(default="")
     """Shown in /v1/models, so that two deployments of the same differ."""
-    gpus_per_replica: float = Field(default=0, ge=0)
+    gpus_per_replica: NotNegative = Field(default=0)
     """All models of a replica share them."""
     surge: bool = Field(default=False)
     """An upgrade starts new replicas before it stops the old; needs room for both."""
@@ -67,11 +70,14 @@ class AppArgs(EndpointConfig):
     max_choices: Count = Field(default=8)
     """Largest `n`."""
     max_messages: Count = Field(default=64)
-    kept_prefixes: int = Field(default=32, ge=0)
+    kept_prefixes: Natural = Field(default=32)
     """Images whose prefill is kept, per replica."""
 
     @model_validator(mode="after")
     def _check(self) -> "AppArgs":
+        # Not by Field, which would also count a model that is wrong as missing.
+        if not self.models:
+            raise ValueError("models is empty: name at least one")
         names = [m.name for m in self.models if m.name is not None]
         if len(set(names)) != len(names):
             raise ValueError(f"models have the same name: {', '.join(names)}")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -11,11 +12,16 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from llava_ray.inference.request_errors import ApiError, TooLarge
+from llava_ray.inference.request_errors import ApiError, SlowBody, TooLarge
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_BODY_S = 20
+"""Until the first bytes of a body."""
+_BODY_BYTES_PER_S = 20_000
+"""A body that comes more slowly keeps its place from others."""
 
 
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
@@ -87,11 +93,17 @@ async def _disconnected(receive: Receive) -> None:
 async def read_body(receive: Receive, *, limit: int) -> bytes:
     """Read a request's body.
 
-    Raises TooLarge as soon as it exceeds the limit, ClientDisconnect when the client hangs up.
+    Raises TooLarge as soon as it exceeds the limit, SlowBody where it hardly comes,
+    ClientDisconnect when the client hangs up.
     """
-    body = bytearray()
+    body, start = bytearray(), time.monotonic()
     while True:
-        message = await receive()
+        may_take_s = _BODY_S + len(body) / _BODY_BYTES_PER_S
+        try:
+            async with asyncio.timeout(start + may_take_s - time.monotonic()):
+                message = await receive()
+        except TimeoutError as error:
+            raise SlowBody(f"{len(body)} bytes of the body within {may_take_s:.0f} s") from error
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         body += message.get("body", b"")

@@ -41,13 +41,21 @@ class Driver:
         self._environment = {**os.environ, **head.environment(), "PYTHONPATH": str(REPO)}
         self._environment.pop("RAY_AUTH_TOKEN", None)
 
-    def run(self, *command: str, timeout_s: float = 600) -> str:
+    def run(self, *command: str) -> str:
         done = subprocess.run(
-            [sys.executable, *command], env=self._environment, cwd=REPO, timeout=timeout_s,
+            [sys.executable, *command], env=self._environment, cwd=REPO, timeout=600,
             capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout + done.stderr
+
+    def start(self, *command: str, log: Path) -> subprocess.Popen[bytes]:
+        """Start a command whose output goes to a file."""
+        with log.open("wb") as stream:
+            return subprocess.Popen(
+                [sys.executable, *command], env=self._environment, cwd=REPO,
+                stdout=stream, stderr=subprocess.STDOUT,
+            )  # fmt: skip
 
     def alive(self) -> int:
         return int(self.run("-c", _COUNT).split()[0])

@@ -137,6 +137,27 @@ def test_ways_of_training_that_exclude_each_other(overrides: list[str], said: st
         load_config(None, overrides)
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("serve.max_replicas=true", "needs a number, not true"),
+        ("train.warmup_ratio=false", "needs a number, not false"),
+        ("serve.request_timeout_s=.inf", "finite number"),
+        ("serve.step_timeout_s=0.001", "greater than or equal to 1"),
+        ("serve.image_hosts=[https://example.com/]", "is no host"),
+        ("serve.image_hosts=[example.com:port]", "is no host"),
+    ],
+)
+def test_numbers_and_hosts_are_ones(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(None, [override])
+
+
+def test_a_model_and_one_beside_it_need_different_names() -> None:
+    with pytest.raises(ConfigError, match="model_name 'none-fp16' is a slug in beside"):
+        load_config(None, ["serve.beside=[none-fp16]", "serve.model_name=none-fp16"])
+
+
 @pytest.mark.parametrize("path", sorted(Path("jobs/configs").rglob("*.yaml")), ids=str)
 def test_every_shipped_config_loads(path: Path) -> None:
     if path.name == "pretrain.yaml":

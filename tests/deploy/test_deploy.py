@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def served(ray_local: None, config: RunConfig, chosen: ChosenVariant) -> Iterato
 
 
 def test_stages_do_not_count_on_what_the_replica_holds(served: DeploymentRecord) -> None:
-    assert free_nodes()[0].num_cpus == 2 - 0.5
+    assert free_nodes()[0][0].num_cpus == 2 - 0.5
 
 
 def test_the_curl_line_answers_about_an_image(served: DeploymentRecord) -> None:
@@ -239,6 +240,22 @@ def test_another_address_for_the_same_cluster_is_refused(
     elsewhere = config.serve.model_copy(update={"port": free_port()})
     with pytest.raises(ResourceError, match="does not listen at"):
         deploy.run(config.model_copy(update={"serve": elsewhere}), chosen)
+
+
+def test_another_proxy_for_the_same_cluster_is_refused(
+    served: DeploymentRecord, config: RunConfig, chosen: ChosenVariant
+) -> None:
+    running = config.serve.proxy
+    other = config.serve.model_copy(
+        update={"proxy": "python" if running == "haproxy" else "haproxy"}
+    )
+    with pytest.raises(ResourceError, match=f"runs with serve.proxy={running}"):
+        deploy.run(config.model_copy(update={"serve": other}), chosen)
+
+
+def test_one_request_id_comes_with_each_answer(served: DeploymentRecord) -> None:
+    with urllib.request.urlopen(f"{served.url}/models") as answer:
+        assert len(answer.headers.get_all("x-request-id")) == 1
 
 
 Outcomes = dict[bool, list[object]]

@@ -5,14 +5,15 @@ import logging
 import pytest
 import ray
 
+from llava_ray.config.run import load_config
 from llava_ray.errors import ResourceError
 from llava_ray.resources import capacity
-from llava_ray.resources.capacity import Fleet, NodeType, Resources, free_nodes
+from llava_ray.resources.capacity import Fleet, NodeType, Resources, find_fleet, free_nodes
 
 
 def test_without_an_application_all_is_free(ray_local: None) -> None:
-    (node,) = free_nodes()
-    assert (node.num_cpus, node.num_gpus) == (2, 0) and node.memory_bytes > 0
+    (node,), held = free_nodes()
+    assert (node.num_cpus, node.num_gpus, held) == (2, 0, "") and node.memory_bytes > 0
 
 
 def test_where_replicas_hold_all_a_stage_waits_and_is_told(
@@ -22,8 +23,18 @@ def test_where_replicas_hold_all_a_stage_waits_and_is_told(
     monkeypatch.setattr(capacity, "_taken_by_replicas", lambda: [(here, {"CPU": 1.5})])
     capacity._warn_of_waiting.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert [node.num_cpus for node in free_nodes()] == [2]
+        assert [node.num_cpus for node in free_nodes()[0]] == [2]
     assert "hold all CPUs" in caplog.text and "serve shutdown" in caplog.text
+
+
+def test_what_replicas_hold_is_said_where_the_rest_is_too_little(
+    ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = ray.get_runtime_context().get_node_id()
+    monkeypatch.setattr(capacity, "_taken_by_replicas", lambda: [(here, {"CPU": 1})])
+    config = load_config(None, ["resources.node_types=up"])
+    with pytest.raises(ResourceError, match="replicas hold 1 CPUs: 'serve shutdown -y'"):
+        find_fleet(config).check("train", Resources(2))
 
 
 def make_fleet(*types: NodeType, complete: bool = True, accelerator: str = "auto") -> Fleet:

@@ -61,9 +61,10 @@ def test_null_and_empty_fields_are_no_mistake(client: OpenAI) -> None:
             "provider_specific_fields": {"refusal": None},
         }
     ]  # fmt: skip
+    messages[-1]["cache_control"] = {"type": "ephemeral"}
     nothing = {"functions": None, "reasoning_effort": None, "web_search_options": {}, "top_k": None}
     answer = client.chat.completions.create(
-        model="tiny", messages=messages, max_tokens=3, stop=None, tools=None, extra_body=nothing
+        model="tiny", messages=messages, max_tokens=3, stop="", tools=None, extra_body=nothing
     )
     assert answer.usage.completion_tokens == 3
 
@@ -74,12 +75,20 @@ def test_an_images_url_may_be_plain_text(client: OpenAI) -> None:
     assert _ask(client, short) == _ask(client, whole)
 
 
+def _picture(url: str) -> dict[str, object]:
+    return {"type": "image_url", "image_url": {"url": url, "detail": ""}}
+
+
 @pytest.mark.parametrize(
     ("content", "param"),
     [
         ([{"type": "text", "text": "a"}, {"type": "text"}], "messages.0.content.1.text"),
         ([{"type": "text", "text": 5}], "messages.0.content.0.text"),
         ([{"type": "video_url", "video_url": "x"}], "messages.0.content.0"),
+        ([{"text": "a"}], "messages.0.content.0.type"),
+        ([{"type": "text", "text": "a"}, _picture("data:,x")], "messages.0.content.1"),
+        ([_picture(URL), _picture("data:image/png;base64,!")], "messages.0.content.1"),
+        ([_picture(URL), _picture("https://example.com/a.png")], "messages.0.content.1"),
         ([{"type": "image_url", "image_url": {}}], "messages.0.content.0.image_url.url"),
         (
             [{"type": "image_url", "image_url": {"url": URL, "detail": "huge"}}],
@@ -279,17 +288,36 @@ def test_any_json_object_can_be_asked_for(real: OpenAI) -> None:
         assert isinstance(json.loads(choice.message.content), dict)
 
 
+def test_a_schema_of_one_value_gives_it(real: OpenAI) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": None}}}
+    assert _ask(real, "What?", response_format=wanted) == "null"
+
+
+def test_log_probabilities_spell_the_answer(real: OpenAI) -> None:
+    messages = [{"role": "user", "content": PICTURE}]
+    choice = real.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=9, temperature=0, logprobs=True
+    ).choices[0]
+    assert choice.message.content
+    assert "".join(t.token for t in choice.logprobs.content) == choice.message.content
+
+
 @pytest.mark.parametrize(
     ("schema", "words"),
     [
         ({"type": "objekt"}, "Invalid type: objekt"),
-        ({"not": {"type": "string"}}, 'Unimplemented keys: ["not"]'),
+        ({"not": {}}, 'Unimplemented keys: ["not"]'),
+        ({"enum": []}, "anyOf is empty"),
+        ({"$ref": "#"}, "no text keeps to it"),
+        ({"type": "integer", "multipleOf": 123456789}, "to compile: simplify"),
+        ([], "should be an object"),
+        (None, "Missing required parameter"),
         ({"$ref": "https://example.com/schema"}, "https://example.com/schema"),
         ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
     ],
 )
 def test_a_schema_that_cannot_be_kept_to_is_refused(
-    client: OpenAI, schema: dict[str, object], words: str
+    client: OpenAI, schema: object, words: str
 ) -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     with pytest.raises(openai.BadRequestError) as caught:

@@ -60,6 +60,11 @@ def test_what_fits_nowhere_is_refused_with_the_numbers() -> None:
         slots_within([_footprint("awq-w4-g128")], 6e9, 16)
 
 
+def test_llama_cpp_takes_256_answers_at_most() -> None:
+    assert slots_within([_footprint("gguf-q4_k_m", "cpu")], 1e12, 300) == 256
+    assert slots_within([_footprint("awq-w4-g128")], 1e12, 300) == 300
+
+
 def test_this_machine_has_some_memory_free() -> None:
     free, total = memory_bytes("cpu")
     assert 10**8 < free < total

@@ -57,7 +57,6 @@ def test_a_plain_answer_is_the_engines_own(client: OpenAI) -> None:
     assert answer.usage.prompt_tokens == len(prompt.input_ids)
     assert answer.usage.completion_tokens == 12
     assert answer.usage.total_tokens == 12 + len(prompt.input_ids)
-    assert answer._request_id.startswith("req_")
 
 
 def test_the_image_reaches_the_engine(client: OpenAI) -> None:
@@ -186,11 +185,11 @@ def test_models_tell_digest_and_scorecard(client: OpenAI) -> None:
     ("change", "error", "param", "words"),
     [
         ({"model": "gpt-9"}, openai.NotFoundError, "model", "'gpt-9' does not exist"),
-        ({"messages": []}, openai.BadRequestError, "messages", "at least 1"),
+        ({"messages": []}, openai.BadRequestError, "messages", "at least 1 is needed"),
         ({"temperature": 3}, openai.BadRequestError, "temperature", "less than or equal to 2"),
         ({"n": 99}, openai.BadRequestError, "n", "at most 8"),
         ({"top_logprobs": 2}, openai.BadRequestError, "top_logprobs", "logprobs=true"),
-        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools", "at most 0"),
+        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools", "cannot follow it"),
         ({"stop": ["a"] * 5}, openai.BadRequestError, "stop", "up to 4"),
         (
             {"extra_body": {"beam_width": 4}},

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from llava_ray.errors import ArtifactError, ResourceError, VariantError
 from llava_ray.inference.engine import Engine, Prompt
+from llava_ray.inference.llama_cpp import MAX_SEQUENCES
 from llava_ray.inference.llama_cpp.native import Batch, last_error, load_llama_cpp, open_model
 from llava_ray.inference.llama_cpp.trial import extra_buffers
 from llava_ray.inference.llama_cpp.vision import ImageEncoder
@@ -30,8 +31,6 @@ logger = logging.getLogger(__name__)
 
 _LARGEST_BATCH = 2048
 _MICRO_BATCH = 512
-_MOST_SLOTS = 256
-"""LLAMA_MAX_SEQ"""
 _F32_FILE = 0
 """LLAMA_FTYPE_ALL_F32"""
 _GGML_F32, _GGML_F16 = 0, 1
@@ -45,8 +44,8 @@ class LlamaCppEngine(Engine):
     def __init__(self, folder: Path, *, device: str, slots: int, context: int) -> None:
         from transformers import AutoTokenizer
 
-        if not 0 < slots <= _MOST_SLOTS:
-            raise ResourceError(f"{slots} slots: llama.cpp takes 1 to {_MOST_SLOTS}")
+        if not 0 < slots <= MAX_SEQUENCES:
+            raise ResourceError(f"{slots} slots: llama.cpp takes 1 to {MAX_SEQUENCES}")
         self._llama: Any = load_llama_cpp()
         self._model: Any = None
         self._context: Any = None
