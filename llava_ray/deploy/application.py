@@ -1,14 +1,12 @@
 """Starting and updating the Serve application on the running cluster."""
 
 import errno
-import http.client
 import json
 import logging
 import os
 import socket
 import time
 import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,7 +150,7 @@ def _running_deployment(target: Target) -> str | None:
     key = os.environ.get(target.config.serve.api_key_env)
     try:
         fetch(f"{target.root_url}/health", key)
-        models = json.loads(fetch(f"{target.url}/models", key))
+        models = json.loads(fetch(f"{target.url}/models", key)[0])
         deployment = models["data"][0]["deployment"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
@@ -202,28 +200,20 @@ def _check_proxy(target: Target) -> None:
             "that, or end it with 'serve shutdown -y'"
         )
     timeout_s = (serve_details().get("http_options") or {}).get("request_timeout_s")
-    if timeout_s and timeout_s != config.request_timeout_s + proxy.SPARE_S:
-        logger.warning(
-            "requests that find no replica wait %g s until 'serve shutdown -y', as Ray Serve was "
-            "started with; serve.request_timeout_s=%g counts where there is one",
-            timeout_s,
-            config.request_timeout_s,
-        )
+    if timeout_s not in (None, config.request_timeout_s + proxy.SPARE_S):
+        logger.warning("what finds no replica waits %g s, as Ray Serve was started", timeout_s)
 
 
 def _proxy_at(root_url: str) -> str | None:
     """Return which of Ray Serve's proxies answers there, if one does."""
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-            f"{root_url}/-/healthz", timeout=10
-        ) as answer:
-            headers = answer.headers if answer.read() == b"success" else None
+        body, headers = fetch(f"{root_url}/-/healthz")
     except urllib.error.HTTPError as error:
         # A proxy whose applications are still starting says so with this status.
-        headers = error.headers if error.code == 503 else None
-    except (OSError, http.client.HTTPException):
+        body, headers = b"success" if error.code == 503 else b"", error.headers
+    except OSError:
         return None
-    if headers is None:
+    if body != b"success":
         return None
     return "python" if headers.get("server") == "uvicorn" else "haproxy"
 

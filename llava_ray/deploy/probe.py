@@ -7,6 +7,7 @@ import json
 import shlex
 import urllib.error
 import urllib.request
+from email.message import Message
 from typing import Any
 
 from PIL import Image
@@ -60,7 +61,7 @@ def ask(url: str, request: bytes, key: str | None) -> dict[str, Any]:
     Raises ResourceError with the endpoint's own words when it refuses.
     """
     try:
-        answer: dict[str, Any] = json.loads(fetch(f"{url}/chat/completions", key, request))
+        answer: dict[str, Any] = json.loads(fetch(f"{url}/chat/completions", key, request)[0])
     except urllib.error.HTTPError as error:
         reason = error.read(2000).decode(errors="replace")
         raise ResourceError(f"{url} refused a question ({error.code}): {reason}") from error
@@ -69,8 +70,8 @@ def ask(url: str, request: bytes, key: str | None) -> dict[str, Any]:
     return answer
 
 
-def fetch(url: str, key: str | None = None, body: bytes | None = None) -> bytes:
-    """Get a URL of the endpoint, or post JSON to it.
+def fetch(url: str, key: str | None = None, body: bytes | None = None) -> tuple[bytes, Message]:
+    """Get a URL of the endpoint, or post JSON to it; return the body and the headers.
 
     Raises OSError where it does not answer, of it HTTPError where it refuses.
     """
@@ -80,10 +81,9 @@ def fetch(url: str, key: str | None = None, body: bytes | None = None) -> bytes:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=300 if body else 10) as response:
-            answer: bytes = response.read()
+            return response.read(), response.headers
     except http.client.HTTPException as error:
         raise ConnectionError(f"what listens there speaks no HTTP ({error!r})") from error
-    return answer
 
 
 def curl_command(url: str, request_uri: str, *, key_env: str | None) -> str:

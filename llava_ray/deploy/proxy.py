@@ -47,8 +47,7 @@ def start(config: ServeConfig) -> None:
         http_options={
             "host": config.host,
             "port": config.port,
-            # A request that finds no replica waits as long as it may; where there is one, that
-            # keeps the deadline.
+            # For a request that finds no replica: else that keeps the deadline.
             "request_timeout_s": config.request_timeout_s + SPARE_S,
         },
         controller_options={"runtime_env": {"env_vars": environment}},

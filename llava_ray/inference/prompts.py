@@ -7,7 +7,8 @@ from PIL import Image
 
 from llava_ray.errors import DataError
 from llava_ray.inference.engine import Engine, Prompt
-from llava_ray.models.conversation import Turn, encode_prompt
+from llava_ray.models.chat_template import TokenizersOwn, Turn, chat_template
+from llava_ray.models.conversation import encode_prompt
 from llava_ray.models.images import square_pixels
 
 
@@ -75,10 +76,13 @@ def check_prompt(engine: Engine, prompt: Prompt, length: int) -> None:
 
 
 def eos_token_id(tokenizer: Any, *configured: Any) -> int:
-    """Return the tokenizer's end-of-sequence token, else the first that a config names.
+    """Return the token that ends an answer: by the chat template, the tokenizer or a config.
 
     configured: ints, lists of ints or None. Raises DataError where none is named.
     """
+    template = chat_template(tokenizer)
+    if isinstance(template, TokenizersOwn):
+        return int(tokenizer.convert_tokens_to_ids(template.stop))
     for value in (tokenizer.eos_token_id, *configured):
         if isinstance(value, list):
             return int(value[0])

@@ -3,6 +3,7 @@
 In fp32, because merging in bf16 or fp16 rounds small LoRA updates away.
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from llava_ray.artifacts.records import AdapterCheckpoint, DatasetRecord, Merged
 from llava_ray.artifacts.store import ArtifactStore, local_folder, read_record
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ArtifactError
+from llava_ray.inference.prompts import eos_token_id
 from llava_ray.models.conversation import encode_sample, read_samples
 from llava_ray.models.folder import model_folder, vision_shape, weights_sha256
 from llava_ray.models.images import normalize, open_image, square_pixels
@@ -180,3 +182,18 @@ def _carry(base: Path, folder: Path) -> None:
     if not (folder / "preprocessor_config.json").is_file():
         # transformers 4 and the GGUF and AWQ tools read only this name.
         CLIPImageProcessorPil.from_pretrained(base).save_pretrained(folder)
+    stop_where_the_template_ends(folder)
+
+
+def stop_where_the_template_ends(folder: Path) -> None:
+    """Have others stop too where the chat template ends an answer, as with `<|im_end|>`."""
+    from transformers import AutoTokenizer
+
+    stop = eos_token_id(AutoTokenizer.from_pretrained(folder))
+    path = folder / "generation_config.json"
+    tree = json.loads(path.read_bytes()) if path.is_file() else {}
+    named = tree.get("eos_token_id")
+    ends = named if isinstance(named, list) else [] if named is None else [named]
+    if stop not in ends:
+        tree["eos_token_id"] = [stop, *ends]
+        path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,4 @@
-"""LLaVA's conversation format: samples on disk, prompts, token ids and labels.
-
-A literal `<image>` in somebody's text is text: only the template places image tokens.
-"""
+"""Conversations of a data set, and conversations as token ids and labels."""
 
 import json
 from collections.abc import Sequence
@@ -10,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.errors import DataError
+from llava_ray.models.chat_template import IMAGE_TOKEN, Turn, chat_template, inside
 
-IMAGE_TOKEN = "<image>"
 IGNORE_INDEX = -100
 """Label of tokens that carry no loss, as in PyTorch's cross entropy."""
 
@@ -25,15 +22,6 @@ class Sample:
     """Path relative to the data set's images/ folder."""
     question: str
     answer: str
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One user message, and the answer to it unless it is the last."""
-
-    text: str
-    num_images: int = 0
-    answer: str | None = None
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -54,45 +42,31 @@ def _sample(row: dict[str, Any]) -> Sample:
     return Sample(id=str(row["id"]), image=row["image"], question=question, answer=gpt["value"])
 
 
-def protect(text: str) -> str:
-    """Keep a user's text from being read as special tokens, by a word joiner after `<`."""
-    for special in (IMAGE_TOKEN, "<s>", "</s>", "<unk>", "<pad>"):
-        text = text.replace(special, f"<\u2060{special[1:]}")
-    return text
-
-
-def prompt_text(turns: Sequence[Turn], *, system: str = "", image_tokens: int = 1) -> str:
-    """Write turns in Vicuna's format, up to where the assistant is to go on.
-
-    Source: the chat template of llava-hf/llava-1.5-7b-hf.
-    """
-    text = f"{system} " if system else ""
-    for turn in turns:
-        images = (IMAGE_TOKEN * image_tokens + "\n") * turn.num_images
-        text += f"USER: {images}{protect(turn.text)} ASSISTANT:"
-        if turn.answer is not None:
-            text += f" {protect(turn.answer)}</s>"
-    return text
-
-
 def encode_prompt(
     tokenizer: Any, turns: Sequence[Turn], *, tokens_per_image: int, system: str = ""
 ) -> list[int]:
     """Return the prompt's ids, each image being a run of `tokens_per_image` image tokens."""
-    text = prompt_text(turns, system=system, image_tokens=tokens_per_image)
-    return list(tokenizer(text)["input_ids"])
+    template = chat_template(tokenizer)
+    text = template.write(turns, system, tokens_per_image).text
+    options = {} if template.adds_special_tokens else {"add_special_tokens": False}
+    return list(tokenizer(text, **options)["input_ids"])
 
 
 def encode_sample(
     tokenizer: Any, sample: Sample, *, tokens_per_image: int, max_length: int, system: str = ""
 ) -> tuple[list[int], list[int]]:
-    """Return ids and labels of one sample; only the answer and its </s> carry loss.
+    """Return ids and labels of one sample; only answers and the tokens that end them carry loss.
 
     Too long samples are cut at the end, as LLaVA's trainer does.
     """
-    asked = Turn(sample.question, num_images=1)
-    answered = Turn(sample.question, num_images=1, answer=sample.answer)
-    prompt = encode_prompt(tokenizer, [asked], tokens_per_image=tokens_per_image, system=system)
-    ids = encode_prompt(tokenizer, [answered], tokens_per_image=tokens_per_image, system=system)
-    labels = [IGNORE_INDEX] * len(prompt) + ids[len(prompt) :]
-    return ids[:max_length], labels[:max_length]
+    template = chat_template(tokenizer)
+    turn = Turn(sample.question, num_images=1, answer=sample.answer)
+    written = template.write([turn], system, tokens_per_image)
+    encoded = tokenizer(
+        written.text,
+        add_special_tokens=template.adds_special_tokens,
+        return_offsets_mapping=True,
+    )
+    ids = list(encoded["input_ids"])[:max_length]
+    learned = inside(encoded["offset_mapping"], written.answers)
+    return ids, [id if learn else IGNORE_INDEX for id, learn in zip(ids, learned, strict=False)]

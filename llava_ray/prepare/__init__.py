@@ -17,7 +17,7 @@ from llava_ray.artifacts.records import DatasetRecord
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import DataConfig, RunConfig
 from llava_ray.errors import ConfigError, DataError
-from llava_ray.models.conversation import IMAGE_TOKEN
+from llava_ray.models.chat_template import IMAGE_TOKEN
 from llava_ray.prepare.pictures import hash_image_files, store_images
 from llava_ray.prepare.rows import Rejection, Row, RowReader
 from llava_ray.prepare.sources import SCENE_TEXT, open_file, open_table

@@ -10,7 +10,7 @@ from typing import Any
 
 from llava_ray.config.run import DataConfig
 from llava_ray.errors import DataError
-from llava_ray.models.conversation import IMAGE_TOKEN
+from llava_ray.models.chat_template import IMAGE_TOKEN
 from llava_ray.prepare.table import BrokenRow, Cells, Table
 
 CONVERSATIONS = "conversations"

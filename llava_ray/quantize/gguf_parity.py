@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llava_ray.errors import VariantError
-from llava_ray.models.conversation import Turn, encode_prompt
+from llava_ray.models.chat_template import Turn
+from llava_ray.models.conversation import encode_prompt
 from llava_ray.models.folder import vision_shape
 from llava_ray.models.images import Pixels, normalize
 

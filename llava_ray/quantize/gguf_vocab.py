@@ -12,6 +12,8 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from llava_ray.errors import VariantError
+from llava_ray.inference.prompts import eos_token_id
+from llava_ray.models.chat_template import TokenizersOwn, chat_template
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-"""Vicuna's format, as `conversation.prompt_text` writes it.
+"""Vicuna's format, as `chat_template.Vicuna` writes it.
 
 llama.cpp's tools pass a message's content as one string, of which the template of
 llava-hf/llava-1.5-7b-hf would print nothing.
@@ -74,7 +76,11 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
     writer.add_add_bos_token(first == ids["bos"])
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith(SPACE))
-    writer.add_chat_template(CHAT_TEMPLATE)
+    template = chat_template(tokenizer)
+    is_own = isinstance(template, TokenizersOwn)
+    if is_own:
+        writer.add_eot_token_id(eos_token_id(tokenizer))
+    writer.add_chat_template(tokenizer.chat_template if is_own else CHAT_TEMPLATE)
 
 
 def _read_tree(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from llava_ray.errors import DataError
 from llava_ray.inference.grammar import json_grammar
 from llava_ray.inference.request_errors import ApiError, BadRequest, TooLarge
 from llava_ray.inference.sampling import SamplingParams
-from llava_ray.models.conversation import Turn, protect
+from llava_ray.models.chat_template import Turn
 from llava_ray.models.images import open_image
 from llava_ray.server.settings import AppArgs
 
@@ -22,12 +22,20 @@ MAX_STOPS = 4
 MAX_TOP_LOGPROBS = 20
 _ESCAPED = [("+", b"%2B"), ("/", b"%2F"), ("=", b"%3D"), ("", b"%0A"), ("", b"%0D"), ("", b"%20")]
 """What is encoded of base64 where it is put into a URL."""
+_SAID = {
+    "union_tag_invalid": "its type is {expected_tags}, not {tag!r}",
+    "too_short": "at least {min_length} is needed",
+    "off": "this model cannot follow it: leave it out",
+}
+"""By pydantic's type of error, where its own words are about Python."""
 
 
 class _Part(BaseModel):
     """A part of a request; clients send fields that they do not use as null or empty."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    cache_control: dict[str, Any] | None = None
+    """Of other servers; changes nothing here."""
 
     @model_validator(mode="before")
     @classmethod
@@ -47,12 +55,7 @@ def _is_empty(value: Any) -> bool:
     return value is None or value in ("", [])
 
 
-class _Cached(_Part):
-    cache_control: dict[str, Any] | None = None
-    """Of clients that speak to servers with a cache to control; changes nothing here."""
-
-
-class TextPart(_Cached):
+class TextPart(_Part):
     """Text of a message."""
 
     type: Literal["text"]
@@ -67,7 +70,7 @@ class ImageUrl(_Part):
     """Accepted and ignored: LLaVA-1.5 sees every image at one size."""
 
 
-class ImagePart(_Cached):
+class ImagePart(_Part):
     """An image of a user's message."""
 
     type: Literal["image_url"]
@@ -79,7 +82,7 @@ class ImagePart(_Cached):
         return {"url": value} if isinstance(value, str) else value
 
 
-class Message(_Cached):
+class Message(_Part):
     """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -265,7 +268,7 @@ def read_conversation(messages: Sequence[Message], args: AppArgs) -> Conversatio
 
     Raises BadRequest for an order that Vicuna's format cannot hold, and for too many images.
     """
-    system = [protect(m.text()) for m in messages if m.role in ("system", "developer")]
+    system = [m.text() for m in messages if m.role in ("system", "developer")]
     turns: list[Turn] = []
     images: list[ImageSource] = []
     for index, message in enumerate(messages):
@@ -315,8 +318,8 @@ def data_url_bytes(url: str, args: AppArgs) -> bytes:
         raise _bad_image("an image's data URL reads data:image/jpeg;base64,...")
     if len(payload) > args.max_image_bytes * 4 // 3 + 4:
         raise TooLarge(f"an image has more than {args.max_image_bytes} bytes", "messages")
-    # Some clients break lines, leave the padding out or encode it for a URL. Pieces of a hostile
-    # payload are not made into a list: it would take a hundred times their bytes.
+    # Some clients break lines, leave the padding out or encode it for a URL. No list of pieces is
+    # made: it might take a hundred times their bytes.
     try:
         letters = payload.encode("ascii")
         for letter, escape in _ESCAPED:
@@ -370,16 +373,10 @@ def _explain(error: ValidationError) -> ApiError:
     if kind == "extra_forbidden":
         return BadRequest(f"Unrecognized request argument supplied: {param}", param)
     if kind == "union_tag_not_found":
-        param = f"{param}.type"
-    if kind in ("missing", "union_tag_not_found"):
+        kind, param = "missing", f"{param}.type"
+    if kind == "missing":
         return BadRequest(f"Missing required parameter: {param}", param)
-    where, said = f"{param}: " if param else "", first["msg"]
-    if kind == "union_tag_invalid":
-        said = f"its type is {context['expected_tags']}, not {context['tag']!r}"
-    elif kind == "too_long" and context["max_length"] == 0:
-        said = "this model cannot follow it: leave it out"
-    elif kind == "too_short":
-        said = f"at least {context['min_length']} is needed"
-    elif kind == "literal_error" and context["expected"] == "0":
-        said = "only 0 can be followed: leave it out"
-    return BadRequest(f"{where}{said}", param)
+    if context.get("max_length") == 0 or context.get("expected") == "0":
+        kind = "off"
+    said = _SAID[kind].format(**context) if kind in _SAID else first["msg"]
+    return BadRequest(f"{param}: {said}" if param else said, param)

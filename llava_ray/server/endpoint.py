@@ -121,32 +121,26 @@ class Endpoint:
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation, whole or as a stream."""
-        leave = self._enter()
+        if self._under_way >= self._capacity:
+            raise Overloaded(f"{self._under_way} requests are under way: try again later")
+        self._under_way += 1
         response = None
         deadline = time.monotonic() + self.args.request_timeout_s
         try:
             async with asyncio.timeout(self.args.request_timeout_s):
-                response = await self._chat(request, deadline, leave)
+                response = await self._chat(request, deadline)
                 return response
         except TimeoutError as error:
             raise DeadlineExceeded(f"no answer within {self.args.request_timeout_s:g} s") from error
         finally:
             # A stream goes on after this function; it leaves when it ends.
             if not isinstance(response, EventStream):
-                leave()
+                self._leave()
 
-    def _enter(self) -> Callable[[], None]:
-        """Count a request in before its body is read; return what counts it out."""
-        if self._under_way >= self._capacity:
-            raise Overloaded(f"{self._under_way} requests are under way: try again later")
-        self._under_way += 1
+    def _leave(self) -> None:
+        self._under_way -= 1
 
-        def leave() -> None:
-            self._under_way -= 1
-
-        return leave
-
-    async def _chat(self, request: Request, deadline: float, leave: Callable[[], None]) -> Response:
+    async def _chat(self, request: Request, deadline: float) -> Response:
         parsed = await self._read(request)
         backend = self._backend(parsed.model)
         canary = self._canary_for(backend)
@@ -161,7 +155,7 @@ class Endpoint:
                 self._schemas, sampling_params, parsed, self.args
             )
         return await until_disconnect(
-            request.receive, self._answer(parsed, backend, samplings, canary, deadline, leave)
+            request.receive, self._answer(parsed, backend, samplings, canary, deadline)
         )
 
     async def _read(self, request: Request) -> ChatRequest:
@@ -180,7 +174,6 @@ class Endpoint:
         samplings: Sequence[SamplingParams],
         canary: Canary | None,
         deadline: float,
-        leave: Callable[[], None],
     ) -> Response:
         prompt = await self._prompt(parsed, backend)
         usage = parsed.stream_options is not None and parsed.stream_options.include_usage
@@ -201,7 +194,7 @@ class Endpoint:
             events = _events(reply, choices, merge(streams), done)
             # The first event is awaited before the headers go out, so that a refusal has a status.
             first = await anext(events)
-            return EventStream(_chain(first, events), leave, timeout_s=timeout_s + _UNREAD_S)
+            return EventStream(_chain(first, events), self._leave, timeout_s=timeout_s + _UNREAD_S)
         async with aclosing(merge(streams)) as items:
             async for _ in items:
                 pass

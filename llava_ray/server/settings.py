@@ -24,10 +24,7 @@ class ModelArgs(Section):
     def _expand(cls, uri: str) -> str:
         expanded = os.path.expandvars(uri)
         if "$" in expanded:
-            raise ValueError(
-                f"{uri!r}: the cluster has no such environment variable: write the folder in its "
-                "place, or export it before the cluster is started"
-            )
+            raise ValueError(f"{uri!r}: not set where the cluster was started: write the folder")
         return expanded
 
 

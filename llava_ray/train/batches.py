@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from llava_ray.errors import ConfigError
-from llava_ray.models.conversation import IGNORE_INDEX, Sample, Turn, encode_prompt, encode_sample
+from llava_ray.models.chat_template import Turn
+from llava_ray.models.conversation import IGNORE_INDEX, Sample, encode_prompt, encode_sample
 from llava_ray.models.folder import VisionShape
 from llava_ray.models.images import normalize, open_image, square_pixels
 

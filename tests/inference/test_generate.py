@@ -13,7 +13,7 @@ from llava_ray.inference.engine import Prompt
 from llava_ray.inference.generate import generate, generate_text
 from llava_ray.inference.prompts import make_prompt
 from llava_ray.inference.sampling import Row, SamplingParams, sample
-from llava_ray.models.conversation import Turn
+from llava_ray.models.chat_template import Turn
 
 PROMPT = Prompt(input_ids=(1, 100, 101))
 

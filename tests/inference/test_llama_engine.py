@@ -15,7 +15,7 @@ from PIL import Image
 from llava_ray.errors import ArtifactError, DataError, ResourceError
 from llava_ray.inference.engine import Prompt
 from llava_ray.models import tensors as llava_folder
-from llava_ray.models.conversation import Turn, prompt_text
+from llava_ray.models.chat_template import Turn, Vicuna
 from llava_ray.models.folder import EMBEDDED
 from llava_ray.models.images import Pixels, normalize
 from llava_ray.quantize.gguf_parity import probe_pixels
@@ -140,7 +140,7 @@ def test_the_chat_template_writes_the_projects_prompt(f16_folder: Path) -> None:
         {"role": "user", "content": "Where?"},
     ]
     found = template.render(messages=messages, add_generation_prompt=True)
-    assert found == prompt_text(turns, system="Be brief.")
+    assert found == Vicuna(None).write(turns, "Be brief.", 1).text
 
 
 def logits_of(model: Any, prompt: Prompt, answer: list[int]) -> torch.Tensor:

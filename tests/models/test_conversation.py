@@ -11,7 +11,6 @@ from llava_ray.models.conversation import (
     Turn,
     encode_prompt,
     encode_sample,
-    prompt_text,
     read_samples,
 )
 from llava_ray.models.folder import EMBEDDED, vision_shape
@@ -22,11 +21,6 @@ SHAPE = vision_shape(EMBEDDED)
 @pytest.fixture(scope="module")
 def tokenizer():  # type: ignore[no-untyped-def]
     return AutoTokenizer.from_pretrained(EMBEDDED)
-
-
-def test_prompt_follows_vicunas_format() -> None:
-    text = prompt_text([Turn("Hi", 1, "Yo"), Turn("And?")], system="Be kind.")
-    assert text == "Be kind. USER: <image>\nHi ASSISTANT: Yo</s>USER: And? ASSISTANT:"
 
 
 def test_only_the_answer_and_its_end_carry_loss(tokenizer) -> None:  # type: ignore[no-untyped-def]

@@ -34,7 +34,7 @@ def test_the_config_file_is_one_that_serve_and_the_application_take(
 
 def test_an_unset_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LLAVA_RAY_VARIANT", raising=False)
-    with pytest.raises(ValidationError, match="LLAVA_RAY_VARIANT.*no such environment"):
+    with pytest.raises(ValidationError, match="LLAVA_RAY_VARIANT.*not set where"):
         AppArgs.model_validate({"models": [{"variant_uri": "${LLAVA_RAY_VARIANT}"}]})
 
 

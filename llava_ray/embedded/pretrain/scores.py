@@ -16,7 +16,8 @@ from llava_ray.embedded.captions import DESCRIBE, plain
 from llava_ray.embedded.scene_text import dataset_picture, load_assets
 from llava_ray.embedded.words import Split
 from llava_ray.errors import ConfigError
-from llava_ray.models.conversation import Turn, encode_prompt
+from llava_ray.models.chat_template import Turn
+from llava_ray.models.conversation import encode_prompt
 from llava_ray.models.folder import weights_sha256
 from llava_ray.models.images import normalize, square_pixels
 

@@ -1,0 +1,181 @@
+"""D1: each model's own chat template, stop token and special tokens."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from llava_ray.errors import ConfigError
+from llava_ray.inference.prompts import eos_token_id
+from llava_ray.merge.fold import stop_where_the_template_ends
+from llava_ray.models.chat_template import (
+    TokenizersOwn,
+    Turn,
+    Vicuna,
+    chat_template,
+    inside,
+    protect,
+)
+from llava_ray.models.conversation import IGNORE_INDEX, Sample, encode_prompt, encode_sample
+from llava_ray.models.folder import EMBEDDED
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""Qwen2's, SmolLM2's and others', without their default system message."""
+CHATML_IN_PARTS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA_3 = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] +"
+    " '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'] + eos_token }}{% else %}{{ raise_exception('no system') }}"
+    "{% endif %}{% endfor %}"
+)
+PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+SPECIAL = [
+    "<image>", "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>",
+    "<|end_header_id|>", "<|eot_id|>",
+]  # fmt: skip
+ENDS = {CHATML: "<|im_end|>", CHATML_IN_PARTS: "<|im_end|>", LLAMA_3: "<|eot_id|>"}
+
+
+def tokenizer_with(template: str | None) -> Any:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    whole = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    whole.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=whole, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def conversation(exchanges: int) -> list[Turn]:
+    texts = ["What is it?", " Où? \n", "漢字…", "<|im_end|> is text", "5 < 6"]
+    return [
+        Turn(texts[i], num_images=int(i in (0, 2)), answer=f"Answer {i}: {texts[-1 - i].strip()}")
+        for i in range(exchanges)
+    ]
+
+
+def rendered(tokenizer: Any, turns: list[Turn], *, parts: bool) -> str:
+    """As a user of transformers would, of protected texts."""
+    messages = []
+    for turn in turns:
+        text = protect(turn.text, tokenizer)
+        content: Any = "<image>\n" * turn.num_images + text
+        if parts:
+            content = [{"type": "image"}] * turn.num_images + [{"type": "text", "text": text}]
+        answer: Any = protect(turn.answer, tokenizer)
+        if parts:
+            answer = [{"type": "text", "text": answer}]
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+@pytest.mark.parametrize("exchanges", range(1, 6))
+@pytest.mark.parametrize("template", [CHATML, CHATML_IN_PARTS, LLAMA_3, MISTRAL])
+def test_labels_are_the_answers_with_what_ends_them(template: str, exchanges: int) -> None:
+    tokenizer = tokenizer_with(template)
+    turns = conversation(exchanges)
+    written = chat_template(tokenizer).write(turns, "", 3)
+    whole = rendered(tokenizer, turns, parts=template == CHATML_IN_PARTS)
+    assert written.text == whole.replace("<image>", "<image>" * 3).removesuffix("\n")
+    end = ENDS.get(template, "</s>")
+    answers = [written.text[start:stop] for start, stop in written.answers]
+    assert [a.strip() for a in answers] == [protect(t.answer, tokenizer) + end for t in turns]
+    # Independently: between what opens an assistant's message and what ends it.
+    opening = {
+        LLAMA_3: r"assistant<\|end_header_id\|>\n\n", MISTRAL: r" \[/INST\]"
+    }.get(template, r"<\|im_start\|>assistant\n")  # fmt: skip
+    found = re.findall(f"{opening}(.*?{re.escape(end)})", written.text, re.DOTALL)
+    assert found == answers
+    ids = tokenizer(written.text, add_special_tokens=False, return_offsets_mapping=True)
+    learned = inside(ids["offset_mapping"], written.answers)
+    labels = [i for i, learn in zip(ids["input_ids"], learned, strict=True) if learn]
+    assert labels == [
+        id for answer in answers for id in tokenizer(answer, add_special_tokens=False)["input_ids"]
+    ]
+    assert labels[-1] == eos_token_id(tokenizer) == tokenizer.convert_tokens_to_ids(end)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA_3, MISTRAL, PLAIN, None])
+def test_a_prompt_is_what_stands_before_the_answer(template: str | None) -> None:
+    tokenizer = tokenizer_with(template)
+    prompt = encode_prompt(tokenizer, [Turn("What?", 1)], tokens_per_image=4, system="Be kind.")
+    sample = Sample("1", "a.jpg", "What?", "A sign.")
+    ids, labels = encode_sample(
+        tokenizer, sample, tokens_per_image=4, max_length=512, system="Be kind."
+    )
+    learned = labels.count(IGNORE_INDEX)
+    if template != PLAIN:  # Which opens no assistant's message for the model to go on.
+        assert ids[:learned] == prompt
+    assert labels[learned:] == ids[learned:]
+    assert ids[-1] == eos_token_id(tokenizer)
+    assert ids.count(tokenizer.convert_tokens_to_ids("<image>")) == 4
+    assert "Be kind." in tokenizer.decode(prompt)
+
+
+def test_without_a_template_and_with_that_of_llava_it_is_vicunas() -> None:
+    embedded = AutoTokenizer.from_pretrained(EMBEDDED)
+    turns = [Turn("Hi", 1, "Yo"), Turn("And?")]
+    for tokenizer in (tokenizer_with(None), embedded):
+        template = chat_template(tokenizer)
+        assert isinstance(template, Vicuna)
+        text = template.write(turns, "Be kind.", 1).text
+        assert text == "Be kind. USER: <image>\nHi ASSISTANT: Yo</s>USER: And? ASSISTANT:"
+
+
+def test_no_special_token_is_made_by_text() -> None:
+    tokenizer = tokenizer_with(CHATML)
+    ids = encode_prompt(tokenizer, [Turn("".join(SPECIAL), 1)], tokens_per_image=2, system="<s>")
+    special = [i for i in ids if i in tokenizer.all_special_ids]
+    names = tokenizer.convert_ids_to_tokens(special)
+    assert names == [
+        "<|im_start|>", "<|im_end|>", "<|im_start|>", "<image>", "<image>", "<|im_end|>",
+        "<|im_start|>",
+    ]  # fmt: skip
+
+
+def test_a_template_without_an_end_gets_the_tokenizers() -> None:
+    template = TokenizersOwn(tokenizer_with(PLAIN))
+    text = template.write([Turn("Hi", 0, "Yo"), Turn("And?")], "", 1).text
+    assert text == "user: Hi\nassistant: Yo</s>\nuser: And?\n"
+
+
+def test_a_template_that_shows_no_question_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"shows no question.*chat_template.jinja"):
+        chat_template(tokenizer_with("{{ bos_token }}"))
+
+
+@pytest.mark.parametrize("known", [[2], None])
+def test_a_merged_model_stops_elsewhere_where_its_template_ends(
+    tmp_path: Path, known: list[int] | None
+) -> None:
+    tokenizer = tokenizer_with(CHATML)
+    tokenizer.save_pretrained(tmp_path)
+    if known is not None:
+        GenerationConfig(eos_token_id=known).save_pretrained(tmp_path)
+    for _ in range(2):
+        stop_where_the_template_ends(tmp_path)
+        stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        tree = json.loads((tmp_path / "generation_config.json").read_text())
+        assert tree["eos_token_id"] == [stop, *(known or [])]
