@@ -34,7 +34,7 @@ from llava_ray.inference.prompts import make_prompt
 from llava_ray.inference.sampling import SamplingParams
 from llava_ray.models.conversation import Sample
 from llava_ray.models.folder import vision_shape
-from llava_ray.models.images import open_image
+from llava_ray.models.rgb import open_image
 from llava_ray.quantize.registry import spec_for
 from llava_ray.resources.devices import device_name
 

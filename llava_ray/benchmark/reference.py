@@ -16,7 +16,8 @@ from llava_ray.benchmark.plan import Plan, held_out
 from llava_ray.errors import DataError
 from llava_ray.inference.engine import Engine, Prompt
 from llava_ray.models.conversation import Sample, encode_sample
-from llava_ray.models.images import open_image, square_pixels
+from llava_ray.models.images import square_pixels
+from llava_ray.models.rgb import open_image
 
 if TYPE_CHECKING:
     import torch

@@ -10,12 +10,11 @@ import urllib.request
 from email.message import Message
 from typing import Any
 
-from PIL import Image
-
 from llava_ray.artifacts.records import ChosenVariant, DatasetRecord, Scorecard
 from llava_ray.artifacts.store import ArtifactStore, local_folder
 from llava_ray.errors import ArtifactError, ResourceError
 from llava_ray.models.conversation import read_samples
+from llava_ray.models.rgb import open_image
 
 _SIDE = 336
 """Longest side of the image sent: what LLaVA-1.5 sees."""
@@ -36,9 +35,8 @@ def probe_request(
     """
     folder = local_folder(_dataset(store, chosen))
     sample = read_samples(folder / "test.json")[0]
-    with Image.open(folder / "images" / sample.image) as image:
-        small = image.convert("RGB")
-        small.thumbnail((_SIDE, _SIDE))
+    small = open_image(folder / "images" / sample.image, max_pixels=10**9)
+    small.thumbnail((_SIDE, _SIDE))
     stream = io.BytesIO()
     small.save(stream, "JPEG", quality=90)
     url = f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"

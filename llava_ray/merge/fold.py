@@ -17,8 +17,9 @@ from llava_ray.errors import ArtifactError
 from llava_ray.inference.prompts import eos_token_id
 from llava_ray.models.conversation import encode_sample, read_samples
 from llava_ray.models.folder import model_folder, vision_shape, weights_sha256
-from llava_ray.models.images import normalize, open_image, square_pixels
+from llava_ray.models.images import normalize, square_pixels
 from llava_ray.models.low_bits import fake_quantize_base
+from llava_ray.models.rgb import open_image
 from llava_ray.resources.devices import device_name
 from llava_ray.resources.memory import peak_bytes, reset_peaks
 

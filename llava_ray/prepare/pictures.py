@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llava_ray.console import Progress
 from llava_ray.errors import DataError
-from llava_ray.models.images import open_image
+from llava_ray.models.rgb import open_image
 from llava_ray.prepare.rows import Rejection, Row, RowProblem
 
 HASHED_BYTES = 64 * 1024

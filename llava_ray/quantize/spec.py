@@ -11,7 +11,8 @@ from llava_ray.errors import VariantError
 from llava_ray.models import tensors as llava_folder
 from llava_ray.models.conversation import Sample, encode_sample, read_samples
 from llava_ray.models.folder import VisionShape
-from llava_ray.models.images import normalize, open_image, square_pixels
+from llava_ray.models.images import normalize, square_pixels
+from llava_ray.models.rgb import open_image
 from llava_ray.resources.capacity import Resources
 
 if TYPE_CHECKING:

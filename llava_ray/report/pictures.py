@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llava_ray.artifacts.store import local_folder
 from llava_ray.benchmark.caption_scores import quoted_words, words
-from llava_ray.models.images import open_image
+from llava_ray.models.rgb import open_image
 from llava_ray.report.findings import Findings, Origins
 
 THUMBNAIL_PIXELS = 360

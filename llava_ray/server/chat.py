@@ -15,7 +15,7 @@ from llava_ray.inference.grammar import json_grammar
 from llava_ray.inference.request_errors import ApiError, BadRequest, TooLarge
 from llava_ray.inference.sampling import SamplingParams
 from llava_ray.models.chat_template import Turn
-from llava_ray.models.images import open_image
+from llava_ray.models.rgb import open_image
 from llava_ray.server.settings import AppArgs
 
 MAX_STOPS = 4

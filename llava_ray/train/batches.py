@@ -20,7 +20,8 @@ from llava_ray.errors import ConfigError
 from llava_ray.models.chat_template import Turn
 from llava_ray.models.conversation import IGNORE_INDEX, Sample, encode_prompt, encode_sample
 from llava_ray.models.folder import VisionShape
-from llava_ray.models.images import normalize, open_image, square_pixels
+from llava_ray.models.images import normalize, square_pixels
+from llava_ray.models.rgb import open_image
 
 Batch = dict[str, torch.Tensor]
 """input_ids, attention_mask and labels [batch, length], pixel_values [batch, 3, size, size]."""

@@ -7,14 +7,8 @@ import torch
 from PIL import Image
 
 from llava_ray.errors import DataError
-from llava_ray.models.images import (
-    CLIP_MEAN,
-    CLIP_STD,
-    PAD_COLOUR,
-    normalize,
-    open_image,
-    square_pixels,
-)
+from llava_ray.models.images import CLIP_MEAN, CLIP_STD, PAD_COLOUR, normalize, square_pixels
+from llava_ray.models.rgb import open_image
 
 
 def encode(image: Image.Image, kind: str) -> bytes:
@@ -66,8 +60,7 @@ def test_too_many_pixels_are_refused_before_decoding() -> None:
 
 def test_hostile_bytes_are_data_errors(tmp_path: Path) -> None:
     png = encode(Image.new("RGB", (64, 64), (9, 9, 9)), "PNG")
-    tiff = encode(Image.new("RGB", (8, 8)), "TIFF")
-    for data in (b"", b"not an image", png[:60], png[:-30], tiff, png[:40] + b"\0" * 40):
+    for data in (b"", b"not an image", png[:60], png[:-30], png[:40] + b"\0" * 40):
         with pytest.raises(DataError):
             open_image(data, max_pixels=10_000)
     with pytest.raises(DataError, match="no image file"):

@@ -1,0 +1,184 @@
+"""From untrusted image bytes to RGB: one way for training, calibration, benchmark and serving.
+
+Photographs are turned upright, what is transparent lies over white, greys of more than 8 bits keep
+their range, and printers' colours go through their own profile.
+"""
+
+import functools
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+from llava_ray.errors import DataError
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+_FOR_PEOPLE = "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, HEIC, JPEG 2000, PPM"
+_MAY_MOVE = ("GIF", "PNG", "WEBP", "AVIF")
+"""A JPEG or HEIC with several pictures is a photo with its depth map or preview beside it, a TIFF
+the pages of a document."""
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+
+# What Pillow's readers raise on broken files; not all of it is wrapped into OSError.
+_BROKEN = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    ImageCms.PyCMSError,
+)
+
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF's orientation: what undoes it."""
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_PIXELS = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
+"""Of PNG's ancillary chunks those that change what is seen."""
+
+
+def open_image(
+    source: Path | bytes, *, max_pixels: int, allow_animation: bool = True
+) -> Image.Image:
+    """Decode the first frame as RGB, having checked format and size before any pixel is read.
+
+    Raises DataError for what is no image, of another format, too large, truncated or a bomb, and
+    for more than one frame unless animations are allowed.
+    """
+    try:
+        data = source if isinstance(source, bytes) else source.read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # What metadata and sizes are warned of is checked.
+            with Image.open(io.BytesIO(_without_text(data)), formats=_formats()) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise DataError(
+                        f"image of {width}x{height} pixels: at most {max_pixels} are allowed"
+                    )
+                moves = image.format in _MAY_MOVE and getattr(image, "is_animated", False)
+                if moves and not allow_animation:
+                    raise DataError(f"animated {image.format}: send one still image")
+                return _upright(image)
+    except UnidentifiedImageError as error:
+        raise DataError(_unknown(data)) from error
+    except FileNotFoundError as error:
+        raise DataError(f"no image file at {source!r}") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"image of far more than {max_pixels} pixels, which are allowed") from error
+    except _BROKEN as error:
+        raise DataError(f"broken image: {error}") from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    try:
+        import pillow_heif
+    except ImportError:
+        return _FORMATS
+    pillow_heif.register_heif_opener()
+    return (*_FORMATS, "HEIF")
+
+
+def _unknown(data: bytes) -> str:
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS and "HEIF" not in _formats():
+        return "a HEIC picture: 'pip install pillow-heif' reads it, or convert it to JPEG"
+    return f"not an image in one of {_FOR_PEOPLE}"
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return the pixels as RGB, turned as EXIF says."""
+    image.load()  # Some readers turn the picture themselves, and say so only then.
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except _BROKEN:
+        orientation = None  # What is said of a picture may be broken where the picture is not.
+    upright = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    found = _rgb(image)
+    return found if upright is None else found.transpose(upright)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _grey(image).convert("RGB")
+    if image.mode in ("CMYK", "LAB"):
+        return _by_profile(image)
+    if image.has_transparency_data:
+        whole = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(whole, mask=whole.getchannel("A"))
+        return canvas
+    return image.convert("RGB")
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """Bring greys to 8 bits: of 16 bits by their range, others by that of their values."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
+    low, high = float(values.min()), float(values.max())
+    ranges = (1, 255) if image.mode == "F" else (65535,)
+    fitting = [top for top in ranges if low >= 0 and high <= top]
+    if fitting:
+        low, high = 0.0, fitting[0]
+    grey = (values - low) * (255 / max(high - low, 1e-9))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey[values == clear] = 255
+    return Image.fromarray(np.rint(grey).clip(0, 255).astype(np.uint8))
+
+
+def _by_profile(image: Image.Image) -> Image.Image:
+    """Turn printers' and Lab colours into sRGB, by the picture's own profile where it has one."""
+    srgb = ImageCms.createProfile("sRGB")
+    profile = image.info.get("icc_profile")
+    own = None
+    if image.mode == "LAB":
+        own = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
+    elif profile:
+        try:
+            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        except (OSError, ImageCms.PyCMSError):
+            own = None
+    if own is not None:
+        try:
+            found = ImageCms.profileToProfile(image, own, srgb, outputMode="RGB")
+            if found is not None:
+                return found
+        except (ValueError, ImageCms.PyCMSError):
+            pass  # A profile of another kind of colours says nothing of these.
+    return image.convert("RGB")
+
+
+def _without_text(data: bytes) -> bytes:
+    """Return a PNG without its text and colour profile, of which Pillow takes 1 MiB at most."""
+    if not data.startswith(_PNG):
+        return data
+    return _PNG + b"".join(_pixel_chunks(data))
+
+
+def _pixel_chunks(data: bytes) -> Iterator[memoryview]:
+    view, start = memoryview(data), len(_PNG)
+    while start + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, start)
+        end = start + 12 + length
+        if kind[:1].isupper() or kind in _PNG_PIXELS:
+            yield view[start:end]
+        if kind == b"IEND":
+            return
+        start = end
