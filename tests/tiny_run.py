@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from PIL import Image
 from llava_ray.artifacts.records import DatasetRecord
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import RunConfig, load_config
+from llava_ray.models.chat_template import Turn
+from llava_ray.models.conversation import Sample
 from llava_ray.models.folder import EMBEDDED
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 30), "blue": (20, 40, 220)}
@@ -52,6 +55,30 @@ def squares(storage: Path, *, num_train: int = 24, num_test: int = 4) -> Dataset
             DatasetRecord, device="cpu", source="squares", num_train=num_train, num_test=num_test,
             rejected={},
         )  # fmt: skip
+
+
+def mixed(storage: Path) -> DatasetRecord:
+    """Write a data set of rows with no, one and two pictures, of one to three exchanges."""
+    store = ArtifactStore(str(storage))
+    draw = random.Random(1)
+    with store.build(DatasetRecord, "dataset-mixed", settings={}) as build:
+        (build.folder / "images").mkdir()
+        samples = []
+        for index, (pictures, exchanges) in enumerate(product((0, 1, 2), (1, 2, 3, 1))):
+            rows = [_row(build.folder, f"{index}-{i}", draw) for i in range(max(1, pictures))]
+            answer = rows[0]["conversations"][1]["value"]
+            turns = [Turn(f"Question {i}?", 0, f"{answer} {i}") for i in range(exchanges)]
+            turns[-1] = Turn(turns[-1].text, pictures, turns[-1].answer)
+            names = tuple(row["image"] for row in rows[:pictures])
+            system = "Be brief." if index % 2 else None
+            samples.append(Sample(str(index), names, tuple(turns), system))
+        for split, part in (("train", samples), ("test", samples[:3])):
+            (build.folder / f"{split}.json").write_text(
+                json.dumps([sample.as_llava() for sample in part])
+            )
+        return build.finish(
+            DatasetRecord, device="cpu", source="mixed", num_train=12, num_test=3, rejected={}
+        )
 
 
 def _row(folder: Path, name: str, draw: random.Random) -> dict[str, Any]:

@@ -63,11 +63,14 @@ def disk_fault(error: BaseException, where: str) -> StorageError | None:
     return None
 
 
-def patiently(call: Callable[[], T], uri: str, *, wait_s: float | None = None) -> T:
+def patiently(
+    call: Callable[[], T], uri: str, *, wait_s: float | None = None, setting: str = "storage.uri"
+) -> T:
     """Call a remote file system, again and again while its server is gone.
 
-    wait_s: for how long; default GONE_S. Raises ConfigError for a missing bucket and for missing or
-    refused credentials, StorageError for a server that stays away.
+    wait_s: for how long; default GONE_S. setting: what names the URI. Raises ConfigError for a
+    missing bucket and for missing or refused credentials, StorageError for a server that stays
+    away.
     """
     start, pause_s = time.monotonic(), 0.5
     limit_s = GONE_S if wait_s is None else wait_s
@@ -76,7 +79,7 @@ def patiently(call: Callable[[], T], uri: str, *, wait_s: float | None = None) -
             return call()
         except Exception as error:
             if not is_gone(error):
-                if fault := _refusal(error, uri):
+                if fault := _refusal(error, f"{setting} {uri!r}"):
                     raise fault from error
                 raise
             waited = time.monotonic() - start
@@ -104,24 +107,23 @@ def is_missing_bucket(error: BaseException) -> bool:
     return "bucket does not exist" in str(error) or "NoSuchBucket" in str(error)
 
 
-def _refusal(error: Exception, uri: str) -> ConfigError | None:
+def _refusal(error: Exception, named: str) -> ConfigError | None:
     if type(error).__name__ in _NO_CREDENTIALS:
         return ConfigError(
-            f"storage.uri {uri!r}: no credentials on this node ({_first_line(error)}): set them in "
+            f"{named}: no credentials on this node ({_first_line(error)}): set them in "
             "each node's environment (AWS_ACCESS_KEY_ID, ...) or give nodes an instance profile"
         )
     if isinstance(error, PermissionError):
         return ConfigError(
-            f"storage.uri {uri!r}: its server refuses this node's credentials "
-            f"({_first_line(error)})"
+            f"{named}: its server refuses this node's credentials ({_first_line(error)})"
         )
-    return missing_bucket(uri) if is_missing_bucket(error) else None
+    return missing_bucket(named) if is_missing_bucket(error) else None
 
 
-def missing_bucket(uri: str) -> ConfigError:
+def missing_bucket(named: str) -> ConfigError:
     """Return what to say of a bucket that is not there."""
     return ConfigError(
-        f"storage.uri {uri!r}: there is no such bucket (none is made): correct it, or make it first"
+        f"{named}: there is no such bucket (none is made): correct it, or make it first"
     )
 
 

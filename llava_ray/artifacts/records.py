@@ -57,10 +57,12 @@ class DatasetRecord(Record):
     source: str
     num_train: int
     num_test: int
+    num_exchanges: int = 0
+    """Questions with their answers, of all rows together."""
+    num_images: int = 0
+    """Pictures of all rows together."""
     rejected: dict[str, int]
     """How many rows were left out, by reason."""
-    further_exchanges: int = 0
-    """Exchanges of longer conversations that were left out; the first of each is kept."""
 
 
 class AdapterCheckpoint(Record):

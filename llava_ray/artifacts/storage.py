@@ -43,15 +43,18 @@ class Storage:
     for a disk that is full and for a server that is gone for faults.GONE_S.
     """
 
-    def __init__(self, uri: str) -> None:
-        """Raises ConfigError for a scheme that is unknown or lacks its package."""
+    def __init__(self, uri: str, *, setting: str = "storage.uri") -> None:
+        """Raises ConfigError for a scheme that is unknown or lacks its package.
+
+        setting: the key of the config that names the URI, for errors.
+        """
         import fsspec
 
         scheme, separator, rest = uri.partition("://")
         self.is_local = not separator or scheme in ("file", "local")
         if self.is_local:
             uri = str(Path(rest if separator else uri).expanduser().absolute())
-        self.uri = uri.rstrip("/")
+        self.uri, self._setting = uri.rstrip("/"), setting
         self._in_bucket = not self.is_local and scheme in _BUCKETS
         self._fs: Any
         if self.is_local:
@@ -65,10 +68,10 @@ class Storage:
         except ImportError as error:
             extra = _EXTRAS.get(scheme)
             cure = f"'pip install llava_ray[{extra}]'" if extra else "its fsspec package"
-            raise ConfigError(f"storage.uri {uri!r}: {scheme}:// needs {cure}") from error
+            raise ConfigError(f"{setting} {uri!r}: {scheme}:// needs {cure}") from error
         except ValueError as error:
             raise ConfigError(
-                f"storage.uri {uri!r}: unknown scheme {scheme!r}; use a path, s3:// or gs://"
+                f"{setting} {uri!r}: unknown scheme {scheme!r}; use a path, s3:// or gs://"
             ) from error
         self.root = root.rstrip("/")
 
@@ -77,7 +80,7 @@ class Storage:
             return getattr(self._fs, method)(*arguments, **named)
 
         if not self.is_local:
-            return patiently(call, self.uri, wait_s=wait_s)
+            return patiently(call, self.uri, wait_s=wait_s, setting=self._setting)
         with disk_errors(self.uri):
             return call()
 
@@ -86,7 +89,7 @@ class Storage:
         if self._in_bucket:
             self.read_text("manifest.json")
             if not self._call("exists", self.root.partition("/")[0]):
-                raise missing_bucket(self.uri)
+                raise missing_bucket(f"{self._setting} {self.uri!r}")
 
     def join(self, relative: str) -> str:
         """Return the URI of a path below the root."""
@@ -94,11 +97,16 @@ class Storage:
 
     def read_text(self, relative: str) -> str | None:
         """Return a file's text, or None where there is no such file."""
+        found = self.read_bytes(relative)
+        return None if found is None else found.decode("utf-8")
+
+    def read_bytes(self, relative: str) -> bytes | None:
+        """Return a file's content, or None where there is no such file."""
         try:
-            return str(self._call("cat_file", f"{self.root}/{relative}").decode("utf-8"))
+            return bytes(self._call("cat_file", f"{self.root}/{relative}"))
         except (FileNotFoundError, NotADirectoryError) as error:
             if self._in_bucket and is_missing_bucket(error):
-                raise missing_bucket(self.uri) from error
+                raise missing_bucket(f"{self._setting} {self.uri!r}") from error
             return None
 
     def write_text(self, relative: str, text: str, *, wait_s: float | None = None) -> None:
@@ -137,6 +145,11 @@ class Storage:
     def list_files(self, relative: str) -> list[str]:
         """Return the sorted names of the files directly below a path."""
         return self._list(relative, "file")
+
+    def all_files(self) -> list[str]:
+        """Return the sorted paths of all files below the root; it may be a file itself."""
+        found = self._call("find", self.root)
+        return sorted(str(path).removeprefix(self.root).lstrip("/") for path in found)
 
     def _list(self, relative: str, kind: str) -> list[str]:
         try:

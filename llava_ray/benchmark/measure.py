@@ -221,13 +221,16 @@ def _generate(
         with shared_turn():
             prompt = _prompt(engine, plan, sample, folder)
             text = generate_text(engine, prompt, sampling).text.strip()
-        generations.append(Generation(image=sample.image, reference=sample.answer, text=text))
+        shown = sample.images[-1] if sample.images else ""
+        generations.append(Generation(image=shown, reference=sample.answer, text=text))
     return generations
 
 
 def _prompt(engine: Engine, plan: Plan, sample: Sample, folder: Path) -> Prompt:
-    image = open_image(folder / "images" / sample.image, max_pixels=plan.run.data.max_image_pixels)
-    return make_prompt(engine, sample.question, [image], system=plan.run.model.system_prompt)
+    limit = plan.run.data.max_image_pixels
+    images = [open_image(folder / "images" / name, max_pixels=limit) for name in sample.images]
+    system = plan.run.model.system_prompt if sample.system is None else sample.system
+    return make_prompt(engine, sample.asked, images, system=system)
 
 
 def _open(plan: Plan, variant: Variant, folder: Path, context: int) -> Engine:

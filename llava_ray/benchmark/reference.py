@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from llava_ray.artifacts.identity import artifact_id
 from llava_ray.artifacts.records import DatasetRecord, ReferenceScores, Variant
 from llava_ray.artifacts.store import ArtifactStore, local_folder
@@ -47,9 +49,9 @@ def reference_id(plan: Plan, baseline: Variant, dataset: DatasetRecord) -> str:
 def encode(
     tokenizer: object, sample: Sample, plan: Plan, *, tokens_per_image: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ids of the prompt and of the caption.
+    """Return the ids of the prompt and of the last answer.
 
-    Raises DataError where no token of the caption fits into `max_length`.
+    Raises DataError where no token of the answer fits into `max_length`.
     """
     ids, labels = encode_sample(
         tokenizer,
@@ -58,7 +60,8 @@ def encode(
         max_length=plan.run.train.max_length,
         system=plan.run.model.system_prompt,
     )
-    start = next((i for i, label in enumerate(labels) if label >= 0), len(ids))
+    # Of several answers the last.
+    start = max((i + 1 for i, label in enumerate(labels) if label < 0), default=0)
     if start == len(ids):
         raise DataError(
             f"sample {sample.id}: its prompt fills train.max_length={plan.run.train.max_length} "
@@ -96,8 +99,10 @@ def _write_sample(engine: Engine, sample: Sample, plan: Plan, images: Path, path
     prompt_ids, continuation = encode(
         engine.tokenizer, sample, plan, tokens_per_image=engine.tokens_per_image
     )
-    image = open_image(images / sample.image, max_pixels=plan.run.data.max_image_pixels)
-    prompt = Prompt(prompt_ids, (square_pixels(image, engine.image_size),))
+    limit, size = plan.run.data.max_image_pixels, engine.image_size
+    opened = (open_image(images / name, max_pixels=limit) for name in sample.images)
+    pixels = [square_pixels(image, size) for image in opened]
+    prompt = Prompt(prompt_ids, tuple(pixels))
     log_probs = torch.log_softmax(engine.score(prompt, continuation).float(), dim=-1)
     save_file(
         {
@@ -105,7 +110,7 @@ def _write_sample(engine: Engine, sample: Sample, plan: Plan, images: Path, path
             "top1": log_probs.argmax(dim=-1),
             "prompt_ids": torch.tensor(prompt_ids),
             "continuation": torch.tensor(continuation),
-            "pixels": torch.tensor(prompt.images[0]),
+            "pixels": torch.tensor(np.stack(pixels)) if pixels else torch.empty(0, size, size, 3),
         },
         path,
     )
@@ -120,7 +125,7 @@ def read_reference(record: ReferenceScores) -> Iterator[ReferenceSample]:
     for name in sorted(record.files):
         tensors = load_file(folder / name)
         yield ReferenceSample(
-            prompt=Prompt(tuple(tensors["prompt_ids"].tolist()), (tensors["pixels"].numpy(),)),
+            prompt=Prompt(tuple(tensors["prompt_ids"].tolist()), tuple(tensors["pixels"].numpy())),
             continuation=tuple(tensors["continuation"].tolist()),
             log_probs=tensors["log_probs"],
             top1=tensors["top1"],

@@ -54,14 +54,20 @@ class DataConfig(Section):
     """Captions and images."""
 
     source: str = Field(default="scene-text", min_length=1)
-    """`scene-text` (generated), a Hugging Face id, or a .parquet, .jsonl or LLaVA .json file."""
+    """`scene-text` (generated), a Hugging Face id, or a path or fsspec URI: of a file (.jsonl,
+    .json, .csv, .parquet, .tar) or a folder (such files, an imagefolder, save_to_disk, pictures
+    with .txt captions)."""
     images: str | None = Field(default=None)
-    """Folder of the image files; default: an `images` column, else the source's own folder."""
+    """Folder of the image files, a path or an fsspec URI; default: a column with the images
+    themselves, else the source's own folder."""
     split: str = Field(default="train")
-    """Split of a Hugging Face id."""
-    image_column: str = Field(default="filename")
-    caption_column: str = Field(default="caption_condensed")
+    """Split of a Hugging Face id or of a save_to_disk folder."""
+    image_column: str | None = Field(default=None)
+    """Default: a column with images in it, else one known by its name, such as file_name."""
+    caption_column: str | None = Field(default=None)
+    """Default: conversations or messages, else a column known by its name, such as caption."""
     question: str = Field(default="Describe this image in detail.")
+    """What is asked of an image that comes with a caption alone."""
     limit: Integer | None = Field(default=None, ge=2)
     """Take only the first rows; for scene-text how many are drawn (default 240)."""
     test_share: Share = Field(default=0.1)

@@ -29,21 +29,20 @@ def probe_request(
     *,
     max_tokens: int,
 ) -> bytes:
-    """Return a chat completions body about the first held-out image.
+    """Return a chat completions body about the first held-out image, or of text where none is.
 
     Raises ArtifactError when the data set that the choice rests on is gone.
     """
     folder = local_folder(_dataset(store, chosen))
-    sample = read_samples(folder / "test.json")[0]
-    small = open_image(folder / "images" / sample.image, max_pixels=10**9)
-    small.thumbnail((_SIDE, _SIDE))
-    stream = io.BytesIO()
-    small.save(stream, "JPEG", quality=90)
-    url = f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
-    content = [
-        {"type": "image_url", "image_url": {"url": url}},
-        {"type": "text", "text": question},
-    ]
+    images = [name for sample in read_samples(folder / "test.json") for name in sample.images]
+    content: list[dict[str, Any]] = [{"type": "text", "text": question}]
+    if images:
+        small = open_image(folder / "images" / images[0], max_pixels=10**9)
+        small.thumbnail((_SIDE, _SIDE))
+        stream = io.BytesIO()
+        small.save(stream, "JPEG", quality=90)
+        url = f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
     body = {
         "model": model_name,
         "temperature": 0,

@@ -144,17 +144,21 @@ def _probe(
 
     samples = read_samples(data / "test.json") or read_samples(data / "train.json")
     tokenizer, shape = AutoTokenizer.from_pretrained(base), vision_shape(base)
+    size, limit = shape.image_size, config.data.max_image_pixels
     for sample in samples[: config.merge.probe_samples]:
         ids, _ = encode_sample(
             tokenizer, sample, tokens_per_image=shape.tokens_per_image, max_length=2048,
             system=config.model.system_prompt,
         )  # fmt: skip
-        image = open_image(data / "images" / sample.image, max_pixels=config.data.max_image_pixels)
-        pixels = normalize(square_pixels(image, shape.image_size))
-        yield {
-            "input_ids": torch.tensor([ids], device=device),
-            "pixel_values": pixels[None].to(device),
-        }
+        found = {"input_ids": torch.tensor([ids], device=device)}
+        whole = ids.count(shape.image_token_id) // shape.tokens_per_image
+        pixels = [
+            normalize(square_pixels(open_image(data / "images" / name, max_pixels=limit), size))
+            for name in sample.images[:whole]
+        ]
+        if pixels:
+            found["pixel_values"] = torch.stack(pixels).to(device)
+        yield found
 
 
 def _logits(model: Any, inputs: dict[str, "torch.Tensor"]) -> "torch.Tensor":

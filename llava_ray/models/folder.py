@@ -113,6 +113,12 @@ def vision_shape(folder: Path) -> VisionShape:
         ) from error
 
 
+def max_positions(folder: Path) -> int:
+    """Return the tokens that the language model can take."""
+    text = json.loads((folder / "config.json").read_bytes())["text_config"]
+    return int(text.get("max_position_embeddings", 2048))
+
+
 def weights_sha256(folder: Path) -> str:
     """Hash all safetensors of a folder, in the order of their names.
 

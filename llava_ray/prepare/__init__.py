@@ -18,7 +18,8 @@ from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import DataConfig, RunConfig
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.models.chat_template import IMAGE_TOKEN
-from llava_ray.prepare.pictures import hash_image_files, store_images
+from llava_ray.models.conversation import Sample
+from llava_ray.prepare.pictures import Read, hash_images, image_reader, store_images
 from llava_ray.prepare.rows import Rejection, Row, RowReader
 from llava_ray.prepare.sources import SCENE_TEXT, open_file, open_table
 from llava_ray.prepare.table import Table
@@ -47,12 +48,17 @@ def run(config: RunConfig) -> DatasetRecord:
         if found:
             return found
     with _opened(config.data) as (table, folder):
-        reader = RowReader(table, config.data)
+        reader, read = RowReader(table, config.data), image_reader(folder)
         if config.data.source != SCENE_TEXT:
-            settings = _settings(config.data, _content_sha256(table, reader, folder))
+            content = table.sha256
+            if reader.has_image_files:
+                content = hashlib.sha256(
+                    f"{content} {hash_images(reader, read)}".encode()
+                ).hexdigest()
+            settings = _settings(config.data, content)
         identity = artifact_id(DatasetRecord.kind, settings)
         return store.find(DatasetRecord, identity) or _build(
-            store, identity, settings, config.data, table, reader, folder
+            store, identity, settings, config.data, table, reader, read
         )
 
 
@@ -63,16 +69,17 @@ def _build(
     config: DataConfig,
     table: Table,
     reader: RowReader,
-    folder: Path | None,
+    read: Read,
 ) -> DatasetRecord:
     num_rows = min(table.num_rows, config.limit or table.num_rows)
     with store.build(DatasetRecord, identity, settings=settings) as build:
         if build.found:
             return build.found
+        (build.folder / "images").mkdir()
         checked = list(
             store_images(
                 reader,
-                source=folder,
+                read,
                 target=build.folder / "images",
                 max_pixels=config.max_image_pixels,
                 num_rows=num_rows,
@@ -88,9 +95,6 @@ def _build(
         lines = [json.dumps(asdict(rejection), ensure_ascii=False) for rejection in rejections]
         text = "".join(f"{line}\n" for line in lines)
         (build.folder / "rejected.jsonl").write_text(text, encoding="utf-8")
-        left_out = sum(row.further_exchanges for row in rows)
-        if left_out:
-            logger.warning("prepare: %d further exchanges of conversations left out", left_out)
         logger.info(
             "prepare: %d train and %d test rows, %d rejected", len(train), len(test), counts.total()
         )
@@ -100,39 +104,33 @@ def _build(
             source=config.source,
             num_train=len(train),
             num_test=len(test),
+            num_exchanges=sum(len(row.turns) for row in rows),
+            num_images=sum(len(row.images) for row in rows),
             rejected=dict(sorted(counts.items())),
-            further_exchanges=left_out,
         )
 
 
 @contextmanager
-def _opened(config: DataConfig) -> Iterator[tuple[Table, Path | None]]:
-    """Give the table and the folder of its images, drawing them first if they are generated."""
-    if config.source != SCENE_TEXT:
-        table = open_table(config)
-        folder = Path(config.images).expanduser() if config.images else table.folder
-        if folder is not None and not folder.is_dir():
+def _opened(config: DataConfig) -> Iterator[tuple[Table, str | None]]:
+    """Give the table and where its images are, drawing them first if they are generated."""
+    with TemporaryDirectory(prefix="llava_ray-data-") as scratch:
+        if config.source == SCENE_TEXT:
+            from llava_ray.embedded.scene_text import write_scene_text
+
+            count = config.limit or SCENE_TEXT_ROWS
+            captions = write_scene_text(Path(scratch), count=count, seed=config.seed)
+            yield open_file(captions), str(captions.parent / "images")
+            return
+        table = open_table(config, Path(scratch))
+        folder = config.images or (str(table.folder) if table.folder else None)
+        if folder and "://" not in folder and not Path(folder).expanduser().is_dir():
             raise ConfigError(f"data.images {config.images!r}: no such folder")
         yield table, folder
-        return
-    from llava_ray.embedded.scene_text import write_scene_text
-
-    with TemporaryDirectory(prefix="llava_ray-scene-text-") as scratch:
-        count = config.limit or SCENE_TEXT_ROWS
-        captions = write_scene_text(Path(scratch), count=count, seed=config.seed)
-        yield open_file(captions), captions.parent / "images"
 
 
 def _settings(config: DataConfig, content_sha256: str) -> dict[str, Any]:
     libraries = {"versions": versions("pillow")}
     return {**config.model_dump(mode="json"), "content_sha256": content_sha256, **libraries}
-
-
-def _content_sha256(table: Table, reader: RowReader, folder: Path | None) -> str:
-    if folder is None or not reader.has_image_files:
-        return table.sha256
-    images = hash_image_files(reader, folder)
-    return hashlib.sha256(f"{table.sha256} {images}".encode()).hexdigest()
 
 
 def _check_counts(
@@ -164,36 +162,57 @@ def _check_counts(
 
 
 def _write_llava_json(rows: Sequence[Row], path: Path) -> None:
-    content = [
-        {
-            "id": row.id,
-            "image": row.image,
-            "conversations": [
-                {"from": "human", "value": f"{IMAGE_TOKEN}\n{row.question}"},
-                {"from": "gpt", "value": row.caption},
-            ],
-        }
-        for row in rows
-    ]
+    samples = (Sample(row.id, _names(row), row.turns, row.system) for row in rows)
+    content = [sample.as_llava() for sample in samples]
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
+def _names(row: Row) -> tuple[str, ...]:
+    return tuple(image for image in row.images if isinstance(image, str))
+
+
 def split_rows(rows: Sequence[Row], *, test_share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Return train and test rows by a hash of each row's id, at least one of both.
+    """Return train and test rows: of the share that is asked for, and no picture on both sides.
 
-    So a row stays where it is when others are added. `rows` has two or more entries.
+    Rows with a picture in common go together, in the order of a hash of what they show, so most
+    stay where they are when others are added. `rows` has two or more entries.
     """
-    places = [_place(row.id, seed) for row in rows]
-    in_test = {i for i, place in enumerate(places) if place < test_share}
-    if not in_test:
-        in_test.add(places.index(min(places)))
-    if len(in_test) == len(rows):
-        in_test.remove(places.index(max(places)))
-    train = [row for i, row in enumerate(rows) if i not in in_test]
-    return train, [rows[i] for i in sorted(in_test)]
+    groups: dict[str, list[int]] = {}
+    for index, key in enumerate(_connected([_shown(row) for row in rows])):
+        groups.setdefault(key, []).append(index)
+    if len(groups) == 1:
+        logger.warning("prepare: all rows show the same picture, so none are held out")
+        return list(rows), []
+    order = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    wanted = min(len(rows) - 1, max(1, round(test_share * len(rows))))
+    held_out: set[int] = set()
+    for key in order:
+        if len(held_out) + len(groups[key]) <= wanted:
+            held_out.update(groups[key])
+    if not held_out:
+        held_out.update(groups[min(order, key=lambda key: len(groups[key]))])
+    train = [row for i, row in enumerate(rows) if i not in held_out]
+    return train, [rows[i] for i in sorted(held_out)]
 
 
-def _place(row_id: str, seed: int) -> float:
-    """Map an id to [0, 1), the same on every machine."""
-    digest = hashlib.sha256(f"{seed}:{row_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+def _shown(row: Row) -> tuple[str, ...]:
+    """Return what tells rows apart: their pictures, or their text where there is none."""
+    return row.contents or (hashlib.sha256(repr(row.turns).encode()).hexdigest(),)
+
+
+def _connected(keys: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return for each row one key that it shares with all rows it hangs together with."""
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while (above := parent.setdefault(key, key)) != key:
+            parent[key] = parent.setdefault(above, above)
+            key = parent[key]
+        return key
+
+    for first, *others in keys:
+        for other in others:
+            # The smaller one, whatever the order of the rows.
+            low, high = sorted((root(first), root(other)))
+            parent[high] = low
+    return [root(key[0]) for key in keys]

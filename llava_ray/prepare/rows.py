@@ -1,34 +1,45 @@
 """From the cells of a source to rows that can be used, or to the reason why not."""
 
+import base64
+import binascii
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 from llava_ray.config.run import DataConfig
 from llava_ray.errors import DataError
-from llava_ray.models.chat_template import IMAGE_TOKEN
+from llava_ray.models.chat_template import IMAGE_TOKEN, Turn
+from llava_ray.prepare.dialogue import Dialogue, RowProblem, read_dialogue, shorten
 from llava_ray.prepare.table import BrokenRow, Cells, Table
 
-CONVERSATIONS = "conversations"
+CONVERSATIONS = ("conversations", "messages", "conversation", "texts")
+IMAGES = (
+    "filename", "file_name", "image", "images", "image_path", "image_file", "img", "path",
+    "jpg", "jpeg", "png", "webp", "image_url", "url",
+)  # fmt: skip
+CAPTIONS = ("caption_condensed", "caption", "text", "txt", "captions", "sentence", "answer")
+QUESTION = "question"
+IDS = ("id", "__key__", "image_id")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image with its question and caption."""
+    """One conversation about any number of pictures."""
 
     number: int
     """The row's number in the source, from 1."""
     id: str
-    image: str | bytes
-    """A path relative to the folder of images, or the file's bytes."""
-    question: str
-    caption: str
-    further_exchanges: int = 0
-    """Exchanges of a longer conversation that are left out."""
+    images: tuple[str | bytes, ...]
+    """Paths relative to the folder of images, URLs or the files' bytes."""
+    turns: tuple[Turn, ...]
+    system: str | None = None
+    contents: tuple[str, ...] = ()
+    """The digests of the pictures' files, once they were read."""
 
 
 @dataclass(frozen=True)
@@ -41,39 +52,25 @@ class Rejection:
     detail: str
 
 
-class RowProblem(Exception):
-    """Why a row is left out; never leaves this stage."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-
 class RowReader:
-    """Read LLaVA's own conversations, or a caption column beside images.
+    """Read conversations, or a caption column beside images.
 
-    Raises DataError for a table without rows, and for one that lacks a column.
+    Raises DataError for a table without rows, and for one in which no column is recognised.
     """
 
     def __init__(self, table: Table, config: DataConfig) -> None:
-        self._table = table
-        self._config = config
+        self._table, self._config = table, config
         if not table.num_rows:
             raise DataError(f"data.source {config.source!r} has no rows")
-        self._is_llava = CONVERSATIONS in table.columns
+        self._said = None if config.caption_column else _first_of(CONVERSATIONS, table.columns)
+        self._caption = config.caption_column or _first_of(CAPTIONS, table.columns)
         self.image_column = self._choose_image_column()
-        needed = [self.image_column]
-        needed.append(CONVERSATIONS if self._is_llava else config.caption_column)
-        missing = [name for name in needed if name not in table.columns]
-        if missing:
-            raise DataError(
-                f"data.source {config.source!r} has no column {', '.join(missing)}; it has "
-                f"{', '.join(table.columns) or 'none'}: set data.image_column and "
-                "data.caption_column"
-            )
-        extra = [name for name in ("id", config.image_column) if name in table.columns]
-        self._columns = list(dict.fromkeys(needed + extra))
+        self._check()
+        has_question = self._said is None and QUESTION in table.columns
+        self._question = QUESTION if has_question and self._caption != QUESTION else None
+        self._id = _first_of(IDS, table.columns)
+        chosen = (self._said or self._caption, self.image_column, self._question, self._id)
+        self._columns = list(dict.fromkeys(filter(None, chosen)))
 
     @property
     def has_image_files(self) -> bool:
@@ -81,63 +78,126 @@ class RowReader:
         return self.image_column not in self._table.binary_columns
 
     def __iter__(self) -> Iterator[Row | Rejection]:
-        seen: set[str] = set()
         cells_of_rows = islice(self._table.read(self._columns), self._config.limit)
         for number, cells in enumerate(cells_of_rows, start=1):
             if isinstance(cells, BrokenRow):
                 yield Rejection(number, "", "unreadable_row", cells.detail)
                 continue
-            row_id = self._row_id(cells)
             try:
-                if row_id in seen:
-                    raise RowProblem("duplicate_id", row_id)
-                row = self._row(number, row_id, cells)
+                yield self._row(number, cells)
             except RowProblem as problem:
-                yield Rejection(number, row_id, problem.reason, problem.detail)
-                continue
-            seen.add(row_id)
-            yield row
+                where = printable(self._row_id(number, cells))
+                yield Rejection(number, where, problem.reason, printable(problem.detail))
 
-    def _choose_image_column(self) -> str:
+    def _choose_image_column(self) -> str | None:
         """Prefer pictures inside the table unless a folder of images is named."""
-        chosen = self._config.image_column
-        if self._config.images is None and chosen not in self._table.binary_columns:
-            for name in ("image", "images", *sorted(self._table.binary_columns)):
-                if name in self._table.binary_columns:
-                    return name
-        return "image" if self._is_llava and chosen not in self._table.columns else chosen
+        columns, binary = self._table.columns, self._table.binary_columns
+        if self._config.image_column is not None:
+            return self._config.image_column
+        inside = sorted(binary, key=lambda name: (name not in IMAGES, name))
+        if inside and self._config.images is None:
+            return _first_of(IMAGES, inside) or inside[0]
+        return _first_of([name for name in IMAGES if name not in binary], columns)
 
-    def _row_id(self, cells: Cells) -> str:
-        for name in ("id", self._config.image_column, self.image_column):
-            value = _first(cells.get(name))
-            if isinstance(value, str | int) and str(value).strip():
-                return str(value)
-            if isinstance(value, bytes):
-                return hashlib.sha256(value).hexdigest()[:16]
-        return ""
+    def _check(self) -> None:
+        columns, source = self._table.columns, self._config.source
+        wanted = {
+            "image_column": self.image_column, "caption_column": self._said or self._caption
+        }  # fmt: skip
+        if self._said is not None and self._config.image_column is None:
+            del wanted["image_column"]  # Of text alone, or with its pictures in the messages.
+        problems = [
+            f"no column {name!r}" if name else f"none that is known as {key.split('_')[0]}"
+            for key, name in wanted.items()
+            if name not in columns
+        ]
+        if problems:
+            keys = ", ".join(f"data.{key}" for key in wanted)
+            raise DataError(
+                f"data.source {source!r} has {' and '.join(problems)}; it has "
+                f"{', '.join(columns) or 'none'}: set {keys}"
+            )
 
-    def _row(self, number: int, row_id: str, cells: Cells) -> Row:
-        image = _first(cells.get(self.image_column))
-        if not image:
+    def _row_id(self, number: int, cells: Cells) -> str:
+        value = cells.get(self._id) if self._id else None
+        if value is None and self.image_column:
+            value = next(iter(as_list(cells.get(self.image_column))), None)
+        if isinstance(value, str | int) and str(value).strip():
+            return str(value)
+        if isinstance(value, bytes):
+            return hashlib.sha256(value).hexdigest()[:16]
+        return str(number)
+
+    def _row(self, number: int, cells: Cells) -> Row:
+        row_id = self._row_id(number, cells)
+        pictures = as_list(cells.get(self.image_column)) if self.image_column else []
+        if self._said is not None:
+            found = read_dialogue(cells.get(self._said), pictures)
+        else:
+            found = self._captioned(cells, pictures)
+        images = tuple(_image(each) for each in found.images)
+        row = Row(number, row_id, images, found.turns, found.system)
+        for text in (row_id, found.system, *(t for turn in found.turns for t in _texts(turn))):
+            _check_text(text)
+        return row
+
+    def _captioned(self, cells: Cells, pictures: Sequence[Any]) -> Dialogue:
+        if not pictures:
             raise RowProblem("no_image", f"column {self.image_column!r} is empty")
-        if isinstance(image, str):
-            image = safe_path(image)
-        elif not isinstance(image, bytes):
-            raise RowProblem("no_image", f"a {type(image).__name__}, neither a path nor bytes")
-        question, caption, further = self._config.question, self._caption(cells), 0
-        if self._is_llava:
-            question, caption, further = _first_exchange(cells[CONVERSATIONS])
+        caption = next(iter(as_list(cells.get(self._caption or ""))), "")
+        if not isinstance(caption, str):
+            raise RowProblem("empty_caption", f"a {type(caption).__name__}, not text")
         if not caption.strip():
             raise RowProblem("empty_caption", "")
         if IMAGE_TOKEN in caption:
-            raise RowProblem("image_token_in_caption", _shorten(caption))
-        return Row(number, row_id, image, question, caption.strip(), further)
+            raise RowProblem("image_token_in_caption", shorten(caption))
+        question = cells.get(self._question) if self._question else None
+        if not isinstance(question, str) or not question.strip():
+            question = self._config.question
+        question = question.replace(IMAGE_TOKEN, "").strip()
+        turn = Turn(question, len(pictures), caption.strip())
+        return Dialogue((turn,), tuple(pictures))
 
-    def _caption(self, cells: Cells) -> str:
-        caption = cells.get(self._config.caption_column)
-        if caption is not None and not isinstance(caption, str):
-            raise RowProblem("empty_caption", f"a {type(caption).__name__}, not text")
-        return caption or ""
+
+def _texts(turn: Turn) -> tuple[str, str]:
+    return turn.text, turn.answer or ""
+
+
+def _check_text(text: str | None) -> None:
+    """Refuse what no file can hold, such as half of a character of two UTF-16 units."""
+    try:
+        (text or "").encode("utf-8")
+    except UnicodeEncodeError as error:
+        detail = f"{printable(shorten(text or ''))}: {error.reason} at {error.start}"
+        raise RowProblem("broken_text", detail) from error
+
+
+def printable(text: str) -> str:
+    """Return a text that any file can hold."""
+    return text.encode("utf-8", errors="backslashreplace").decode()
+
+
+def _image(value: Any) -> str | bytes:
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise RowProblem("no_image", f"a {type(value).__name__}, neither a path nor bytes")
+    if value[:5].lower() == "data:":
+        return _inline(value)
+    _check_text(value)
+    if re.match(r"https?://", value):
+        raise RowProblem("remote_image", f"{shorten(value)}: download it, and name the file")
+    return safe_path(value.removeprefix("file://"))
+
+
+def _inline(url: str) -> bytes:
+    header, _, payload = url.partition(",")
+    try:
+        if not header.endswith(";base64"):
+            raise ValueError("not base64")
+        return base64.b64decode("".join(unquote(payload).split()), validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise RowProblem("unusable_image", f"a broken data URL ({error})") from error
 
 
 def safe_path(text: str) -> str:
@@ -148,34 +208,16 @@ def safe_path(text: str) -> str:
     path = PurePosixPath(text.replace("\\", "/"))
     leaves = path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", text)
     if leaves or "\0" in text or not path.parts:
-        raise RowProblem("path_outside_folder", _shorten(text))
+        raise RowProblem("path_outside_folder", shorten(text))
     return path.as_posix()
 
 
-def _first(value: Any) -> Any:
-    """Unwrap a list of images and datasets' {bytes, path}."""
-    if isinstance(value, list):
-        value = value[0] if value else None
-    if isinstance(value, dict):
-        return value.get("bytes") or value.get("path")
-    return value
+def as_list(value: Any) -> list[Any]:
+    """Return a cell's values, datasets' {bytes, path} unwrapped and empty ones left out."""
+    values = value if isinstance(value, list) else [value]
+    opened = (v.get("bytes") or v.get("path") if isinstance(v, dict) else v for v in values)
+    return [each for each in opened if each not in (None, "", b"")]
 
 
-def _first_exchange(turns: Any) -> tuple[str, str, int]:
-    try:
-        human, gpt = turns[0], turns[1]
-        asked, answer = human["value"], gpt["value"]
-        speakers = (human["from"], gpt["from"])
-    except (TypeError, KeyError, IndexError) as error:
-        raise RowProblem("no_exchange", f"{type(error).__name__}: {error}") from error
-    if speakers != ("human", "gpt") or not isinstance(asked, str) or not isinstance(answer, str):
-        raise RowProblem(
-            "no_exchange", f"the first turns are by {speakers[0]!r} and {speakers[1]!r}"
-        )
-    if asked.count(IMAGE_TOKEN) > 1:
-        raise RowProblem("several_images", _shorten(asked))
-    return asked.replace(IMAGE_TOKEN, "").strip(), answer, len(turns) // 2 - 1
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 120 else f"{text[:117]}..."
+def _first_of(names: Sequence[str], columns: Sequence[str]) -> str | None:
+    return next((name for name in names if name in columns), None)

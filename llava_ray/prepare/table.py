@@ -3,10 +3,13 @@
 Surprising: only columns that are asked for are read, so image bytes never pile up in memory.
 """
 
+import codecs
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from llava_ray.errors import DataError
 
 BATCH_ROWS = 64
 
@@ -34,6 +37,20 @@ class Table:
     """Where image paths start unless data.images says otherwise."""
     binary_columns: frozenset[str] = frozenset()
     """Columns that hold images themselves, as bytes or as datasets' {bytes, path}."""
+
+
+def decoded(content: bytes) -> str:
+    """Return the text of a file: UTF-8, or UTF-16 with a mark at its beginning.
+
+    Raises DataError for anything else.
+    """
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"neither UTF-8 nor UTF-16 text ({error.reason} at {error.start})"
+        ) from error
 
 
 def binary_columns(schema: Any) -> frozenset[str]:

@@ -233,8 +233,7 @@ def _embedded_samples(
     from transformers import PreTrainedTokenizerFast
 
     # The class that tokenizer_config.json names may exist only in transformers 5.
-    files = {"tokenizer_file": str(merged / "tokenizer.json")}
-    tokenizer: Any = PreTrainedTokenizerFast(**files)  # type: ignore[no-untyped-call]
+    tokenizer: Any = PreTrainedTokenizerFast(**_tokenizer_files(merged))  # type: ignore[no-untyped-call]
     shape = vision_shape(merged)
     vision = nn.ModuleList([model.vision_tower, model.multi_modal_projector]).to(device)
     embed = model.get_input_embeddings()
@@ -243,18 +242,33 @@ def _embedded_samples(
         tokens, pixels = calibration.encode(sample, tokenizer, shape, max_tokens=_MAX_TOKENS)
         is_image = tokens == shape.image_token_id
         hidden = embed(tokens.masked_fill(is_image, 0)).to(device)
-        if spec.images:
-            hidden[is_image.to(device)] = model.get_image_features(
-                pixel_values=pixels[None].to(hidden),
+        if spec.images and len(pixels):
+            features = model.get_image_features(
+                pixel_values=pixels.to(hidden),
                 vision_feature_layer=model.config.vision_feature_layer,
                 vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-            )[0]
+            )
+            hidden[is_image.to(device)] = torch.cat(list(features))
         else:
             hidden = hidden[~is_image.to(device)]
         embedded.append(hidden)
     vision.cpu()
     logger.info("%d samples, %d tokens to calibrate on", len(embedded), sum(map(len, embedded)))
     return embedded
+
+
+def _tokenizer_files(merged: Path) -> dict[str, str]:
+    """Return what says how a tokenizer of transformers 5 writes conversations and ends answers."""
+    tree = json.loads((merged / "tokenizer_config.json").read_bytes())
+    found = {"tokenizer_file": str(merged / "tokenizer.json")}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = tree.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token:
+            found[name] = token
+    template = merged / "chat_template.jinja"
+    text = template.read_text("utf-8") if template.is_file() else tree.get("chat_template")
+    return found | ({"chat_template": text} if isinstance(text, str) else {})
 
 
 def _write(spec: AwqSpec, model: Any, merged: Path, out: Path) -> None:

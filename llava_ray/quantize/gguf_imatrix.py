@@ -83,6 +83,7 @@ def importance_matrix(merged: Path, calibration: Calibration, device: str) -> Im
     for number, sample in enumerate(samples, start=1):
         ids, pixels = calibration.encode(sample, tokenizer, vision, max_tokens=_MAX_TOKENS)
         with torch.no_grad():
-            model(input_ids=ids[None].to(device), pixel_values=pixels[None].to(device, dtype))
+            shown = {"pixel_values": pixels.to(device, dtype)} if len(pixels) else {}
+            model(input_ids=ids[None].to(device), **shown)
         progress.at(number)
     return {name: (total / rows_seen[name]).cpu().numpy() for name, total in sums.items()}

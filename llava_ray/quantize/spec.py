@@ -52,7 +52,7 @@ class Calibration:
     def encode(
         self, sample: Sample, tokenizer: Any, vision: VisionShape, *, max_tokens: int
     ) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Return token ids [tokens], cut at the end, and normalized pixels [3, size, size]."""
+        """Return token ids [tokens], cut at the end, and pixels [images, 3, size, size]."""
         import torch
 
         ids, _ = encode_sample(
@@ -62,8 +62,11 @@ class Calibration:
             max_length=max_tokens,
             system=self.system_prompt,
         )
-        image = open_image(self.dataset_folder / "images" / sample.image, max_pixels=10**9)
-        return torch.tensor(ids), normalize(square_pixels(image, vision.image_size))
+        whole = ids.count(vision.image_token_id) // vision.tokens_per_image
+        folder, size = self.dataset_folder / "images", vision.image_size
+        images = [open_image(folder / name, max_pixels=10**9) for name in sample.images[:whole]]
+        pixels = [normalize(square_pixels(image, size)) for image in images]
+        return torch.tensor(ids), torch.stack(pixels) if pixels else torch.empty(0, 3, size, size)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import base64
 import io
 from dataclasses import dataclass
+from pathlib import Path
 
 from llava_ray.artifacts.store import local_folder
 from llava_ray.benchmark.caption_scores import quoted_words, words
@@ -43,13 +44,17 @@ def show(findings: Findings, origins: Origins) -> list[Shown]:
             for card in order
             if index < len(card.generations)
         )
-        image = open_image(images / generation.image, max_pixels=limit)
-        image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-        stream = io.BytesIO()
-        image.save(stream, "JPEG", quality=82)
-        uri = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+        uri = _thumbnail(images / generation.image, limit) if generation.image else ""
         shown.append(Shown(generation.image, uri, generation.reference, answers))
     return shown
+
+
+def _thumbnail(path: Path, max_pixels: int) -> str:
+    image = open_image(path, max_pixels=max_pixels)
+    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def mark(text: str, reference: str) -> Parts:

@@ -168,12 +168,13 @@ def loss_module(model: nn.Module, train: TrainConfig) -> nn.Module:
             targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
             # Looked up before the layers are queued: it makes the processor wait for the GPU.
             chosen = (targets != IGNORE_INDEX).nonzero().flatten()
+            embeddings = _embeddings(llava, input_ids, pixel_values)
             if self.decoder is None:
-                hidden = llava.model(
-                    input_ids=input_ids, pixel_values=pixel_values, use_cache=False
+                hidden = llava.model.language_model(
+                    inputs_embeds=embeddings, use_cache=False
                 ).last_hidden_state
             else:
-                hidden = self.decoder(_embeddings(llava, input_ids, pixel_values))
+                hidden = self.decoder(embeddings)
             logits = llava.lm_head(hidden.flatten(0, 1).index_select(0, chosen))
             return functional.cross_entropy(logits.float(), targets[chosen], reduction="sum")
 
@@ -208,8 +209,16 @@ def set_checkpointing(llava: Any, *, on: bool) -> None:
 
 
 def _embeddings(llava: Any, input_ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """Put the projected image where the image tokens stand."""
-    images = llava.model.get_image_features(pixels.to(llava.dtype)).pooler_output
+    """Put the projected images where the image tokens stand.
+
+    A batch of text alone sends an empty image through tower and projector and takes nothing of it:
+    ranks with pictures and those without must gather the same weights and average the same
+    gradients.
+    """
+    shown = pixels if len(pixels) else pixels.new_zeros(1, *pixels.shape[1:])
+    images = torch.cat(list(llava.model.get_image_features(shown.to(llava.dtype)).pooler_output))
     embeddings: torch.Tensor = llava.get_input_embeddings()(input_ids)
+    if not len(pixels):
+        return embeddings + 0 * images.sum().to(embeddings.dtype)
     places = (input_ids == llava.config.image_token_id)[..., None]
-    return embeddings.masked_scatter(places, torch.cat(images).to(embeddings.dtype))
+    return embeddings.masked_scatter(places, images.to(embeddings.dtype))

@@ -17,17 +17,18 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from llava_ray.errors import ConfigError
-from llava_ray.models.chat_template import Turn
-from llava_ray.models.conversation import IGNORE_INDEX, Sample, encode_prompt, encode_sample
+from llava_ray.models.conversation import IGNORE_INDEX, Sample, encode_sample
 from llava_ray.models.folder import VisionShape
 from llava_ray.models.images import normalize, square_pixels
 from llava_ray.models.rgb import open_image
 
 Batch = dict[str, torch.Tensor]
-"""input_ids, attention_mask and labels [batch, length], pixel_values [batch, 3, size, size]."""
+"""input_ids, attention_mask and labels [batch, length], pixel_values [images, 3, size, size]."""
 
 _WINDOW = 16
 """Global batches among which samples are sorted by length."""
+_TURN_TOKENS = 64
+"""At most what a chat template writes around a question and its answer."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,13 @@ class StreamOrder:
     """Which sample stands at a position of the endless stream."""
 
     lengths: tuple[int, ...]
+    """Negative for samples of text alone."""
     seed: int
     group: int
-    """Samples of one optimizer step; samples of like length are kept together in such groups."""
+    """Samples of one optimizer step."""
     by_length: bool
+    """Samples of like length are kept together in such groups, those with images apart from
+    others."""
 
     def at(self, position: int) -> int:
         """Return the index of the sample at a position."""
@@ -50,7 +54,7 @@ class StreamOrder:
 def _epoch_order(order: StreamOrder, epoch: int) -> list[int]:
     """Shuffle, sort windows by length, and shuffle the groups that this makes.
 
-    Source: LLaVA, llava/train/llava_trainer.py, get_length_grouped_indices.
+    Source: LLaVA, llava/train/llava_trainer.py, get_modality_length_grouped_indices.
     """
     draw = random.Random(f"{order.seed}-{epoch}")
     indices = list(range(len(order.lengths)))
@@ -58,10 +62,16 @@ def _epoch_order(order: StreamOrder, epoch: int) -> list[int]:
     if not order.by_length:
         return indices
     window = _WINDOW * order.group
-    for start in range(0, len(indices), window):
-        part = indices[start : start + window]
-        indices[start : start + window] = sorted(part, key=lambda i: order.lengths[i])
-    groups = [indices[i : i + order.group] for i in range(0, len(indices), order.group)]
+    groups, rest = [], []
+    for text_alone in (False, True):
+        kind = [i for i in indices if (order.lengths[i] < 0) == text_alone]
+        for start in range(0, len(kind), window):
+            part = kind[start : start + window]
+            kind[start : start + window] = sorted(part, key=lambda i: order.lengths[i])
+        full = len(kind) // order.group * order.group
+        groups += [kind[i : i + order.group] for i in range(0, full, order.group)]
+        rest += kind[full:]
+    groups += [rest[i : i + order.group] for i in range(0, len(rest), order.group)]
     draw.shuffle(groups)
     return [index for group in groups for index in group]
 
@@ -91,6 +101,7 @@ class CaptionSamples:
 
     def __getitem__(self, index: int) -> Batch:
         sample = self.samples[index]
+        size = self.shape.image_size
         ids, labels = encode_sample(
             self.tokenizer,
             sample,
@@ -98,37 +109,59 @@ class CaptionSamples:
             max_length=self.max_length,
             system=self.system,
         )
-        image = open_image(self.images / sample.image, max_pixels=self.max_image_pixels)
+        whole = ids.count(self.shape.image_token_id) // self.shape.tokens_per_image
+        opened = [
+            open_image(self.images / name, max_pixels=self.max_image_pixels)
+            for name in sample.images[:whole]
+        ]
+        pixels = [normalize(square_pixels(image, size)) for image in opened]
         return {
             "input_ids": torch.tensor(ids),
             "labels": torch.tensor(labels),
-            "pixel_values": normalize(square_pixels(image, self.shape.image_size)),
+            "pixel_values": torch.stack(pixels) if pixels else torch.empty(0, 3, size, size),
         }
 
-    def check_room(self) -> None:
-        """Raise ConfigError when max_length would cut a question and its image."""
-        room = self.max_length - self.shape.tokens_per_image
-        # A question of few bytes cannot fill the room, so long ones alone are tokenized.
-        questions = {s.question for s in self.samples if len(s.question.encode()) + 32 > room}
-        for question in sorted(questions):
-            needed = 1 + len(
-                encode_prompt(
-                    self.tokenizer,
-                    [Turn(question, num_images=1)],
-                    tokens_per_image=self.shape.tokens_per_image,
-                    system=self.system,
-                )
+    def check_room(self) -> list[str]:
+        """Return the ids of the samples that max_length cuts.
+
+        Raises ConfigError when it leaves nothing of a sample's first answer.
+        """
+        cut = []
+        for sample in self.samples:
+            images = len(sample.images) * self.shape.tokens_per_image
+            letters = sum(len(f"{t.text}{t.answer}".encode()) + _TURN_TOKENS for t in sample.turns)
+            # No token is less than a byte, so long samples alone are tokenized.
+            if images + letters + len(sample.system or self.system) + 1 <= self.max_length:
+                continue
+            ids, labels = encode_sample(
+                self.tokenizer,
+                sample,
+                tokens_per_image=self.shape.tokens_per_image,
+                max_length=2**31,
+                system=self.system,
             )
-            if needed > self.max_length:
-                raise ConfigError(
-                    f"train.max_length={self.max_length} cuts the question {question[:40]!r}: "
-                    f"image and question alone need {needed} tokens"
-                )
+            if len(ids) > self.max_length:
+                first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+                if first >= self.max_length:
+                    raise ConfigError(
+                        f"train.max_length={self.max_length} cuts the question "
+                        f"{sample.turns[0].text[:40]!r} of sample {sample.id}: images and question "
+                        f"alone need {first} tokens"
+                    )
+                cut.append(sample.id)
+        return cut
 
 
 def text_lengths(samples: Sequence[Sample]) -> tuple[int, ...]:
-    """Return the characters of each sample, which order samples as their tokens would."""
-    return tuple(len(s.question) + len(s.answer) for s in samples)
+    """Return the characters of each sample, which order samples as their tokens would.
+
+    Negative for text alone, as in LLaVA's trainer.
+    """
+    return tuple(
+        sum(len(turn.text) + len(turn.answer or "") for turn in sample.turns)
+        * (1 if sample.images else -1)
+        for sample in samples
+    )
 
 
 def collate(samples: Sequence[Batch], *, pad_token_id: int) -> Batch:
@@ -140,7 +173,7 @@ def collate(samples: Sequence[Batch], *, pad_token_id: int) -> Batch:
         "labels": pad_sequence(
             [s["labels"] for s in samples], batch_first=True, padding_value=IGNORE_INDEX
         ),
-        "pixel_values": torch.stack([s["pixel_values"] for s in samples]),
+        "pixel_values": torch.cat([s["pixel_values"] for s in samples]),
     }
 
 

@@ -23,7 +23,7 @@ from llava_ray.config.run import RunConfig
 from llava_ray.console import Progress
 from llava_ray.models import low_bits
 from llava_ray.models.conversation import IGNORE_INDEX, read_samples
-from llava_ray.models.folder import model_folder, vision_shape
+from llava_ray.models.folder import max_positions, model_folder, vision_shape
 from llava_ray.resources.devices import device_name
 from llava_ray.resources.memory import peak_bytes
 from llava_ray.train import adapt, checkpoint, replica, zero
@@ -40,6 +40,9 @@ from llava_ray.train.checkpoint import TrainState
 from llava_ray.train.trackers import METRICS, Log, open_trackers, read_metrics, write_metrics
 
 logger = logging.getLogger(__name__)
+
+_SHOWN_CUTS = 5
+"""Ids that are listed of samples that are cut."""
 
 
 class WorkerTask(Frozen):
@@ -111,7 +114,7 @@ class Loop:
         data = local_folder(task.dataset)
         self.data = self._samples(data / "train.json")
         self.held_out = self._samples(data / "test.json")
-        self.data.check_room()
+        self._check_lengths()
         self.engine = self._engine()
         self.base_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.metrics: list[dict[str, float]] = []
@@ -178,16 +181,28 @@ class Loop:
         if not self.state.tail_steps:
             raise _Diverged
 
+    def _check_lengths(self) -> None:
+        """Say which samples are cut, before an hour is spent on their beginnings."""
+        cut = self.data.check_room()
+        if cut and self.rank == 0:
+            logger.warning(
+                "train: max_length=%d cuts %d of %d samples, first %s",
+                self.data.max_length, len(cut), len(self.data), ", ".join(cut[:_SHOWN_CUTS]),
+            )  # fmt: skip
+
     def _samples(self, path: Path) -> CaptionSamples:
         from transformers import AutoTokenizer
 
         folder = model_folder(self.task.config.model)
+        longest = max_positions(folder)
+        if self.train.max_length > longest and self.rank == 0:
+            logger.warning("train: max_length is the model's %d, not more", longest)
         return CaptionSamples(
             samples=read_samples(path),
             images=path.parent / "images",
             tokenizer=AutoTokenizer.from_pretrained(folder),
             shape=vision_shape(folder),
-            max_length=self.train.max_length,
+            max_length=min(self.train.max_length, longest),
             max_image_pixels=self.task.config.data.max_image_pixels,
             system=self.task.config.model.system_prompt,
         )

@@ -6,6 +6,7 @@ import pytest
 from llava_ray.embedded import vocabulary
 from llava_ray.embedded.captions import DESCRIBE
 from llava_ray.embedded.pretrain.examples import Encoder
+from llava_ray.models.chat_template import Turn
 from llava_ray.models.conversation import Sample, encode_sample
 from llava_ray.models.folder import EMBEDDED
 
@@ -48,7 +49,7 @@ def test_packed_ids_are_those_of_the_conversation_format() -> None:
     packed = encoder.pack([(DESCRIBE, answer)])
     ids, weights, segments = packed["ids"], packed["weights"], packed["segments"]
     length = int((segments > 0).sum())
-    sample = Sample(id="0", image="", question=DESCRIBE, answer=answer)
+    sample = Sample("0", ("",), (Turn(DESCRIBE, 1, answer),))
     wanted, labels = encode_sample(
         AutoTokenizer.from_pretrained(EMBEDDED), sample, tokens_per_image=2, max_length=999
     )

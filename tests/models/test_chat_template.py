@@ -121,7 +121,7 @@ def test_labels_are_the_answers_with_what_ends_them(template: str, exchanges: in
 def test_a_prompt_is_what_stands_before_the_answer(template: str | None) -> None:
     tokenizer = tokenizer_with(template)
     prompt = encode_prompt(tokenizer, [Turn("What?", 1)], tokens_per_image=4, system="Be kind.")
-    sample = Sample("1", "a.jpg", "What?", "A sign.")
+    sample = Sample("1", ("a.jpg",), (Turn("What?", 1, "A sign."),))
     ids, labels = encode_sample(
         tokenizer, sample, tokens_per_image=4, max_length=512, system="Be kind."
     )

@@ -5,10 +5,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from llava_ray.errors import DataError
+from llava_ray.models.chat_template import Turn
 from llava_ray.models.conversation import (
     IGNORE_INDEX,
     Sample,
-    Turn,
     encode_prompt,
     encode_sample,
     read_samples,
@@ -24,7 +24,7 @@ def tokenizer():  # type: ignore[no-untyped-def]
 
 
 def test_only_the_answer_and_its_end_carry_loss(tokenizer) -> None:  # type: ignore[no-untyped-def]
-    sample = Sample("1", "a.jpg", "What?", "A red sign.")
+    sample = Sample("1", ("a.jpg",), (Turn("What?", 1, "A red sign."),))
     ids, labels = encode_sample(
         tokenizer, sample, tokens_per_image=SHAPE.tokens_per_image, max_length=2048
     )
@@ -41,7 +41,7 @@ def test_a_literal_image_token_in_text_is_text(tokenizer) -> None:  # type: igno
 
 
 def test_long_samples_are_cut(tokenizer) -> None:  # type: ignore[no-untyped-def]
-    sample = Sample("1", "a.jpg", "What?", "word " * 500)
+    sample = Sample("1", ("a.jpg",), (Turn("What?", 1, "word " * 500),))
     ids, labels = encode_sample(tokenizer, sample, tokens_per_image=4, max_length=64)
     assert len(ids) == len(labels) == 64
 
@@ -53,7 +53,7 @@ def test_llava_json_is_read(tmp_path: Path) -> None:
         {"from": "gpt", "value": "A sign."},
     ]
     path.write_text(json.dumps([{"id": 7, "image": "a.jpg", "conversations": turns}]))
-    assert read_samples(path) == [Sample("7", "a.jpg", "Describe.", "A sign.")]
+    assert read_samples(path) == [Sample("7", ("a.jpg",), (Turn("Describe.", 1, "A sign."),))]
     path.write_text("[{}]")
     with pytest.raises(DataError, match="not LLaVA JSON"):
         read_samples(path)

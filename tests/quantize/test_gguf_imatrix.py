@@ -56,7 +56,7 @@ def test_the_first_layer_has_the_mean_squares_of_its_normed_inputs(
     for sample in calibration.samples():
         ids, pixels = calibration.encode(sample, tokenizer, vision_shape(small), max_tokens=2048)
         with torch.no_grad():
-            inputs = {"input_ids": ids[None], "pixel_values": pixels[None]}
+            inputs = {"input_ids": ids[None], "pixel_values": pixels}
             hidden = model(**inputs, output_hidden_states=True).hidden_states[0]
             rows = model.model.language_model.layers[0].input_layernorm(hidden)[0]
         squares, count = squares + rows.square().sum(0), count + len(rows)

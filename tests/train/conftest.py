@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import config_for, small_model, squares
+from tiny_run import config_for, mixed, small_model, squares
 
+from llava_ray.artifacts.records import DatasetRecord
 from llava_ray.config.run import RunConfig
 from llava_ray.train.worker import WorkerTask
 
@@ -47,13 +48,22 @@ class Bench:
         self.root = root
         self.model = small_model(root / "model")
         self.dataset = squares(root / "store")
+        self.mixed = mixed(root / "store")
 
     def config(self, *overrides: str) -> RunConfig:
         return config_for(self.root / "store", self.model, *overrides)
 
-    def job(self, name: str, *overrides: str, resume_from: Path | None = None) -> dict[str, Any]:
+    def job(
+        self,
+        name: str,
+        *overrides: str,
+        resume_from: Path | None = None,
+        dataset: DatasetRecord | None = None,
+    ) -> dict[str, Any]:
         config = self.config(*overrides)
-        task = WorkerTask(run_id=name, config=config, dataset=self.dataset, live_folder=None)
+        task = WorkerTask(
+            run_id=name, config=config, dataset=dataset or self.dataset, live_folder=None
+        )
         out = self.root / name
         return {"task": task.model_dump(mode="json"), "resume_from": resume_from, "out": out}
 
@@ -65,6 +75,8 @@ PLAIN = (
 )  # fmt: skip
 """Without dropout and clipping, so that AdamW's first moment shows the gradient itself."""
 
+MIXED = ("train.max_steps=4", "train.group_by_modality_length=false")
+"""So that one rank has text alone while the other has pictures."""
 LONG = (
     "train.max_steps=4", "train.checkpoint_every_steps=2", "train.gradient_accumulation=2",
     "train.lora_dropout=0.2", "train.learning_rate=1e-2", "train.weight_decay=0.1",
@@ -95,6 +107,10 @@ def runs(bench: Bench) -> Path:
         [
             bench.job("two_zero2", *PLAIN, two, stage2),
             bench.job("two_zero3", *PLAIN, two, stage3),
+            *(
+                bench.job(f"two_mixed{stage[-1]}", *PLAIN, *MIXED, two, stage, dataset=bench.mixed)
+                for stage in (stage2, stage3, stage0)
+            ),
             bench.job("two_long", *LONG, two, stage2),
             bench.job("two_resumed", *LONG, two, stage2, resume_from=two_at_2),
             bench.job("two_stage0", *PLAIN, two, stage0),

@@ -9,6 +9,7 @@ from tiny_run import small_model, squares
 
 from llava_ray.config.run import TrainConfig
 from llava_ray.errors import ConfigError, DataError
+from llava_ray.models.chat_template import Turn
 from llava_ray.models.conversation import IGNORE_INDEX, Sample, read_samples
 from llava_ray.models.folder import EMBEDDED, vision_shape
 from llava_ray.train.adapt import rate_factor
@@ -119,7 +120,7 @@ def test_a_question_that_would_be_cut_is_refused(captions: CaptionSamples) -> No
 
 def test_a_missing_image_is_named(captions: CaptionSamples) -> None:
     lost = CaptionSamples(
-        [Sample("x", "gone.png", "q", "a")], captions.images, captions.tokenizer,
+        [Sample("x", ("gone.png",), (Turn("q", 1, "a"),))], captions.images, captions.tokenizer,
         captions.shape, 2048, 10**6, "",
     )  # fmt: skip
     with pytest.raises(DataError, match="gone.png"):
@@ -138,8 +139,8 @@ def test_ids_and_labels_are_those_of_transformers_own_processor(tmp_path: Path) 
         vision_shape(EMBEDDED), 2048, 10**6, "",
     )  # fmt: skip
     for index, sample in enumerate(ours.samples):
-        image = Image.open(data / "images" / sample.image).convert("RGB")
-        prompt = f"USER: <image>\n{sample.question} ASSISTANT:"
+        image = Image.open(data / "images" / sample.images[0]).convert("RGB")
+        prompt = f"USER: <image>\n{sample.turns[0].text} ASSISTANT:"
         whole = processor(images=image, text=f"{prompt} {sample.answer}</s>", return_tensors="pt")
         asked = processor(images=image, text=prompt, return_tensors="pt")["input_ids"][0]
         found = ours[index]

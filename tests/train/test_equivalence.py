@@ -55,16 +55,31 @@ def assert_gradients_close(
         assert gap <= TOLERANCE * float(value.abs().max()) + 1e-9, name
 
 
+Trained = tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]
+
+
 @pytest.fixture(scope="module")
-def plain(bench) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Train three steps with transformers' own loss, peft and torch's AdamW alone."""
+def plain(bench) -> Trained:
+    return train_plainly(bench.model, Path(bench.dataset.uri), steps=3, by_length=True)
+
+
+@pytest.fixture(scope="module")
+def plain_mixed(bench) -> Trained:
+    return train_plainly(bench.model, Path(bench.mixed.uri), steps=4, by_length=False)
+
+
+def train_plainly(base: Path, data: Path, *, steps: int, by_length: bool) -> Trained:
+    """Train with transformers' own loss, peft and torch's AdamW alone.
+
+    Return the losses, the first step's gradients and the weights.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
     from llava_ray.models.conversation import read_samples
     from llava_ray.models.folder import vision_shape
 
-    model = LlavaForConditionalGeneration.from_pretrained(bench.model, dtype=torch.float32)
+    model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(0)
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     model = get_peft_model(
@@ -79,16 +94,17 @@ def plain(bench) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.
             lora.append(parameter)
     groups = [{"params": lora, "lr": 1e-2}, {"params": projector, "lr": 1e-3}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 3)
-    data = Path(bench.dataset.uri)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     samples = CaptionSamples(
         read_samples(data / "train.json"), data / "images",
-        AutoTokenizer.from_pretrained(bench.model), vision_shape(bench.model), 2048, 10**6, "",
+        AutoTokenizer.from_pretrained(base), vision_shape(base), 2048, 10**6, "",
     )  # fmt: skip
-    order = StreamOrder(text_lengths(samples.samples), seed=0, group=2, by_length=True)
+    order = StreamOrder(text_lengths(samples.samples), seed=0, group=2, by_length=by_length)
     found, gradients = [], {}
-    for step in range(3):
+    for step in range(steps):
         batch = collate([samples[order.at(2 * step + i)] for i in range(2)], pad_token_id=1023)
+        if not len(batch["pixel_values"]):
+            del batch["pixel_values"]
         loss = model(**batch).loss
         loss.backward()
         if step == 0:
@@ -111,6 +127,18 @@ def test_steps_equal_plain_transformers_and_peft(runs, plain, run: str) -> None:
     last = read_step(runs / run, 3)
     assert_close({n.removeprefix("weight/"): v for n, v in last.items() if "weight/" in n}, weights)
     assert expected_losses[2] < expected_losses[0]
+
+
+@pytest.mark.parametrize("run", ["two_mixed2", "two_mixed3", "two_mixed0"])
+def test_text_alone_several_pictures_and_turns_train_together(runs, plain_mixed, run: str) -> None:
+    """C10"""
+    expected_losses, gradients, weights = plain_mixed
+    assert losses(runs / run, 4) == pytest.approx(expected_losses, rel=TOLERANCE)
+    first = read_step(runs / run, 1)
+    found = {n.removeprefix("exp_avg/"): 10 * v for n, v in first.items() if "exp_avg/" in n}
+    assert_gradients_close(found, gradients)
+    last = read_step(runs / run, 4)
+    assert_close({n.removeprefix("weight/"): v for n, v in last.items() if "weight/" in n}, weights)
 
 
 @pytest.mark.parametrize("run", ["one_dropout", "one_dropout_zero3"])

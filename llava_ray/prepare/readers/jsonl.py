@@ -1,36 +1,43 @@
 """JSON lines."""
 
+import codecs
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from llava_ray.artifacts.store import sha256_of
 from llava_ray.errors import DataError
 from llava_ray.prepare.readers import Reader
-from llava_ray.prepare.table import BrokenRow, Cells, Table
+from llava_ray.prepare.table import BrokenRow, Cells, Table, decoded
 
 
 def _open_jsonl(path: Path) -> Table:
     columns: dict[str, None] = {}
     num_rows = 0
-    with path.open("rb") as stream:
-        for line in stream:
-            if not line.strip():
-                continue
-            num_rows += 1
-            cells = _cells(line)
-            if isinstance(cells, dict):
-                columns |= dict.fromkeys(cells)
+    for cells in _rows(path):
+        num_rows += 1
+        if isinstance(cells, dict):
+            columns |= dict.fromkeys(cells)
     if num_rows and not columns:
         raise DataError(f"data.source {str(path)!r}: no line of it is a JSON object")
 
     def read(columns: Sequence[str]) -> Iterator[Cells | BrokenRow]:
-        with path.open("rb") as stream:
-            for line in stream:
-                if line.strip():
-                    yield _cells(line)
+        return _rows(path)
 
     return Table(tuple(columns), num_rows, sha256_of(path), read, path.parent)
+
+
+def _rows(path: Path) -> Iterator[Cells | BrokenRow]:
+    with path.open("rb") as stream:
+        wide = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        stream.seek(0)
+        lines: Iterable[bytes] = stream
+        if wide:
+            lines = (line.encode() for line in decoded(stream.read()).splitlines())
+        for number, line in enumerate(lines):
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
+            if text.strip():
+                yield _cells(text)
 
 
 def _cells(line: bytes) -> Cells | BrokenRow:

@@ -1,4 +1,4 @@
-"""LLaVA's own JSON, a list of conversations."""
+"""JSON: LLaVA's and ShareGPT's lists of conversations, or any list of objects."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -7,18 +7,18 @@ from pathlib import Path
 from llava_ray.artifacts.store import sha256_of
 from llava_ray.errors import DataError
 from llava_ray.prepare.readers import Reader
-from llava_ray.prepare.table import BrokenRow, Cells, Table
+from llava_ray.prepare.table import BrokenRow, Cells, Table, decoded
 
 
 def _open_json(path: Path) -> Table:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(decoded(path.read_bytes()))
     except (ValueError, RecursionError) as error:
         raise DataError(f"data.source {str(path)!r}: not JSON ({error})") from error
     if not isinstance(rows, list):
         raise DataError(
             f"data.source {str(path)!r}: holds a {type(rows).__name__}, not a list of rows "
-            "with id, image and conversations"
+            "such as objects with id, image and conversations"
         )
     columns = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
 
@@ -30,4 +30,8 @@ def _open_json(path: Path) -> Table:
     return Table(tuple(columns), len(rows), sha256_of(path), read, path.parent)
 
 
-READER = Reader(".json", "LLaVA's list of `id`, `image` and `conversations`", _open_json)
+READER = Reader(
+    ".json",
+    "LLaVA's list of `id`, `image` and `conversations`, or a list of any rows",
+    _open_json,
+)

@@ -6,7 +6,7 @@ from pathlib import Path
 from llava_ray.artifacts.store import sha256_of
 from llava_ray.errors import DataError
 from llava_ray.prepare.readers import Reader
-from llava_ray.prepare.table import BATCH_ROWS, Cells, Table, binary_columns
+from llava_ray.prepare.table import BATCH_ROWS, BrokenRow, Cells, Table, binary_columns
 
 
 def _open_parquet(path: Path) -> Table:
@@ -19,10 +19,18 @@ def _open_parquet(path: Path) -> Table:
         reason = str(error).splitlines()[0]
         raise DataError(f"data.source {str(path)!r}: not parquet ({reason})") from error
 
-    def read(columns: Sequence[str]) -> Iterator[Cells]:
+    def read(columns: Sequence[str]) -> Iterator[Cells | BrokenRow]:
         with parquet.ParquetFile(path) as opened:
-            for batch in opened.iter_batches(BATCH_ROWS, columns=list(columns)):
-                yield from batch.to_pylist()
+            for group in range(opened.num_row_groups):
+                left = opened.metadata.row_group(group).num_rows
+                batches = opened.iter_batches(BATCH_ROWS, columns=list(columns), row_groups=[group])
+                try:
+                    for batch in batches:
+                        yield from batch.to_pylist()
+                        left -= batch.num_rows
+                except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+                    reason = str(error).splitlines()[0]
+                    yield from [BrokenRow(f"a damaged page ({reason})")] * left
 
     with file:
         return Table(
