@@ -114,10 +114,16 @@ def _forms() -> str:
     """Return the forms of data that the readers know."""
     rows = [[f"`{suffix}`", reader.form] for suffix, reader in readers().items()]
     rows += [
-        ["a folder", "files of one of these kinds, an imagefolder with `metadata.jsonl` or `.csv`, "
-                     "what `save_to_disk` wrote, or pictures with a `.txt` of the same name each"],
-        ["a Hugging Face id", "a data set of the hub with images, or their file names, and captions"],
-    ]  # fmt: skip
+        [
+            "a folder",
+            "files of one of these kinds, an imagefolder with `metadata.jsonl` or `.csv`, what "
+            "`save_to_disk` wrote, or pictures with a `.txt` of the same name each",
+        ],
+        [
+            "a Hugging Face id",
+            "a data set of the hub with images, or their file names, and captions",
+        ],
+    ]
     return _table(["data.source", "what it holds"], rows).replace("---:", "---")
 
 
