@@ -35,6 +35,7 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "hqq_recovery": ("llava_ray.bench.embedded", *_MEASURED),
     "llama_amx": ("llava_ray.inference.llama_cpp.trial",),
     "llava_7b_h100": _REPORT,
+    "mixed_rows_h100": ("llava_ray.train.worker",),
     "node_kills": ("llava_ray.sweep", *_LINE),
     "photographs_report": _REPORT,
     "pretrain": ("llava_ray.embedded.pretrain.scores",),

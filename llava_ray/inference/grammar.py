@@ -7,10 +7,12 @@ time and memory than there is, so the first try is made where the system can end
 """
 
 import json
+import math
 import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -42,8 +44,13 @@ def _compiled(schema: str) -> str:
         input=schema,
         capture_output=True,
         text=True,
-        # Ray may have added to the path of this process alone.
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env={
+            **os.environ,
+            # Ray may have added to the path of this process alone.
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "OPENBLAS_NUM_THREADS": "1",
+            "RAYON_NUM_THREADS": "1",
+        },
     )
     if done.returncode < 0:
         raise DataError(
@@ -58,9 +65,12 @@ def _compiled(schema: str) -> str:
 def _compile_stdin() -> None:
     from llguidance import LLMatcher, LLTokenizer
 
-    there = psutil.Process().memory_info().vms
-    resource.setrlimit(resource.RLIMIT_AS, (there + _COMPILE_BYTES,) * 2)
-    resource.setrlimit(resource.RLIMIT_CPU, (_COMPILE_S,) * 2)
+    # Of what it may write to, not of addresses: each thread of a large machine reserves many.
+    there = psutil.Process().memory_info()
+    limit = getattr(there, "data", there.vms) + _COMPILE_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    spent_s = math.ceil(time.process_time())
+    resource.setrlimit(resource.RLIMIT_CPU, (spent_s + _COMPILE_S,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Free whitespace would let a small model go on with nothing else.
     options: Any = {"whitespace_pattern": r"[ \n]?"}
