@@ -23,6 +23,7 @@ from llava_ray.deploy.resources import check_room, gpus_per_replica
 from llava_ray.errors import ConfigError, ResourceError
 from llava_ray.resources.capacity import find_fleet, serve_details
 from llava_ray.resources.crash import last_line
+from llava_ray.resources.memory import memory_bytes
 from llava_ray.server import memory
 from llava_ray.server.application import build
 from llava_ray.server.settings import AppArgs, CanaryArgs, ModelArgs
@@ -78,7 +79,9 @@ def ensure_served(target: Target) -> str:
     if slots < args.max_concurrent_requests:
         logger.info("serve.max_concurrent_requests: there is room for %d", slots)
     application = build(args.model_copy(update={"max_concurrent_requests": slots}))
-    _start_serve(target)
+    _check_address(target)
+    if not serve.status().proxies:
+        proxy.start(target.config.serve)
     serve.run_many(
         [serve.RunTarget(application, name=APP_NAME, route_prefix="/")],
         wait_for_ingress_deployment_creation=False,
@@ -138,7 +141,7 @@ def _slots(args: AppArgs) -> int:
     fitting = [node for node in nodes if node["Alive"] and node["Resources"].get(kind)]
     if not fitting:
         return args.max_concurrent_requests
-    ask = ray.remote(num_cpus=0)(memory.memory_bytes).options(
+    ask = ray.remote(num_cpus=0)(memory_bytes).options(
         scheduling_strategy=NodeAffinitySchedulingStrategy(fitting[0]["NodeID"], soft=False)
     )
     _, total = ray.get(ask.remote(device))
@@ -157,8 +160,8 @@ def _running_deployment(target: Target) -> str | None:
     return str(deployment)
 
 
-def _start_serve(target: Target) -> None:
-    """Start Serve's controller and proxy, unless this cluster has them at the same address.
+def _check_address(target: Target) -> None:
+    """See that Serve's proxy can listen where it is to, or does already.
 
     Raises ResourceError when another process has the port, or Serve listens elsewhere or by
     another proxy, ConfigError for a host that is not this machine's.
@@ -182,7 +185,6 @@ def _start_serve(target: Target) -> None:
                 f"port {port} of {host} cannot be had ({error.strerror}): set serve.port to a free "
                 "one or end what listens there"
             ) from error
-    proxy.start(target.config.serve)
 
 
 def _check_proxy(target: Target) -> None:

@@ -6,6 +6,7 @@ Run as a module it compiles the schema on its stdin and prints the grammar: some
 time and memory than there is, so the first try is made where the system can end it.
 """
 
+import asyncio
 import json
 import math
 import os
@@ -13,8 +14,8 @@ import resource
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,16 @@ import psutil
 from numpy.typing import NDArray
 
 from llava_ray.errors import DataError
+from llava_ray.inference.request_errors import Overloaded
 
 _COMPILE_S = 2
 """Of processor time."""
 _COMPILE_BYTES = 1 << 30
+_TRIED_BYTES = 16
+"""Of an answer, as a trial."""
+_KEPT = 256
+"""Schemas whose grammars are remembered."""
+_MOST_WAITING = 6
 
 
 def json_grammar(schema: Mapping[str, Any]) -> str:
@@ -34,14 +41,9 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
     Raises DataError for a schema that llguidance cannot follow, with its words, that no text keeps
     to, or that takes too much to compile.
     """
-    return _compiled(json.dumps(schema))
-
-
-@lru_cache(maxsize=256)
-def _compiled(schema: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", __name__],
-        input=schema,
+        input=json.dumps(schema),
         capture_output=True,
         text=True,
         env={
@@ -62,6 +64,51 @@ def _compiled(schema: str) -> str:
     return done.stdout
 
 
+class Schemas:
+    """The grammars of the schemas that were asked for last, and why others have none.
+
+    Belongs to one event loop. Few are compiled at a time, so that slow ones leave threads and
+    processors to others.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, str | DataError] = OrderedDict()
+        self._compiling: dict[str, asyncio.Task[None]] = {}
+        self._turn = asyncio.Semaphore(2)
+
+    async def grammar(self, schema: Mapping[str, Any]) -> str:
+        """Return what `json_grammar` does; raises Overloaded where many new ones wait, too."""
+        key = json.dumps(schema)
+        if key not in self._known:
+            if key not in self._compiling:
+                if len(self._compiling) >= _MOST_WAITING:
+                    raise Overloaded("many new schemas are being compiled: try again later")
+                self._compiling[key] = asyncio.create_task(self._compile(key, schema))
+            # Others may wait for the same one.
+            await asyncio.shield(self._compiling[key])
+        self._known.move_to_end(key)
+        found = self._known[key]
+        if isinstance(found, DataError):
+            raise DataError(str(found))
+        return found
+
+    async def _compile(self, key: str, schema: Mapping[str, Any]) -> None:
+        try:
+            async with self._turn:
+                self._known[key] = await asyncio.to_thread(_outcome, schema)
+            if len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+        finally:
+            del self._compiling[key]
+
+
+def _outcome(schema: Mapping[str, Any]) -> str | DataError:
+    try:
+        return json_grammar(schema)
+    except DataError as error:
+        return error
+
+
 def _compile_stdin() -> None:
     from llguidance import LLMatcher, LLTokenizer
 
@@ -80,12 +127,19 @@ def _compile_stdin() -> None:
         sys.exit(_line(str(error)))
     # Its tokens are the bytes, and special ones behind them.
     matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
-    bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-    problem = _line(matcher.get_error())
-    if problem == "NoExtensionBias" or not (problem or bits[: 256 // 8].any()):
-        problem = "no text keeps to it, as where it refers to itself alone"
-    if problem:
-        sys.exit(problem)
+    for place in range(_TRIED_BYTES):
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        letters = np.flatnonzero(np.unpackbits(bits[: 256 // 8], bitorder="little"))
+        problem = _line(matcher.get_error())
+        if problem == "NoExtensionBias" or (place == 0 and not problem and not len(letters)):
+            problem = "no text keeps to it, as where it refers to itself alone"
+        if problem:
+            large = any(word in problem for word in ("max is", "fuel", "too many"))
+            sys.exit(f"it is too large ({problem})" if large else problem)
+        if not len(letters):
+            break
+        # Rather into an object, by its quotes, than out of it.
+        matcher.consume_token(int(next(iter(letters[letters > ord(" ")]), letters[0])))
     sys.stdout.write(grammar)
 
 

@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from llava_ray.inference.grammar import Matcher
 
 
+_LEAST_TEMPERATURE = 1e-5
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How an answer is drawn; the defaults are greedy."""
 
     max_tokens: int = 256
     temperature: float = 0.0
-    """0 is greedy."""
+    """Less than 1e-5 is greedy: fp32 could not hold the logits that it would divide."""
     top_p: float = 1.0
     seed: int | None = None
     """None draws anew each time."""
@@ -33,6 +36,11 @@ class SamplingParams:
     """Go on to `max_tokens` whatever the model says, for timing."""
     grammar: str | None = None
     """What the answer has to keep to, from `grammar.json_grammar`."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature < _LEAST_TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Row:
 
     def draw(self) -> float:
         """Return the next uniform number in (0, 1], or 1 where none is needed."""
-        return 1 - self._random.random() if self.sampling.temperature > 0 else 1.0
+        return 1.0 if self.sampling.greedy else 1 - self._random.random()
 
 
 class Sampled:
@@ -95,18 +103,18 @@ def sample(logits: "torch.Tensor", rows: Sequence[Row]) -> Sampled:
     params = [row.sampling for row in rows]
     model_logits, logits = logits, _allowed(logits, rows)
     tokens = logits.argmax(dim=-1)
-    if any(p.temperature > 0 for p in params):
-        # Rows at temperature 0 keep their argmax; 1 only spares them a division by zero.
+    if not all(p.greedy for p in params):
+        # Greedy rows keep their argmax; 1 only spares them a division by zero.
         table = torch.tensor(
             [
-                [p.temperature or 1.0, p.top_p, row.draw()]
+                [1.0 if p.greedy else p.temperature, p.top_p, row.draw()]
                 for p, row in zip(params, rows, strict=True)
             ]
         ).to(logits.device, non_blocking=True)
         temperature, top_p, uniform = table.unsqueeze(-1).unbind(dim=1)
-        nucleus = any(p.temperature > 0 and p.top_p < 1 for p in params)
+        nucleus = any(not p.greedy and p.top_p < 1 for p in params)
         drawn = _draw(logits / temperature, top_p if nucleus else None, uniform)
-        greedy = torch.tensor([p.temperature == 0 for p in params]).to(logits.device)
+        greedy = torch.tensor([p.greedy for p in params]).to(logits.device)
         tokens = torch.where(greedy, tokens, drawn)
     return Sampled(tokens, model_logits, rows)
 
@@ -144,7 +152,7 @@ def _draw(
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     target = uniform.double() * cumulative[:, -1:]
     # The first entry that reaches a target above 0 has weight itself, so no masked token is drawn.
-    index = torch.searchsorted(cumulative, target)
+    index = torch.searchsorted(cumulative, target).clamp_(max=logits.shape[-1] - 1)
     return (index if order is None else order.gather(-1, index)).squeeze(-1)
 
 

@@ -17,12 +17,13 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from llava_ray.errors import DataError
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-_FOR_PEOPLE = "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, HEIC, JPEG 2000, PPM"
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+"""Of Pillow's those that are in use and whose readers take no more time than they have bytes."""
+_FOR_PEOPLE = "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, HEIC"
 _MAY_MOVE = ("GIF", "PNG", "WEBP", "AVIF")
 """A JPEG or HEIC with several pictures is a photo with its depth map or preview beside it, a TIFF
 the pages of a document."""
-_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 # What Pillow's readers raise on broken files; not all of it is wrapped into OSError.
 _BROKEN = (
@@ -34,6 +35,8 @@ _BROKEN = (
     KeyError,
     TypeError,
     OverflowError,
+    RuntimeError,
+    MemoryError,
     struct.error,
     zlib.error,
     ImageCms.PyCMSError,
@@ -53,6 +56,8 @@ _UPRIGHT = {
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
 """Of PNG's ancillary chunks those that change what is seen."""
+_MOST_CHUNKS = 100_000
+"""Of a PNG; encoders write some thousands at most."""
 
 
 def open_image(
@@ -132,7 +137,7 @@ def _grey(image: Image.Image) -> Image.Image:
     """Bring greys to 8 bits: of 16 bits by their range, others by that of their values."""
     values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
     low, high = float(values.min()), float(values.max())
-    ranges = (1, 255) if image.mode == "F" else (65535,)
+    ranges = {"F": (1, 255), "I": (255, 65535)}.get(image.mode, (65535,))
     fitting = [top for top in ranges if low >= 0 and high <= top]
     if fitting:
         low, high = 0.0, fitting[0]
@@ -174,7 +179,9 @@ def _without_text(data: bytes) -> bytes:
 
 def _pixel_chunks(data: bytes) -> Iterator[memoryview]:
     view, start = memoryview(data), len(_PNG)
-    while start + 8 <= len(data):
+    for _ in range(_MOST_CHUNKS):
+        if start + 8 > len(data):
+            return
         length, kind = struct.unpack_from(">I4s", data, start)
         end = start + 12 + length
         if kind[:1].isupper() or kind in _PNG_PIXELS:
@@ -182,3 +189,4 @@ def _pixel_chunks(data: bytes) -> Iterator[memoryview]:
         if kind == b"IEND":
             return
         start = end
+    raise DataError(f"a PNG of more than {_MOST_CHUNKS} chunks")

@@ -161,4 +161,5 @@ def last_line(text: str) -> str:
     """Return the last line that names an error, else the last one."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"(?i)error|.*error:", line)]
-    return (errors or lines or ["no message"])[-1][:500]
+    found = (errors or lines or ["no message"])[-1][:500]
+    return re.sub(r"^llava_ray\.errors\.\w+: ", "", found)

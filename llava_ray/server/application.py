@@ -15,8 +15,8 @@ from llava_ray.server.replica import Replica
 from llava_ray.server.settings import AppArgs, is_loopback
 
 DEPLOYMENT = "replica"
-_SPARE_REQUESTS = 64
-"""What Serve lets into a replica beyond its own limit: refusals, /health, /metrics, the page."""
+_SPARE_REQUESTS = 1024
+"""What Serve lets into a replica beyond its own limit: uploads, refusals, /health, the page."""
 
 
 def build(args: AppArgs) -> Application:
@@ -53,7 +53,7 @@ def key_digests(args: AppArgs) -> list[str]:
     key = os.environ.get(args.api_key_env, "")
     if not key and not is_loopback(args.host):
         raise ConfigError(
-            f"serve.host {args.host!r} is open to others: set ${args.api_key_env} to an API key, "
-            "or listen on 127.0.0.1"
+            f"serve.host {args.host!r} may be reached by others: set ${args.api_key_env} to an API "
+            "key, or listen on 127.0.0.1"
         )
     return [key_digest(key)] if key else []

@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llava_ray.errors import DataError
-from llava_ray.inference.grammar import json_grammar
+from llava_ray.inference.grammar import Schemas
 from llava_ray.inference.request_errors import ApiError, BadRequest, TooLarge
 from llava_ray.inference.sampling import SamplingParams
 from llava_ray.models.chat_template import Turn
@@ -20,7 +20,10 @@ from llava_ray.server.settings import AppArgs
 
 MAX_STOPS = 4
 MAX_TOP_LOGPROBS = 20
-_ESCAPED = [("+", b"%2B"), ("/", b"%2F"), ("=", b"%3D"), ("", b"%0A"), ("", b"%0D"), ("", b"%20")]
+_ESCAPED = [
+    ("+", b"%2B"), ("/", b"%2F"), ("=", b"%3D"),
+    ("", b"%09"), ("", b"%0A"), ("", b"%0D"), ("", b"%20"),
+]  # fmt: skip
 """What is encoded of base64 where it is put into a URL."""
 _SAID = {
     "union_tag_invalid": "its type is {expected_tags}, not {tag!r}",
@@ -34,7 +37,7 @@ class _Part(BaseModel):
     """A part of a request; clients send fields that they do not use as null or empty."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    cache_control: dict[str, Any] | None = None
+    cache_control: Any = None
     """Of other servers; changes nothing here."""
 
     @model_validator(mode="before")
@@ -66,7 +69,7 @@ class ImageUrl(_Part):
     """A data URL, or a URL on one of the allowed hosts."""
 
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Literal["auto", "low", "high", "original"] = "auto"
     """Accepted and ignored: LLaVA-1.5 sees every image at one size."""
 
 
@@ -225,11 +228,10 @@ def parse_request(body: bytes, args: AppArgs) -> ChatRequest:
     return request
 
 
-def sampling_params(request: ChatRequest, args: AppArgs) -> list[SamplingParams]:
-    """Return how each of the choices is drawn; each has a seed of its own.
-
-    Raises BadRequest for a schema that answers cannot be kept to.
-    """
+def sampling_params(
+    request: ChatRequest, args: AppArgs, grammar: str | None
+) -> list[SamplingParams]:
+    """Return how each of the choices is drawn; each has a seed of its own."""
     asked = request.max_completion_tokens or request.max_tokens or args.max_new_tokens
     top_p = 1.0 if request.top_p is None else request.top_p
     temperature = 1.0 if request.temperature is None else request.temperature
@@ -241,14 +243,18 @@ def sampling_params(request: ChatRequest, args: AppArgs) -> list[SamplingParams]
         stop=request.stops(),
         ignore_eos=bool(request.ignore_eos),
         top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        grammar=_grammar(request.response_format),
+        grammar=grammar,
     )
     if request.seed is None:
         return [first] * (request.n or 1)
     return [replace(first, seed=request.seed + index) for index in range(request.n or 1)]
 
 
-def _grammar(wanted: ResponseFormat | None) -> str | None:
+async def answer_grammar(wanted: ResponseFormat | None, schemas: Schemas) -> str | None:
+    """Return what answers have to keep to.
+
+    Raises BadRequest for a schema that they cannot be kept to, Overloaded where many are compiled.
+    """
     if wanted is None or wanted.type == "text":
         return None
     schema: dict[str, Any] = {"type": "object"}
@@ -257,7 +263,7 @@ def _grammar(wanted: ResponseFormat | None) -> str | None:
             raise BadRequest("response_format: json_schema is missing", "response_format")
         schema = wanted.json_schema.schema_
     try:
-        return json_grammar(schema)
+        return await schemas.grammar(schema)
     except DataError as error:
         where = "response_format.json_schema.schema"
         raise BadRequest(f"{where}: answers cannot be kept to it: {error}", where) from error
@@ -316,7 +322,8 @@ def data_url_bytes(url: str, args: AppArgs) -> bytes:
     header, comma, payload = url.partition(",")
     if not comma or not header.lower().endswith(";base64"):
         raise _bad_image("an image's data URL reads data:image/jpeg;base64,...")
-    if len(payload) > args.max_image_bytes * 4 // 3 + 4:
+    # Line breaks and what is encoded come on top of base64's four letters for three bytes.
+    if len(payload) > args.max_image_bytes * 3 // 2 + 100:
         raise TooLarge(f"an image has more than {args.max_image_bytes} bytes", "messages")
     # Some clients break lines, leave the padding out or encode it for a URL. No list of pieces is
     # made: it might take a hundred times their bytes.

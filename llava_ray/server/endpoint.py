@@ -17,6 +17,7 @@ from starlette.responses import HTMLResponse, JSONResponse
 
 from llava_ray.errors import ConfigError
 from llava_ray.inference.engine import Prompt
+from llava_ray.inference.grammar import Schemas
 from llava_ray.inference.prompts import make_prompt
 from llava_ray.inference.request_errors import (
     ApiError,
@@ -33,6 +34,7 @@ from llava_ray.server.canary import Canary
 from llava_ray.server.chat import (
     ChatRequest,
     ImageSource,
+    answer_grammar,
     data_url_bytes,
     decode_image,
     named,
@@ -46,7 +48,7 @@ from llava_ray.server.metrics import CONTENT_TYPE, scrape
 from llava_ray.server.page import PAGE, PAGE_POLICY
 from llava_ray.server.replies import Choice, Delta, Reply, model_object
 from llava_ray.server.settings import AppArgs
-from llava_ray.server.streams import EventStream, merge, read_body, until_disconnect
+from llava_ray.server.streams import Bodies, EventStream, merge, until_disconnect
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,8 @@ T = TypeVar("T")
 
 _DECODERS = 2
 """Images decoded at a time: each may take some 200 MB while it is."""
+_BODIES = 8
+"""Of the largest size that may be on their way in at a time."""
 _SMALL = 20_000
 """Bytes that are parsed, or text that is encoded, sooner than handed to a thread."""
 _UNREAD_S = 2
@@ -68,8 +72,8 @@ class Endpoint:
         self._backends: Mapping[str, Backend] = {b.card.name: b for b in backends}
         self._fetch = ImageFetcher(args.image_hosts, args.max_image_bytes)
         self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
-        # One at a time, so that many slow schemas keep no other thread and processor.
-        self._schemas = ThreadPoolExecutor(1, thread_name_prefix="schema")
+        self._schemas = Schemas()
+        self._bodies = Bodies(args.max_body_bytes, together=_BODIES * args.max_body_bytes)
         self._canary = _make_canary(backends, args)
         self._under_way = 0
         slots = sum(backend.card.slots for backend in backends)
@@ -121,39 +125,39 @@ class Endpoint:
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation, whole or as a stream."""
-        if self._under_way >= self._capacity:
-            raise Overloaded(f"{self._under_way} requests are under way: try again later")
-        self._under_way += 1
-        response = None
+        entered, response = False, None
         deadline = time.monotonic() + self.args.request_timeout_s
+        self._check_load()
         try:
             async with asyncio.timeout(self.args.request_timeout_s):
-                response = await self._chat(request, deadline)
+                parsed = await self._read(request)
+                # Not before: a slow upload is not work.
+                self._check_load()
+                self._under_way, entered = self._under_way + 1, True
+                response = await self._chat(request, parsed, deadline)
                 return response
         except TimeoutError as error:
             raise DeadlineExceeded(f"no answer within {self.args.request_timeout_s:g} s") from error
         finally:
             # A stream goes on after this function; it leaves when it ends.
-            if not isinstance(response, EventStream):
+            if entered and not isinstance(response, EventStream):
                 self._leave()
+
+    def _check_load(self) -> None:
+        if self._under_way >= self._capacity:
+            raise Overloaded(f"{self._under_way} requests are under way: try again later")
 
     def _leave(self) -> None:
         self._under_way -= 1
 
-    async def _chat(self, request: Request, deadline: float) -> Response:
-        parsed = await self._read(request)
+    async def _chat(self, request: Request, parsed: ChatRequest, deadline: float) -> Response:
         backend = self._backend(parsed.model)
         canary = self._canary_for(backend)
         if canary is not None and parsed.seed is None:
             # Both models have to draw the same random numbers.
             parsed = parsed.model_copy(update={"seed": random.getrandbits(32)})
-        if parsed.response_format is None:
-            samplings = sampling_params(parsed, self.args)
-        else:  # A schema takes its time to be compiled.
-            loop = asyncio.get_running_loop()
-            samplings = await loop.run_in_executor(
-                self._schemas, sampling_params, parsed, self.args
-            )
+        grammar = await answer_grammar(parsed.response_format, self._schemas)
+        samplings = sampling_params(parsed, self.args, grammar)
         return await until_disconnect(
             request.receive, self._answer(parsed, backend, samplings, canary, deadline)
         )
@@ -162,7 +166,7 @@ class Endpoint:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise UnsupportedMedia("send the body with 'content-type: application/json'")
-        body = await read_body(request.receive, limit=self.args.max_body_bytes)
+        body = await self._bodies.read(request.receive)
         if len(body) < _SMALL:
             return parse_request(body, self.args)
         return await asyncio.to_thread(parse_request, body, self.args)
@@ -204,6 +208,8 @@ class Endpoint:
     async def _prompt(self, parsed: ChatRequest, backend: Backend) -> Prompt:
         conversation = read_conversation(parsed.messages, self.args)
         sources, fetched = conversation.images, {}
+        # Known before any is decoded.
+        _check_length(len(sources) * backend.tokens_per_image, backend)
         for source in sources:
             if not source.is_inline:
                 with named(source):
@@ -226,7 +232,7 @@ class Endpoint:
         else:
             loop = asyncio.get_running_loop()
             prompt = await loop.run_in_executor(self._decoders, build)
-        _check_length(prompt, backend)
+        _check_length(len(prompt.input_ids), backend)
         return prompt
 
     def _backend(self, name: str) -> Backend:
@@ -267,11 +273,11 @@ def _make_canary(backends: Sequence[Backend], args: AppArgs) -> Canary | None:
     return Canary(canary, args.canary.share)
 
 
-def _check_length(prompt: Prompt, backend: Backend) -> None:
-    if len(prompt.input_ids) >= backend.card.context:
+def _check_length(tokens: int, backend: Backend) -> None:
+    if tokens >= backend.card.context:
         raise BadRequest(
             f"This model's maximum context length is {backend.card.context} tokens, and the "
-            f"messages have {len(prompt.input_ids)}",
+            f"messages have {tokens}",
             "messages",
             "context_length_exceeded",
         )

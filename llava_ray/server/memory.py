@@ -4,20 +4,15 @@ The deploy stage computes limits by it before anything starts, and each replica 
 what is free.
 """
 
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import psutil
 
 from llava_ray.artifacts.records import Variant
 from llava_ray.artifacts.store import read_record
 from llava_ray.errors import ResourceError
 from llava_ray.inference.llama_cpp import MAX_SEQUENCES
-from llava_ray.resources.crash import last_line
+from llava_ray.resources.memory import memory_bytes
 from llava_ray.server.loading import text_config
 from llava_ray.server.settings import AppArgs
 
@@ -26,7 +21,6 @@ _RESERVE = {"cuda": 3 * _GIB // 2, "cpu": _GIB}
 """Of each model's process: libraries, the device's context, workspace of a prefill."""
 _USABLE = 0.95
 """The allocator's unused pieces take the rest."""
-_READ_GPU = "import torch; print(*torch.cuda.mem_get_info())"
 
 
 @dataclass(frozen=True)
@@ -96,23 +90,3 @@ def slots_that_fit(args: AppArgs, there: int | None = None) -> int:
     free, total = memory_bytes(device) if there is None else (there, there)
     share = min(1.0, args.gpus_per_replica or 1.0)
     return slots_within(footprints, min(free, total * share), args.max_concurrent_requests)
-
-
-def memory_bytes(device: str) -> tuple[int, int]:
-    """Return what is free and what there is, of this machine or of its first visible GPU.
-
-    Raises ResourceError where the GPU cannot be used.
-    """
-    if device == "cuda":
-        # In a process of its own, since a CUDA context would stay in this one.
-        done = subprocess.run([sys.executable, "-c", _READ_GPU], capture_output=True, text=True)
-        if done.returncode:
-            raise ResourceError(f"the GPU cannot be used: {last_line(done.stderr)}")
-        free, total = map(int, done.stdout.split())
-        return free, total
-    found = psutil.virtual_memory()
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        total = min(found.total, int(text))
-        return min(found.available, total - int(used.read_text())), total
-    return found.available, found.total

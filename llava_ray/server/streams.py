@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from llava_ray.inference.request_errors import ApiError, SlowBody, TooLarge
+from llava_ray.inference.request_errors import ApiError, Overloaded, SlowBody, TooLarge
 
 logger = logging.getLogger(__name__)
 
@@ -90,27 +90,40 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def read_body(receive: Receive, *, limit: int) -> bytes:
-    """Read a request's body.
+class Bodies:
+    """Requests' bodies on their way in, of a limited size each and together."""
 
-    Raises TooLarge as soon as it exceeds the limit, SlowBody where it hardly comes,
-    ClientDisconnect when the client hangs up.
-    """
-    body, start = bytearray(), time.monotonic()
-    while True:
-        may_take_s = _BODY_S + len(body) / _BODY_BYTES_PER_S
+    def __init__(self, limit: int, *, together: int) -> None:
+        self._limit, self._together, self._bytes = limit, together, 0
+
+    async def read(self, receive: Receive) -> bytes:
+        """Read a body.
+
+        Raises TooLarge as soon as it exceeds the limit, Overloaded where all do together, SlowBody
+        where it hardly comes, ClientDisconnect when the client hangs up.
+        """
+        body, start = bytearray(), time.monotonic()
         try:
-            async with asyncio.timeout(start + may_take_s - time.monotonic()):
-                message = await receive()
-        except TimeoutError as error:
-            raise SlowBody(f"{len(body)} bytes of the body within {may_take_s:.0f} s") from error
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        body += message.get("body", b"")
-        if len(body) > limit:
-            raise TooLarge(f"the body has more than {limit} bytes")
-        if not message.get("more_body", False):
-            return bytes(body)
+            while True:
+                may_take_s = _BODY_S + len(body) / _BODY_BYTES_PER_S
+                try:
+                    async with asyncio.timeout(start + may_take_s - time.monotonic()):
+                        message = await receive()
+                except TimeoutError as error:
+                    took = f"{len(body)} bytes of the body within {may_take_s:.0f} s"
+                    raise SlowBody(took) from error
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body += message.get("body", b"")
+                self._bytes += len(message.get("body", b""))
+                if len(body) > self._limit:
+                    raise TooLarge(f"the body has more than {self._limit} bytes")
+                if self._bytes > self._together:
+                    raise Overloaded("many large requests are on their way in: try again later")
+                if not message.get("more_body", False):
+                    return bytes(body)
+        finally:
+            self._bytes -= len(body)
 
 
 class EventStream(Response):

@@ -19,7 +19,7 @@ from llava_ray.models.rgb import open_image
 Colour = tuple[int, int, int]
 COLOURS: list[Colour] = [(200, 30, 40), (20, 160, 60), (30, 50, 220), (240, 230, 20)]
 """Of the quarters of a picture: above left, above right, below left, below right."""
-LOSSY = {"JPEG": 14, "MPO": 14, "WEBP": 14, "AVIF": 14, "JPEG2000": 6, "HEIF": 14}
+LOSSY = {"JPEG": 14, "WEBP": 14, "AVIF": 14}
 
 
 def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -98,7 +98,7 @@ def test_half_transparent_and_colour_keys_lie_over_white() -> None:
     assert near(seen(encode(bilevel, "PNG", transparency=0)), [(255, 255, 255)] * 4)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_16_bit_greys_keep_their_range(kind: str) -> None:
     """C3"""
     values = np.array([[0, 16448], [32896, 65535]], np.uint16).repeat(8, 0).repeat(8, 1)
@@ -115,6 +115,7 @@ def test_16_bit_greys_keep_their_range(kind: str) -> None:
         (np.array([0, np.nan, 0.5, 1], np.float32), (0, 0, 128, 255)),
         (np.array([0, 16448, 32896, 65535], np.int32), (0, 64, 128, 255)),
         (np.array([-1000, 0, 1000, 3000], np.int32), (0, 64, 128, 255)),
+        (np.array([0, 64, 128, 255], np.int32), (0, 64, 128, 255)),
     ],
 )
 def test_floats_and_32_bit_greys_keep_theirs(values: Any, greys: tuple[int, ...]) -> None:
@@ -148,6 +149,13 @@ def test_many_large_profiles_in_a_jpeg_are_read() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     data = encode(quarters(), "JPEG", icc_profile=profile + bytes(3_000_000))
     assert near(seen(data), COLOURS, 14)
+
+
+def test_a_png_of_countless_chunks_is_refused() -> None:
+    data = encode(quarters(), "PNG")
+    many = _chunk(b"prVt", b"") * 200_000
+    with pytest.raises(DataError, match="more than 100000 chunks"):
+        seen(data[:33] + many + data[33:])
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
@@ -233,6 +241,8 @@ def test_heic_is_read_where_the_extra_is_installed() -> None:
 
 
 def test_other_formats_are_named() -> None:
-    for data in (encode(quarters(), "TGA"), encode(quarters(), "ICO"), b"%PDF-1.4", b"<svg/>"):
+    slow = b"P3\n9 9\n255\n" + b"#a\n" * 1_000_000
+    others = [encode(quarters(), kind) for kind in ("TGA", "ICO", "PPM", "JPEG2000")]
+    for data in (*others, slow, b"%PDF-1.4", b"<svg/>"):
         with pytest.raises(DataError, match="not an image in one of JPEG, PNG"):
             open_image(data, max_pixels=10**6)

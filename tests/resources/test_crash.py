@@ -8,7 +8,7 @@ from llava_ray.resources.crash import last_line
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("a\nllava_ray.errors.ArtifactError: x has 3 bytes\nraised in y\n", "ArtifactError: x"),
+        ("a\nllava_ray.errors.ArtifactError: x has 3 bytes\nraised in y\n", "x has 3 bytes"),
         ("warning: b\nerror: no such file\nat c", "error: no such file"),
         ("torch.OutOfMemoryError: CUDA out of memory\nTraceback", "OutOfMemoryError: CUDA"),
         ("only this\n\n", "only this"),

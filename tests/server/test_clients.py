@@ -1,7 +1,10 @@
 """The contract with clients as people have them: LangChain, LiteLLM, openai's parse, and chats."""
 
+import asyncio
 import base64
+import contextlib
 import json
+import time
 from collections.abc import Iterator
 from typing import Literal
 
@@ -13,6 +16,8 @@ from pydantic import BaseModel
 from table_engine import TableEngine
 from web_server import Running, data_url, serving
 
+from llava_ray.errors import DataError
+from llava_ray.inference.request_errors import Overloaded
 from llava_ray.models.folder import EMBEDDED
 from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.spec import Calibration
@@ -324,3 +329,45 @@ def test_a_schema_that_cannot_be_kept_to_is_refused(
         _ask(client, "What?", response_format=wanted)
     assert words in caught.value.message
     assert caught.value.param == "response_format.json_schema.schema"
+
+
+def test_a_temperature_of_next_to_nothing_is_greedy(real: OpenAI) -> None:
+    greedy = _ask(real, PICTURE)
+    for temperature in (1e-38, 1e-320, 1e-6):
+        answer = real.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": PICTURE}],
+            temperature=temperature,
+            max_tokens=12,
+        )
+        assert greedy.startswith(answer.choices[0].message.content[:4])
+
+
+def test_schemas_are_compiled_once_and_slow_ones_let_others_by() -> None:
+    from llava_ray.inference import grammar as module
+
+    slow = {"type": "integer", "multipleOf": 999983}
+    compiled: list[object] = []
+
+    async def ask_all() -> list[object]:
+        schemas = module.Schemas()
+        await schemas.grammar({"type": "object"})
+        many = [asyncio.create_task(schemas.grammar(slow)) for _ in range(6)]
+        others = [asyncio.create_task(schemas.grammar({"const": i})) for i in range(20)]
+        await asyncio.sleep(0)
+        start = time.monotonic()
+        assert await schemas.grammar({"type": "object"})
+        assert time.monotonic() - start < 1
+        return await asyncio.gather(*many, *others, return_exceptions=True)
+
+    real_compile = module.json_grammar
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            module, "json_grammar", lambda schema: compiled.append(schema) or real_compile(schema)
+        )
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            found = loop.run_until_complete(ask_all())
+    assert compiled.count(slow) == 1
+    assert all(isinstance(each, DataError) for each in found[:6])
+    refused = [each for each in found if isinstance(each, Overloaded)]
+    assert len(refused) == 20 - (module._MOST_WAITING - 1)

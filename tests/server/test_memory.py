@@ -8,7 +8,8 @@ import pytest
 from llava_ray.config.run import ServeConfig
 from llava_ray.errors import ResourceError
 from llava_ray.models.shapes import LLAVA_7B
-from llava_ray.server.memory import Footprint, footprint, memory_bytes, slots_within
+from llava_ray.resources.memory import memory_bytes
+from llava_ray.server.memory import Footprint, footprint, slots_within
 
 RESULTS = Path(__file__).parents[2] / "jobs" / "results" / "llava_7b_h100.json"
 L4_BYTES = int(22.5 * 2**30)

@@ -1,10 +1,11 @@
 """What a client sends and when."""
 
 import asyncio
+import contextlib
 
 import pytest
 
-from llava_ray.inference.request_errors import SlowBody
+from llava_ray.inference.request_errors import Overloaded, SlowBody, TooLarge
 from llava_ray.server import streams
 
 
@@ -15,5 +16,21 @@ def test_a_body_that_hardly_comes_gives_its_place_up(monkeypatch: pytest.MonkeyP
         await asyncio.sleep(0.05)
         return {"type": "http.request", "body": b"x", "more_body": True}
 
-    with pytest.raises(SlowBody, match="bytes of the body within 0 s"):
-        asyncio.run(streams.read_body(dripping, limit=1000))
+    with (
+        contextlib.closing(asyncio.new_event_loop()) as loop,
+        pytest.raises(SlowBody, match="bytes of the body within 0 s"),
+    ):
+        loop.run_until_complete(streams.Bodies(1000, together=1000).read(dripping))
+
+
+def test_bodies_are_of_a_limited_size_each_and_together() -> None:
+    async def arriving() -> dict[str, object]:
+        return {"type": "http.request", "body": b"x" * 100, "more_body": True}
+
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        with pytest.raises(TooLarge):
+            loop.run_until_complete(streams.Bodies(250, together=1000).read(arriving))
+        bodies = streams.Bodies(1000, together=250)
+        for _ in range(2):  # What was refused takes no room.
+            with pytest.raises(Overloaded):
+                loop.run_until_complete(bodies.read(arriving))
