@@ -102,7 +102,10 @@ def _cached(repo: str, revision: str | None) -> Path | None:
 
 
 def _source(config: RunConfig) -> str:
-    source = config.data.source
+    return "; ".join(_part(part.source) for part, _ in config.data.parts())
+
+
+def _part(source: str) -> str:
     if "://" in source:
         return f"size unknown: {source} is read when the stage starts"
     if source == SCENE_TEXT:

@@ -34,7 +34,8 @@ def _checks(config: RunConfig) -> Iterator[Callable[[], object]]:
     if config.sweep.space:
         yield lambda: check_space(config)
         yield lambda: scorer_for(config)
-    yield lambda: check_source(config.data.source)
+    for part, _ in config.data.parts():
+        yield functools.partial(check_source, part.source)
     folder = Path(config.model.path).expanduser()
     if config.model.path != "embedded" and folder.is_dir():
         yield lambda: check_model(folder)

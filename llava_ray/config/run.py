@@ -50,6 +50,20 @@ class ModelConfig(Section):
     """Text before the first USER turn; LLaVA's own trainer uses Vicuna's, llava-hf none."""
 
 
+class MixConfig(Section):
+    """One of several sources; what it leaves out is as in data."""
+
+    source: str = Field(min_length=1)
+    weight: Positive = Field(default=1)
+    """How often each of its rows is trained on in an epoch; 0.5: every other one, by chance."""
+    images: str | None = Field(default=None)
+    split: str | None = Field(default=None)
+    image_column: str | None = Field(default=None)
+    caption_column: str | None = Field(default=None)
+    question: str | None = Field(default=None)
+    limit: Integer | None = Field(default=None, ge=2)
+
+
 class DataConfig(Section):
     """Captions and images."""
 
@@ -76,6 +90,22 @@ class DataConfig(Section):
     max_image_pixels: Count = Field(default=50_000_000)
     """Larger images are rejected before they are decoded."""
     seed: Integer = Field(default=0)
+    mix: tuple[MixConfig, ...] = Field(default=())
+    """Several sources in place of `source`, such as [{source: a.csv}, {source: b, weight: 0.5}]."""
+
+    def parts(self) -> "list[tuple[DataConfig, float]]":
+        """Return each source's settings and its weight."""
+        if not self.mix:
+            return [(self, 1.0)]
+        return [
+            (self.model_copy(update={**part.model_dump(exclude_none=True), "mix": ()}), part.weight)
+            for part in self.mix
+        ]
+
+    @property
+    def named(self) -> str:
+        """The sources, for people."""
+        return ", ".join(part.source for part, _ in self.parts())
 
 
 class SweepConfig(Section):

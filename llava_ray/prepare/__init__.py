@@ -4,11 +4,9 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from llava_ray.artifacts.code_digest import digest_of
@@ -19,14 +17,12 @@ from llava_ray.config.run import DataConfig, RunConfig
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.models.chat_template import IMAGE_TOKEN
 from llava_ray.models.conversation import Sample
-from llava_ray.prepare.pictures import Read, hash_images, image_reader, store_images
-from llava_ray.prepare.rows import Rejection, Row, RowReader
-from llava_ray.prepare.sources import SCENE_TEXT, open_file, open_table
-from llava_ray.prepare.table import Table
+from llava_ray.prepare.parts import Part, opened_parts
+from llava_ray.prepare.rows import Rejection, Row
+from llava_ray.prepare.sources import SCENE_TEXT
 
 logger = logging.getLogger(__name__)
 
-SCENE_TEXT_ROWS = 240
 _DRAWING = ("llava_ray.embedded.scene_text",)
 """The code from which, with the count and the seed, the pictures follow."""
 SHOWN_REJECTIONS = 5
@@ -41,24 +37,19 @@ def run(config: RunConfig) -> DatasetRecord:
     if IMAGE_TOKEN in config.data.question:
         raise ConfigError(f"data.question {config.data.question!r}: leave {IMAGE_TOKEN} out")
     store = ArtifactStore(config.storage.uri)
-    if config.data.source == SCENE_TEXT:
+    if config.data.source == SCENE_TEXT and not config.data.mix:
         # Drawing takes seconds, so an existing artifact is looked for by what shapes the drawing.
         settings = _settings(config.data, digest_of(_DRAWING))
         found = store.find(DatasetRecord, artifact_id(DatasetRecord.kind, settings))
         if found:
             return found
-    with _opened(config.data) as (table, folder):
-        reader, read = RowReader(table, config.data), image_reader(folder)
-        if config.data.source != SCENE_TEXT:
-            content = table.sha256
-            if reader.has_image_files:
-                content = hashlib.sha256(
-                    f"{content} {hash_images(reader, read)}".encode()
-                ).hexdigest()
-            settings = _settings(config.data, content)
+    with opened_parts(config.data) as parts:
+        if config.data.source != SCENE_TEXT or config.data.mix:
+            content = " ".join(part.content_sha256() for part in parts)
+            settings = _settings(config.data, hashlib.sha256(content.encode()).hexdigest())
         identity = artifact_id(DatasetRecord.kind, settings)
         return store.find(DatasetRecord, identity) or _build(
-            store, identity, settings, config.data, table, reader, read
+            store, identity, settings, config.data, parts
         )
 
 
@@ -67,29 +58,22 @@ def _build(
     identity: str,
     settings: dict[str, Any],
     config: DataConfig,
-    table: Table,
-    reader: RowReader,
-    read: Read,
+    parts: Sequence[Part],
 ) -> DatasetRecord:
-    num_rows = min(table.num_rows, config.limit or table.num_rows)
     with store.build(DatasetRecord, identity, settings=settings) as build:
         if build.found:
             return build.found
         (build.folder / "images").mkdir()
-        checked = list(
-            store_images(
-                reader,
-                read,
-                target=build.folder / "images",
-                max_pixels=config.max_image_pixels,
-                num_rows=num_rows,
-            )
-        )
+        checked = [each for part in parts for each in part.checked(build.folder / "images")]
         rows = [result for result in checked if isinstance(result, Row)]
         rejections = [result for result in checked if isinstance(result, Rejection)]
         counts = Counter(rejection.reason for rejection in rejections)
         _check_counts(config, rows, rejections, counts)
         train, test = split_rows(rows, test_share=config.test_share, seed=config.seed)
+        # Of rows that are held out each counts once.
+        train = [row for row in train for _ in range(row.repeats)]
+        if not train:
+            raise DataError("data.mix: its weights leave no row to train on: raise them")
         _write_llava_json(train, build.folder / "train.json")
         _write_llava_json(test, build.folder / "test.json")
         lines = [json.dumps(asdict(rejection), ensure_ascii=False) for rejection in rejections]
@@ -101,31 +85,13 @@ def _build(
         return build.finish(
             DatasetRecord,
             device="cpu",
-            source=config.source,
+            source=config.named,
             num_train=len(train),
             num_test=len(test),
             num_exchanges=sum(len(row.turns) for row in rows),
             num_images=sum(len(row.images) for row in rows),
             rejected=dict(sorted(counts.items())),
         )
-
-
-@contextmanager
-def _opened(config: DataConfig) -> Iterator[tuple[Table, str | None]]:
-    """Give the table and where its images are, drawing them first if they are generated."""
-    with TemporaryDirectory(prefix="llava_ray-data-") as scratch:
-        if config.source == SCENE_TEXT:
-            from llava_ray.embedded.scene_text import write_scene_text
-
-            count = config.limit or SCENE_TEXT_ROWS
-            captions = write_scene_text(Path(scratch), count=count, seed=config.seed)
-            yield open_file(captions), str(captions.parent / "images")
-            return
-        table = open_table(config, Path(scratch))
-        folder = config.images or (str(table.folder) if table.folder else None)
-        if folder and "://" not in folder and not Path(folder).expanduser().is_dir():
-            raise ConfigError(f"data.images {config.images!r}: no such folder")
-        yield table, folder
 
 
 def _settings(config: DataConfig, content_sha256: str) -> dict[str, Any]:
@@ -150,13 +116,13 @@ def _check_counts(
     if share > config.max_rejected_share:
         first = rejections[0]
         raise DataError(
-            f"data.source {config.source!r}: {len(rejections)} of {total} rows rejected "
+            f"data.source {config.named!r}: {len(rejections)} of {total} rows rejected "
             f"({by_reason}), more than data.max_rejected_share={config.max_rejected_share:g}; "
             f"first: row {first.row} {first.id!r}: {first.reason} {first.detail}"
         )
     if len(rows) < 2:
         raise DataError(
-            f"data.source {config.source!r}: {len(rows)} usable rows of {total}"
+            f"data.source {config.named!r}: {len(rows)} usable rows of {total}"
             f"{f' ({by_reason})' if by_reason else ''}, at least 2 are needed (train and test)"
         )
 

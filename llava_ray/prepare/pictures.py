@@ -59,9 +59,15 @@ def image_reader(folder: str | None) -> Read:
 
 
 def store_images(
-    rows: Iterable[Row | Rejection], read: Read, *, target: Path, max_pixels: int, num_rows: int
+    rows: Iterable[Row | Rejection],
+    read: Read,
+    *,
+    target: Path,
+    folder: str,
+    max_pixels: int,
+    num_rows: int,
 ) -> Iterator[Row | Rejection]:
-    """Decode every image once and copy the good ones below `target`; the order is kept.
+    """Decode every image once and copy the good ones below `target/folder`; the order is kept.
 
     A row then has its images' paths there. Decoding releases Python's lock, so threads are enough.
     """
@@ -70,7 +76,7 @@ def store_images(
         if isinstance(row, Rejection):
             return row
         try:
-            return _store(row, read, target, max_pixels)
+            return _store(row, read, target, folder, max_pixels)
         except RowProblem as problem:
             return Rejection(row.number, row.id, problem.reason, problem.detail)
 
@@ -112,7 +118,7 @@ def _in_order(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
             yield waiting.popleft().result()
 
 
-def _store(row: Row, read: Read, target: Path, max_pixels: int) -> Row:
+def _store(row: Row, read: Read, target: Path, folder: str, max_pixels: int) -> Row:
     names, contents = [], []
     for image in row.images:
         content, name = _content(image, read)
@@ -120,6 +126,7 @@ def _store(row: Row, read: Read, target: Path, max_pixels: int) -> Row:
             open_image(content, max_pixels=max_pixels)
         except DataError as error:
             raise RowProblem("unusable_image", str(error)) from error
+        name = f"{folder}{name}"
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)

@@ -40,6 +40,8 @@ class Row:
     system: str | None = None
     contents: tuple[str, ...] = ()
     """The digests of the pictures' files, once they were read."""
+    repeats: int = 1
+    """How often it is trained on in an epoch."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,16 @@ class RowReader:
         self._id = _first_of(IDS, table.columns)
         chosen = (self._said or self._caption, self.image_column, self._question, self._id)
         self._columns = list(dict.fromkeys(filter(None, chosen)))
+
+    @property
+    def num_rows(self) -> int:
+        """How many there are, as far as data.limit goes."""
+        return min(self._table.num_rows, self._config.limit or self._table.num_rows)
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the rows' content; image files lying apart are not part of it."""
+        return self._table.sha256
 
     @property
     def has_image_files(self) -> bool:

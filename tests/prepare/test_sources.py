@@ -2,6 +2,7 @@ import codecs
 import io
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -296,6 +297,40 @@ def test_data_and_pictures_come_from_any_file_system(
     assert sorted(captions(prepare.run(config("memory://folder"))).values()) == [
         f"Sign {i}." for i in range(4)
     ]
+
+
+def test_sources_are_mixed_by_weight(tmp_path: Path, config: Callable[..., RunConfig]) -> None:
+    for name, count in (("a", 40), ("b", 60)):
+        (tmp_path / name).mkdir()
+        rows = rows_of(tmp_path / name, count)
+        for i, row in enumerate(rows):
+            row["caption_condensed"] = f"{name} {i}"
+            content = png(i if name == "a" else 100 + i, 8 if name == "a" else 9)
+            (tmp_path / name / row["filename"]).write_bytes(content)
+        write_jsonl(tmp_path / name / "c.jsonl", rows)
+    mix = [
+        {"source": str(tmp_path / "a" / "c.jsonl"), "weight": 2},
+        {"source": str(tmp_path / "b" / "c.jsonl"), "weight": 0.5, "question": "And this?"},
+    ]
+    record = prepare.run(config("unused", mix=mix, test_share=0.2))
+    train, test = read_split(record, "train"), read_split(record, "test")
+    assert len(test) == 20
+    said = Counter(row["conversations"][1]["value"] for row in train)
+    assert {said[name] for name in said if name.startswith("a")} == {2}
+    halves = [said[name] for name in said if name.startswith("b")]
+    held_out = sum(row["conversations"][1]["value"].startswith("b") for row in test)
+    assert set(halves) == {1}
+    assert 0.25 < len(halves) / (60 - held_out) < 0.75
+    images = local_folder(record) / "images"
+    for row in train + test:
+        name, number = row["conversations"][1]["value"].split()
+        expected = png(int(number) if name == "a" else 100 + int(number), 8 if name == "a" else 9)
+        assert (images / row["image"]).read_bytes() == expected
+        asked = row["conversations"][0]["value"]
+        assert asked.endswith("And this?") == (name == "b")
+    assert prepare.run(config("unused", mix=mix, test_share=0.2)) == record
+    with pytest.raises(ConfigError, match="data.mix.1.weight"):
+        config("unused", mix=[mix[0], {**mix[1], "weight": 0}])
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le-bom"])
