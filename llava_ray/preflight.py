@@ -8,7 +8,7 @@ from pathlib import Path
 from llava_ray.artifacts.storage import Storage
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
-from llava_ray.models.folder import check_model
+from llava_ray.models.check import check_base
 from llava_ray.prepare.sources import check_source
 from llava_ray.quantize.registry import spec_for
 from llava_ray.sweep.space import check_space
@@ -38,7 +38,7 @@ def _checks(config: RunConfig) -> Iterator[Callable[[], object]]:
         yield functools.partial(check_source, part.source)
     folder = Path(config.model.path).expanduser()
     if config.model.path != "embedded" and folder.is_dir():
-        yield lambda: check_model(folder)
+        yield lambda: check_base(folder)
 
 
 def check_storage(config: RunConfig) -> None:

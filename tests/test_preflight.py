@@ -1,10 +1,12 @@
 """What a config alone shows to be wrong is said before anything is started, all of it at once."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny_families import FAMILIES, write_family
 
 from llava_ray import cli, preflight
 from llava_ray.config.run import load_config
@@ -60,6 +62,71 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     ),
     "no index": lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
 }
+
+
+def edit(name: str, **changes: object) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        tree = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**tree, **changes}))
+
+    return change
+
+
+def rename_token(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"<image>"', '"<picture>"'))
+
+
+def narrow(folder: Path) -> None:
+    tree = json.loads((folder / "config.json").read_text())
+    tree["text_config"]["intermediate_size"] += 8
+    tree["text_config"]["num_hidden_layers"] += 1
+    (folder / "config.json").write_text(json.dumps(tree))
+
+
+def no_processor(folder: Path) -> None:
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (folder / name).unlink()
+
+
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
+    "another image token": (edit("config.json", image_token_index=5, image_token_id=5),
+                            "<image> is token 1022 of the tokenizer and 5 in config.json"),
+    "no image token": (rename_token, "has no <image> token: add it"),
+    "no fast tokenizer": (
+        lambda folder: (folder / "tokenizer.json").rename(folder / "tokenizer.model"),
+        "no tokenizer.json, the fast tokenizer",
+    ),
+    "other shapes": (narrow, "its weights are not those of config.json: no model.language_model."),
+    "no processor": (no_processor, "no preprocessor_config.json, which says"),
+    "LLaVA's own layout": (
+        edit("config.json", model_type="llava", mm_vision_tower="openai/clip-vit-large-patch14"),
+        "layout of LLaVA's own repository",
+    ),
+    "a template of nothing": (
+        lambda folder: (folder / "chat_template.jinja").write_text("{{ bos_token }}"),
+        "chat template shows no question",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_a_later_stage_would_trip_over_is_said_at_once(tmp_path: Path, wrong: str) -> None:
+    """D5, D7, D9"""
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED, folder)
+    change, said = WRONG[wrong]
+    change(folder)
+    with pytest.raises(ConfigError) as caught:
+        preflight.check(load_config(None, [f"model.path={folder}"]))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_pass(tmp_path: Path, name: str) -> None:
+    write_family(name, tmp_path / "model")
+    preflight.check(load_config(None, [f"model.path={tmp_path / 'model'}"]))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

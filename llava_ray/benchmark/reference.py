@@ -101,7 +101,7 @@ def _write_sample(engine: Engine, sample: Sample, plan: Plan, images: Path, path
     )
     limit, size = plan.run.data.max_image_pixels, engine.image_size
     opened = (open_image(images / name, max_pixels=limit) for name in sample.images)
-    pixels = [square_pixels(image, size) for image in opened]
+    pixels = [square_pixels(image, size, engine.image_mean) for image in opened]
     prompt = Prompt(prompt_ids, tuple(pixels))
     log_probs = torch.log_softmax(engine.score(prompt, continuation).float(), dim=-1)
     save_file(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.models.images import Pixels
+from llava_ray.models.images import CLIP_MEAN, Colour, Pixels
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,8 @@ class Engine(ABC):
     """The Hugging Face tokenizer of the variant's folder."""
     image_size: int
     """Pixels along a side of the square that the vision tower sees."""
+    image_mean: Colour = CLIP_MEAN
+    """The colour that pads an image to the square."""
     tokens_per_image: int
     image_token_id: int
     eos_token_id: int

@@ -9,7 +9,7 @@ from llava_ray.errors import DataError
 from llava_ray.inference.engine import Engine, Prompt
 from llava_ray.models.chat_template import TokenizersOwn, Turn, chat_template
 from llava_ray.models.conversation import encode_prompt
-from llava_ray.models.images import square_pixels
+from llava_ray.models.images import Colour, square_pixels
 
 
 class ImageTokens(Protocol):
@@ -22,6 +22,10 @@ class ImageTokens(Protocol):
     @property
     def image_size(self) -> int:
         """Pixels on a side."""
+
+    @property
+    def image_mean(self) -> Colour:
+        """The colour that pads an image to the square."""
 
     @property
     def tokens_per_image(self) -> int:
@@ -46,7 +50,7 @@ def make_prompt(
     ids = encode_prompt(
         engine.tokenizer, turns, tokens_per_image=engine.tokens_per_image, system=system
     )
-    pixels = tuple(square_pixels(image, engine.image_size) for image in images)
+    pixels = tuple(square_pixels(image, engine.image_size, engine.image_mean) for image in images)
     return Prompt(input_ids=tuple(ids), images=pixels)
 
 

@@ -17,9 +17,8 @@ from llava_ray.errors import ArtifactError
 from llava_ray.inference.prompts import eos_token_id
 from llava_ray.models.conversation import encode_sample, read_samples
 from llava_ray.models.folder import model_folder, vision_shape, weights_sha256
-from llava_ray.models.images import normalize, square_pixels
+from llava_ray.models.images import tower_input
 from llava_ray.models.low_bits import fake_quantize_base
-from llava_ray.models.rgb import open_image
 from llava_ray.resources.devices import device_name
 from llava_ray.resources.memory import peak_bytes, reset_peaks
 
@@ -144,7 +143,7 @@ def _probe(
 
     samples = read_samples(data / "test.json") or read_samples(data / "train.json")
     tokenizer, shape = AutoTokenizer.from_pretrained(base), vision_shape(base)
-    size, limit = shape.image_size, config.data.max_image_pixels
+    limit = config.data.max_image_pixels
     for sample in samples[: config.merge.probe_samples]:
         ids, _ = encode_sample(
             tokenizer, sample, tokens_per_image=shape.tokens_per_image, max_length=2048,
@@ -152,12 +151,9 @@ def _probe(
         )  # fmt: skip
         found = {"input_ids": torch.tensor([ids], device=device)}
         whole = ids.count(shape.image_token_id) // shape.tokens_per_image
-        pixels = [
-            normalize(square_pixels(open_image(data / "images" / name, max_pixels=limit), size))
-            for name in sample.images[:whole]
-        ]
-        if pixels:
-            found["pixel_values"] = torch.stack(pixels).to(device)
+        paths = [data / "images" / name for name in sample.images[:whole]]
+        if paths:
+            found["pixel_values"] = tower_input(paths, shape, limit).to(device)
         yield found
 
 

@@ -11,9 +11,11 @@ from llava_ray.artifacts.storage import cache_folder
 from llava_ray.artifacts.store import sha256_of
 from llava_ray.config.run import ModelConfig
 from llava_ray.errors import ConfigError
+from llava_ray.models.images import CLIP_MEAN, CLIP_STD, Colour
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"
 
 
@@ -22,13 +24,11 @@ class VisionShape:
     """What turns an image into tokens."""
 
     image_size: int
-    patch_size: int
+    tokens_per_image: int
+    """Patches, and the class token of a tower that has one unless it is dropped."""
     image_token_id: int
-
-    @property
-    def tokens_per_image(self) -> int:
-        """Patches of one image; the class token is dropped (feature selection `default`)."""
-        return (self.image_size // self.patch_size) ** 2
+    mean: Colour = CLIP_MEAN
+    std: Colour = CLIP_STD
 
 
 def model_folder(config: ModelConfig) -> Path:
@@ -53,6 +53,11 @@ def check_model(folder: Path) -> None:
     vision_shape(folder)
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise ConfigError(f"model.path {str(folder)!r}: no {' or '.join(_TOKENIZERS)} there")
+    if not any((folder / name).is_file() for name in _PROCESSORS):
+        raise ConfigError(
+            f"model.path {str(folder)!r}: no {_PROCESSORS[0]}, which says how pixels are "
+            "normalized: copy it from the model that the vision tower is of"
+        )
     for path in folder.glob("*.json"):
         try:
             json.loads(path.read_bytes())
@@ -96,21 +101,46 @@ def vision_shape(folder: Path) -> VisionShape:
     try:
         tree = json.loads(path.read_bytes())
         kind = tree.get("model_type")
+        if "mm_vision_tower" in tree:
+            raise ConfigError(
+                f"model.path {str(folder)!r} has the layout of LLaVA's own repository: its Hugging "
+                "Face form is needed, such as llava-hf/llava-1.5-7b-hf"
+            )
         if kind != "llava":
             raise ConfigError(
                 f"model.path {str(folder)!r}: model_type is {kind!r}, not 'llava'; LLaVA-1.5 in "
                 "its Hugging Face form is needed, such as llava-hf/llava-1.5-7b-hf"
             )
+        vision = tree["vision_config"]
+        size = int(vision["image_size"])
+        has_class_token = vision.get("model_type", "clip_vision_model") == "clip_vision_model"
+        # transformers' LlavaModel drops the first feature, whatever it is.
+        drops = tree.get("vision_feature_select_strategy", "default") == "default"
+        mean, std = _mean_and_std(folder)
         return VisionShape(
-            image_size=int(tree["vision_config"]["image_size"]),
-            patch_size=int(tree["vision_config"]["patch_size"]),
+            image_size=size,
+            tokens_per_image=(size // int(vision["patch_size"])) ** 2 + has_class_token - drops,
             image_token_id=int(tree.get("image_token_id", tree.get("image_token_index", 32000))),
+            mean=mean,
+            std=std,
         )
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(
             f"model.path {str(folder)!r}: config.json is not that of a LLaVA ({reason})"
         ) from error
+
+
+def _mean_and_std(folder: Path) -> tuple[Colour, Colour]:
+    """Read by what pixels are normalized; CLIP's where no file says so."""
+    for name in _PROCESSORS:
+        if (path := folder / name).is_file():
+            tree = json.loads(path.read_bytes())
+            tree = tree.get("image_processor", tree)
+            if "image_mean" in tree and "image_std" in tree:
+                (a, b, c), (d, e, f) = tree["image_mean"], tree["image_std"]
+                return (a, b, c), (d, e, f)
+    return CLIP_MEAN, CLIP_STD
 
 
 def max_positions(folder: Path) -> int:

@@ -4,18 +4,25 @@ Three preprocessings of LLaVA exist; this is that of LLaVA's trainer (image_aspe
 pad to a square with CLIP's mean colour, then resize. Training, benchmark and serving share it.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from llava_ray.models.rgb import open_image
+
 if TYPE_CHECKING:
     import torch
 
+    from llava_ray.models.folder import VisionShape
+
 # https://github.com/openai/CLIP: clip/clip.py, _transform
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+Colour = tuple[float, float, float]
+CLIP_MEAN: Colour = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Colour = (0.26862954, 0.26130258, 0.27577711)
 PAD_COLOUR = tuple(int(255 * mean) for mean in CLIP_MEAN)
 
 _LARGEST_REDUCTION = 16
@@ -25,8 +32,8 @@ Pixels = NDArray[np.uint8]
 """[size, size, 3], RGB."""
 
 
-def square_pixels(image: Image.Image, size: int) -> Pixels:
-    """Pad to a square with CLIP's mean colour and resize with bicubic interpolation.
+def square_pixels(image: Image.Image, size: int, mean: Colour = CLIP_MEAN) -> Pixels:
+    """Pad to a square with the tower's mean colour and resize with bicubic interpolation.
 
     Source: LLaVA, llava/mm_utils.py, expand2square.
     """
@@ -36,7 +43,7 @@ def square_pixels(image: Image.Image, size: int) -> Pixels:
         image = image.reduce(-(-side // (_LARGEST_REDUCTION * size)))
         side = max(image.size)
     if image.size != (side, side):
-        canvas = Image.new("RGB", (side, side), PAD_COLOUR)
+        canvas = Image.new("RGB", (side, side), tuple(int(255 * part) for part in mean))
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = canvas
     if side != size:
@@ -44,10 +51,26 @@ def square_pixels(image: Image.Image, size: int) -> Pixels:
     return np.asarray(image, dtype=np.uint8)
 
 
-def normalize(pixels: "NDArray[np.uint8]", device: str = "cpu") -> "torch.Tensor":
-    """Turn uint8 [..., size, size, 3] into float32 [..., 3, size, size] by CLIP's mean and std."""
+def tower_input(paths: "Sequence[Path]", shape: "VisionShape", max_pixels: int) -> "torch.Tensor":
+    """Read image files as the vision tower takes them, float32 [images, 3, size, size]."""
+    import torch
+
+    size = shape.image_size
+    opened = (open_image(path, max_pixels=max_pixels) for path in paths)
+    squares = (square_pixels(image, size, shape.mean) for image in opened)
+    found = [normalize(pixels, mean=shape.mean, std=shape.std) for pixels in squares]
+    return torch.stack(found) if found else torch.empty(0, 3, size, size)
+
+
+def normalize(
+    pixels: "NDArray[np.uint8]",
+    device: str = "cpu",
+    mean: Colour = CLIP_MEAN,
+    std: Colour = CLIP_STD,
+) -> "torch.Tensor":
+    """Turn uint8 [..., size, size, 3] into float32 [..., 3, size, size] by the tower's numbers."""
     import torch
 
     values = torch.from_numpy(np.array(pixels)).to(device).float() / 255
-    mean, std = (torch.tensor(row, device=device) for row in (CLIP_MEAN, CLIP_STD))
-    return ((values - mean) / std).movedim(-1, -3)
+    middle, spread = (torch.tensor(row, device=device) for row in (mean, std))
+    return ((values - middle) / spread).movedim(-1, -3)

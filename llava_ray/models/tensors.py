@@ -40,6 +40,7 @@ _VISION_LINEAR = re.compile(
     r"^model\.(vision_tower\.encoder\.layers\.\d+\.(self_attn|mlp)\.([qkv]_proj|out_proj|fc[12])"
     r"|multi_modal_projector\.linear_[12])$"
 )
+_HEAD = "lm_head.weight"
 _REWRITTEN = {"config.json", "manifest.json"}
 
 
@@ -270,15 +271,23 @@ def load_model(
             values[name] = value.to(dtype)
         elif module in packed:
             packed[module][leaf] = value
-    if missing := sorted(wanted - values.keys()):
+    tied = _HEAD in wanted - values.keys() and is_tied(config)
+    if missing := sorted(wanted - values.keys() - ({_HEAD} if tied else set())):
         raise ArtifactError(
             f"{folder}: {len(missing)} weights are missing, first {missing[0]!r}; "
             "delete the folder and quantize again"
         )
     model.load_state_dict(values, strict=False, assign=True)
+    if tied:
+        model.lm_head.weight = model.model.language_model.embed_tokens.weight
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
     return model.eval().requires_grad_(False), packed
+
+
+def is_tied(config: Any) -> bool:
+    """Say whether the head is the embedding, so that no weight of its own is stored."""
+    return bool(config.tie_word_embeddings or config.text_config.tie_word_embeddings)
 
 
 def shards(folder: Path) -> list[Path]:

@@ -69,7 +69,8 @@ def reference_logits(merged: Path, prompt: "Prompt", answer: list[int]) -> "torc
 
     model: Any = LlavaForConditionalGeneration.from_pretrained(merged, dtype=torch.float32)
     model.eval()
-    pixels = normalize(np.stack(prompt.images))
+    shape = vision_shape(merged)
+    pixels = normalize(np.stack(prompt.images), mean=shape.mean, std=shape.std)
     with torch.no_grad():
         ids = torch.tensor([[*prompt.input_ids, *answer]])
         logits: torch.Tensor = model(input_ids=ids, pixel_values=pixels).logits[0]

@@ -22,7 +22,7 @@ from gguf import (
 )
 
 from llava_ray.errors import VariantError
-from llava_ray.models.images import CLIP_MEAN, CLIP_STD
+from llava_ray.models.folder import VisionShape, vision_shape
 from llava_ray.models.tensors import copy_sidecars, module_name, shards
 from llava_ray.quantize.gguf_vocab import add_vocabulary
 
@@ -79,7 +79,7 @@ def write_pair(merged: Path, text: Path, mmproj: Path, *, precision: str) -> Non
     _stream(writer, checkpoint, [e for e in entries if is_text(e.source)], text_type)
     mmproj_type = _F32 if text_type is _F32 else _F16
     writer = GGUFWriter(str(mmproj), "clip")
-    _describe_vision(writer, config, depth, mmproj_type)
+    _describe_vision(writer, config, vision_shape(merged), depth, mmproj_type)
     _stream(writer, checkpoint, [e for e in entries if not is_text(e.source)], mmproj_type)
 
 
@@ -214,7 +214,11 @@ def _describe_text(
 
 
 def _describe_vision(
-    writer: GGUFWriter, config: Any, depth: int, tensor_type: GGMLQuantizationType
+    writer: GGUFWriter,
+    config: Any,
+    shape: VisionShape,
+    depth: int,
+    tensor_type: GGMLQuantizationType,
 ) -> None:
     vision = config.vision_config
     if config.projector_hidden_act != "gelu":
@@ -237,8 +241,8 @@ def _describe_vision(
     writer.add_array("clip.vision.feature_layer", [depth])
     writer.add_vision_head_count(vision.num_attention_heads)
     writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
-    writer.add_vision_image_mean(list(CLIP_MEAN))
-    writer.add_vision_image_std(list(CLIP_STD))
+    writer.add_vision_image_mean(list(shape.mean))
+    writer.add_vision_image_std(list(shape.std))
     _describe_activation(writer, vision.hidden_act)
 
 

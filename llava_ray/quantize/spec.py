@@ -11,8 +11,7 @@ from llava_ray.errors import VariantError
 from llava_ray.models import tensors as llava_folder
 from llava_ray.models.conversation import Sample, encode_sample, read_samples
 from llava_ray.models.folder import VisionShape
-from llava_ray.models.images import normalize, square_pixels
-from llava_ray.models.rgb import open_image
+from llava_ray.models.images import tower_input
 from llava_ray.resources.capacity import Resources
 
 if TYPE_CHECKING:
@@ -63,10 +62,8 @@ class Calibration:
             system=self.system_prompt,
         )
         whole = ids.count(vision.image_token_id) // vision.tokens_per_image
-        folder, size = self.dataset_folder / "images", vision.image_size
-        images = [open_image(folder / name, max_pixels=10**9) for name in sample.images[:whole]]
-        pixels = [normalize(square_pixels(image, size)) for image in images]
-        return torch.tensor(ids), torch.stack(pixels) if pixels else torch.empty(0, 3, size, size)
+        paths = [self.dataset_folder / "images" / name for name in sample.images[:whole]]
+        return torch.tensor(ids), tower_input(paths, vision, 10**9)
 
 
 @dataclass(frozen=True)

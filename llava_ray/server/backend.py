@@ -14,6 +14,7 @@ from llava_ray.inference.engine import Prompt
 from llava_ray.inference.process.messages import Opened
 from llava_ray.inference.sampling import SamplingParams
 from llava_ray.inference.scheduler import Chunk
+from llava_ray.models.images import CLIP_MEAN, Colour
 from llava_ray.server.metrics import Recorder
 
 
@@ -29,6 +30,7 @@ class ModelCard(BaseModel):
     created: int
     """Seconds since 1970."""
     image_size: int
+    image_mean: Colour = CLIP_MEAN
     tokens_per_image: int
     eos_token_id: int
     context: int
@@ -66,6 +68,11 @@ class Backend:
     def image_size(self) -> int:
         """Pixels on a side of what the model sees."""
         return self.card.image_size
+
+    @property
+    def image_mean(self) -> Colour:
+        """The colour that pads an image to the square."""
+        return self.card.image_mean
 
     @property
     def tokens_per_image(self) -> int:

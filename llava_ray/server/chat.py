@@ -20,10 +20,7 @@ from llava_ray.server.settings import AppArgs
 
 MAX_STOPS = 4
 MAX_TOP_LOGPROBS = 20
-_ESCAPED = [
-    ("+", b"%2B"), ("/", b"%2F"), ("=", b"%3D"),
-    ("", b"%09"), ("", b"%0A"), ("", b"%0D"), ("", b"%20"),
-]  # fmt: skip
+_ESCAPED = {"2B": "+", "2F": "/", "3D": "=", "09": "", "0A": "", "0D": "", "20": ""}
 """What is encoded of base64 where it is put into a URL."""
 _SAID = {
     "union_tag_invalid": "its type is {expected_tags}, not {tag!r}",
@@ -329,9 +326,9 @@ def data_url_bytes(url: str, args: AppArgs) -> bytes:
     # made: it might take a hundred times their bytes.
     try:
         letters = payload.encode("ascii")
-        for letter, escape in _ESCAPED:
-            for each in (escape, escape.lower()):
-                letters = letters.replace(each, letter.encode())
+        for code, letter in _ESCAPED.items():
+            for each in (code, code.lower()):
+                letters = letters.replace(f"%{each}".encode(), letter.encode())
         letters = letters.translate(None, b" \t\r\n").rstrip(b"=")
         return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)
     except (binascii.Error, ValueError) as error:

@@ -264,7 +264,7 @@ def _make_canary(backends: Sequence[Backend], args: AppArgs) -> Canary | None:
         return None
     canary = next(b for b in backends if b.card.name == args.canary.model)
     ours, theirs = backends[0].card, canary.card
-    for name in ("image_size", "tokens_per_image", "eos_token_id"):
+    for name in ("image_size", "image_mean", "tokens_per_image", "eos_token_id"):
         if getattr(ours, name) != getattr(theirs, name):
             raise ConfigError(
                 f"canary {theirs.name!r} has {name}={getattr(theirs, name)}, and {ours.name!r} has "

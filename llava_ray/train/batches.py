@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader
 from llava_ray.errors import ConfigError
 from llava_ray.models.conversation import IGNORE_INDEX, Sample, encode_sample
 from llava_ray.models.folder import VisionShape
-from llava_ray.models.images import normalize, square_pixels
-from llava_ray.models.rgb import open_image
+from llava_ray.models.images import tower_input
 
 Batch = dict[str, torch.Tensor]
 """input_ids, attention_mask and labels [batch, length], pixel_values [images, 3, size, size]."""
@@ -101,7 +100,6 @@ class CaptionSamples:
 
     def __getitem__(self, index: int) -> Batch:
         sample = self.samples[index]
-        size = self.shape.image_size
         ids, labels = encode_sample(
             self.tokenizer,
             sample,
@@ -110,15 +108,11 @@ class CaptionSamples:
             system=self.system,
         )
         whole = ids.count(self.shape.image_token_id) // self.shape.tokens_per_image
-        opened = [
-            open_image(self.images / name, max_pixels=self.max_image_pixels)
-            for name in sample.images[:whole]
-        ]
-        pixels = [normalize(square_pixels(image, size)) for image in opened]
+        paths = [self.images / name for name in sample.images[:whole]]
         return {
             "input_ids": torch.tensor(ids),
             "labels": torch.tensor(labels),
-            "pixel_values": torch.stack(pixels) if pixels else torch.empty(0, 3, size, size),
+            "pixel_values": tower_input(paths, self.shape, self.max_image_pixels),
         }
 
     def check_room(self) -> list[str]:

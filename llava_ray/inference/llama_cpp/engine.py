@@ -57,7 +57,7 @@ class LlamaCppEngine(Engine):
         self.offloaded = device.startswith("cuda") and self._gpu_offload()
         shape = vision_shape(folder)
         self.image_size, self.image_token_id = shape.image_size, shape.image_token_id
-        self.tokens_per_image = shape.tokens_per_image
+        self.tokens_per_image, self.image_mean = shape.tokens_per_image, shape.mean
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.eos_token_id = eos_token_id(self.tokenizer, _configured_eos(folder))
         try:

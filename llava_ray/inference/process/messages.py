@@ -13,6 +13,7 @@ import msgspec
 
 from llava_ray.inference.generate import FinishReason
 from llava_ray.inference.sampling import SamplingParams, Step
+from llava_ray.models.images import CLIP_MEAN, Colour
 
 T = TypeVar("T")
 
@@ -44,6 +45,7 @@ class Opened(msgspec.Struct, tag=True):
     eos_token_id: int
     context: int
     slots: int
+    image_mean: Colour = CLIP_MEAN
 
 
 class Refused(msgspec.Struct, tag=True):

@@ -25,7 +25,8 @@ class SlotCache:
         self, config: Any, *, slots: int, context: int, dtype: torch.dtype, device: str
     ) -> None:
         """Allocate for a LlamaConfig; a slot that graphs and padding use counts too."""
-        heads, size = config.num_key_value_heads, config.head_dim
+        heads = config.num_key_value_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (config.num_hidden_layers, slots, heads, context, size)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)

@@ -18,7 +18,8 @@ from llava_ray.inference.prompts import check_prompt, eos_token_id
 from llava_ray.inference.slots import Slots
 from llava_ray.inference.torch.cache import Segment, SlotCache
 from llava_ray.inference.torch.kernels.weights import make_dense
-from llava_ray.inference.torch.llama import LlamaForward, linear_groups, module_layers
+from llava_ray.inference.torch.llama import LlamaForward, linear_groups, module_layers, windows_of
+from llava_ray.models.folder import vision_shape
 from llava_ray.models.images import normalize
 
 if TYPE_CHECKING:
@@ -47,10 +48,10 @@ class TorchEngine(Engine):
         whole: Any = model.eval()
         self._model, self._vision = whole, whole.model.vision_tower
         config = whole.config
-        vision = config.vision_config
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.image_size = vision.image_size
-        self.tokens_per_image = (vision.image_size // vision.patch_size) ** 2
+        self._shape = vision_shape(folder)
+        self.image_size, self.image_mean = self._shape.image_size, self._shape.mean
+        self.tokens_per_image = self._shape.tokens_per_image
         self.image_token_id = config.image_token_id
         self.vocab_size = config.text_config.vocab_size
         self.eos_token_id = eos_token_id(
@@ -78,7 +79,9 @@ class TorchEngine(Engine):
     def _open_forward(self, language_model: Any, lm_head: Any) -> None:
         """Use the GPU kernels where they can be had, else the model's own modules."""
         stack = None
-        if self.device.startswith("cuda"):
+        if self.device.startswith("cuda") and any(windows_of(language_model.config)):
+            logger.warning("slow path: no fast kernel for attention to a window of tokens")
+        elif self.device.startswith("cuda"):
             if importlib.util.find_spec("triton") is None:
                 logger.warning("slow path: no fast kernels without Triton: pip install triton")
             else:
@@ -234,7 +237,9 @@ class TorchEngine(Engine):
 
     def _image_features(self, prompt: Prompt) -> torch.Tensor:
         """Return [images * tokens_per_image, hidden] from the vision tower and projector."""
-        pixels = normalize(np.stack(prompt.images), self.device).to(self._vision.dtype)
+        pixels = normalize(
+            np.stack(prompt.images), self.device, self._shape.mean, self._shape.std
+        ).to(self._vision.dtype)
         if self._graphs is not None and len(prompt.images) == 1:
             return self._graphs.encode(pixels)
         return self._encode(pixels)

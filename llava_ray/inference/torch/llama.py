@@ -96,6 +96,22 @@ def rotary_tables(
     return cos[0].contiguous(), sin
 
 
+def windows_of(config: Any) -> list[int | None]:
+    """Return of each layer how many tokens it attends to, itself included; None: to all."""
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def head_size(config: Any) -> int:
+    """Return the width of one attention head."""
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+
+
 class LlamaForward:
     """Run rows through all layers, writing their keys and values to the cache."""
 
@@ -111,6 +127,7 @@ class LlamaForward:
         """`alternating`: gate_up gives gate's and up's outputs in turn, not one after the other."""
         self.config = language_model.config
         self.cache, self.alternating = cache, alternating
+        self.windows = windows_of(self.config)
         self.norm = language_model.norm.weight
         self.lm_head = lm_head
         self.layers = layers
@@ -156,7 +173,7 @@ class LlamaForward:
         sin: torch.Tensor,
         parts: Sequence[Segment],
     ) -> torch.Tensor:
-        heads, size = self.config.num_attention_heads, self.config.head_dim
+        heads, size = self.config.num_attention_heads, head_size(self.config)
         kv_heads = self.config.num_key_value_heads
         split = qkv.view(qkv.shape[0], -1, size)
         turned, values = split[:, : heads + kv_heads], split[:, heads + kv_heads :]
@@ -174,7 +191,14 @@ class LlamaForward:
         end = part.start + part.count
         keys, values = self.cache.read(index, part.slot, end)
         mask = None
-        if part.start and part.count > 1:
+        window = self.windows[index]
+        if window is not None and end > window:
+            # What no row sees is not read.
+            first = max(0, part.start + 1 - window)
+            keys, values = keys[:, :, first:], values[:, :, first:]
+            mask = torch.ones(part.count, end - first, dtype=torch.bool, device=queries.device)
+            mask = mask.tril_(part.start - first).triu_(part.start - first + 1 - window)
+        elif part.start and part.count > 1:
             mask = torch.ones(part.count, end, dtype=torch.bool, device=queries.device)
             mask = mask.tril_(part.start)
         output = functional.scaled_dot_product_attention(
@@ -182,7 +206,7 @@ class LlamaForward:
             keys,
             values,
             attn_mask=mask,
-            is_causal=part.start == 0 and part.count > 1,
+            is_causal=mask is None and part.start == 0 and part.count > 1,
             enable_gqa=keys.shape[1] != queries.shape[1],
         )
         return output[0].transpose(0, 1).reshape(part.count, -1)
