@@ -144,10 +144,11 @@ class ArtifactStore:
 
         Until the end no other process makes the same artifact: it waits, and then finds it.
         """
-        remove_dead(self.storage)
         staging = Staging(self.storage, artifact_id)
         try:
             with lease.held(self.storage, artifact_id, staging.touch) as hold:
+                # Also what those left whose end this one waited for.
+                remove_dead(self.storage)
                 found = self.find(record_type, artifact_id)
                 build = Build(
                     staging.files, found, self.storage, hold, record_type, artifact_id,

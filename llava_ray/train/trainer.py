@@ -97,21 +97,26 @@ def fit(make: Callable[[], TorchTrainer], train: TrainConfig) -> Result:
         try:
             result = trainer.fit()
             break
-        except (TrainingFailedError, OSError) as error:
+        except (TrainingFailedError, OSError, RayActorError) as error:
             where = str(trainer.run_config.storage_path)
             failures = _failures(error)
             for failure in failures:
                 if fault := _fault(failure, where):
                     raise fault from error
-            if any(isinstance(failure, RayActorError) for failure in failures):
+            # What is no failure of training is the controller's own end, as where it cannot start.
+            controller = isinstance(error, ControllerError | RayActorError)
+            gone = any(map(is_gone, failures))
+            lost = any(isinstance(failure, RayActorError) for failure in failures)
+            if lost and not (controller or gone):
                 raise ResourceError(
                     f"train: a worker died, {train.max_failures + 1} times in all "
                     "(train.max_failures): its node was lost or ran out of memory; the same "
                     "command goes on from the last checkpoint"
                 ) from error
-            gone = any(map(is_gone, failures))
             tries += 1
-            if tries > _TRIES or not (gone or isinstance(error, ControllerError)):
+            if tries > _TRIES and controller:
+                raise ResourceError(f"train: {last_line(str(failures[-1]))}") from error
+            if tries > _TRIES or not (gone or controller):
                 raise
             what = f"{where} was gone" if gone else last_line(str(failures[-1]))
             logger.warning("train: %s; goes on from the last checkpoint", what)

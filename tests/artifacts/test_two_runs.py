@@ -45,6 +45,8 @@ class Run:
     def kill(self) -> None:
         self._process.send_signal(signal.SIGKILL)
         self.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
     def _read(self) -> None:
         assert self._process.stdout is not None

@@ -2,10 +2,12 @@
 
 import errno
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, WorkerGroupError
 
 from llava_ray.config.run import TrainConfig
@@ -40,3 +42,24 @@ def test_other_failures_keep_their_traceback() -> None:
     error = WorkerGroupError("rank 0 failed", {0: ValueError("a bug")})
     with pytest.raises(WorkerGroupError, match="rank 0 failed"):
         fit(lambda: trainer(error), TrainConfig())
+
+
+def test_a_controller_that_finds_no_server_is_started_again(tmp_path: Path) -> None:
+    """B10: Ray Train looks at its storage first, and its actor dies where that is gone."""
+    gone = ActorDiedError()
+    gone.error_msg = "AWS Error NETWORK_CONNECTION during HeadBucket operation: curlCode: 7"
+    errors = [gone, gone]
+
+    def fail_twice() -> Any:
+        if errors:
+            raise errors.pop()
+        return SimpleNamespace(metrics={"loss": 1})
+
+    def make() -> Any:
+        where = SimpleNamespace(storage_path=str(tmp_path))
+        return SimpleNamespace(fit=fail_twice, run_config=where)
+
+    assert fit(make, TrainConfig()).metrics == {"loss": 1}
+    errors = [gone] * 9
+    with pytest.raises(ResourceError, match="train: .*NETWORK_CONNECTION"):
+        fit(make, TrainConfig())
