@@ -41,17 +41,19 @@ llava-hf/llava-1.5-7b-hf would print nothing.
 def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
     """Add tokenizer.json's tokens to a text model's header, padded to `size`, the embedding's rows.
 
-    Raises VariantError for a tokenizer that is not Llama's kind: BPE with byte fallback over
-    text whose spaces are '▁'.
+    Raises VariantError for a tokenizer that is neither of Llama's kind (BPE with byte fallback over
+    text whose spaces are '▁') nor a BPE of bytes whose way to cut text llama.cpp knows.
     """
     from transformers import AutoTokenizer
 
     tree = _read_tree(folder)
     model = tree["model"]
+    of_bytes = not model.get("byte_fallback")
     tokens = [f"[PAD{index}]" for index in range(size)]
     types = [int(TokenType.UNUSED)] * size
     for token, index in model["vocab"].items():
-        tokens[index], types[index] = token, int(_type_of(token))
+        tokens[index] = token
+        types[index] = int(TokenType.NORMAL if of_bytes else _type_of(token))
     for added in tree.get("added_tokens", []):
         index = added["id"]
         if index >= size:
@@ -62,12 +64,19 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
         types[index] = int(TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
-    if ids["unk"] is not None:
-        types[ids["unk"]] = int(TokenType.UNKNOWN)
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
+    if of_bytes:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_pre_tokenizer(tree))
+        merges = model["merges"]
+        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    else:
+        if ids["unk"] is not None:
+            types[ids["unk"]] = int(TokenType.UNKNOWN)
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(_scores(tokens, types, model["merges"]))
+        writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith(SPACE))
     writer.add_token_list(tokens)
-    writer.add_token_scores(_scores(tokens, types, model["merges"]))
     writer.add_token_types(types)
     for name, index in ids.items():
         if index is not None:
@@ -75,7 +84,6 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
     first = tokenizer("a")["input_ids"][0]
     writer.add_add_bos_token(first == ids["bos"])
     writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith(SPACE))
     template = chat_template(tokenizer)
     is_own = isinstance(template, TokenizersOwn)
     if is_own:
@@ -83,17 +91,47 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
     writer.add_chat_template(tokenizer.chat_template if is_own else CHAT_TEMPLATE)
 
 
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT_2 = ("ByteLevel",)
+_PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
+    _GPT_2: "gpt-2",
+    ("Digits", *_GPT_2): "smollm",
+    (_WORDS + r"\p{N}{1,3}" + _REST,): "llama-bpe",
+    (_WORDS + r"\p{N}" + _REST,): "qwen2",
+}
+"""llama.cpp's names (src/llama-vocab.cpp) by what cuts text in tokenizer.json: a pattern, digits
+one by one, or GPT-2's pattern, which ByteLevel has built in."""
+
+
+def _pre_tokenizer(tree: dict[str, Any]) -> str:
+    step = tree.get("pre_tokenizer") or {}
+    steps = step.get("pretokenizers", [step])
+    found = []
+    for each in steps:
+        kind = each.get("type")
+        if kind == "Split" and each.get("behavior") == "Isolated" and not each.get("invert"):
+            found.append(str(each["pattern"].get("Regex")))
+        elif kind == "Digits" and each.get("individual_digits"):
+            found.append(kind)
+        elif kind == "ByteLevel" and each.get("add_prefix_space"):
+            found.append("a prefix space")
+        elif kind != "ByteLevel" or each.get("use_regex", True):
+            found.append(str(kind))
+    if tuple(found) not in _PRE_TOKENIZERS:
+        raise VariantError(
+            f"tokenizer.json cuts text by {found}: llama.cpp's names for that are not known here"
+        )
+    return _PRE_TOKENIZERS[tuple(found)]
+
+
 def _read_tree(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise VariantError(f"no tokenizer.json in {folder}: GGUF needs the fast tokenizer's file")
     tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    model = tree["model"]
-    if model.get("type") != "BPE" or not model.get("byte_fallback"):
-        raise VariantError(
-            f"tokenizer.json holds {model.get('type')} with byte_fallback "
-            f"{model.get('byte_fallback')}: GGUF needs Llama's BPE with byte fallback"
-        )
+    if tree["model"].get("type") != "BPE":
+        raise VariantError(f"tokenizer.json holds {tree['model'].get('type')}: GGUF needs BPE")
     return tree
 
 

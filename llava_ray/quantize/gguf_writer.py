@@ -22,6 +22,7 @@ from gguf import (
 )
 
 from llava_ray.errors import VariantError
+from llava_ray.inference.torch.llama import head_size, windows_of
 from llava_ray.models.folder import VisionShape, vision_shape
 from llava_ray.models.tensors import copy_sidecars, module_name, shards
 from llava_ray.quantize.gguf_vocab import add_vocabulary
@@ -76,7 +77,8 @@ def write_pair(merged: Path, text: Path, mmproj: Path, *, precision: str) -> Non
     text_type = GGMLQuantizationType[precision.upper()]
     writer = GGUFWriter(str(text), "llama")
     _describe_text(writer, config.text_config, merged, text_type)
-    _stream(writer, checkpoint, [e for e in entries if is_text(e.source)], text_type)
+    factors = _rope_factors(config.text_config)
+    _stream(writer, checkpoint, [e for e in entries if is_text(e.source)], text_type, factors)
     mmproj_type = _F32 if text_type is _F32 else _F16
     writer = GGUFWriter(str(mmproj), "clip")
     _describe_vision(writer, config, vision_shape(merged), depth, mmproj_type)
@@ -97,7 +99,7 @@ def gguf_names(config: Any) -> Callable[[str], str | None]:
 
     def target(name: str) -> str | None:
         if is_text(name):
-            return text.get_name(name.replace("language_model.", "", 1), (".weight",))
+            return text.get_name(name.replace("language_model.", "", 1), (".weight", ".bias"))
         name = name.removeprefix("model.").replace("vision_tower.", "vision_tower.vision_model.", 1)
         found = vision.get_name(name, (".weight", ".bias"))
         # llama.cpp's numbers are those of the layers in LLaVA's nn.Sequential: 1 is the GELU.
@@ -189,11 +191,16 @@ def _describe_text(
     writer: GGUFWriter, config: Any, merged: Path, tensor_type: GGMLQuantizationType
 ) -> None:
     rope = dict(getattr(config, "rope_parameters", None) or {})
-    if rope.get("rope_type", "default") != "default":
-        raise VariantError(f"rope_type {rope['rope_type']!r}: only 'default' is converted")
+    if rope.get("rope_type", "default") not in ("default", "llama3"):
+        raise VariantError(f"rope_type {rope['rope_type']!r}: 'default' and 'llama3' are converted")
+    window = max((each or 0 for each in windows_of(config)), default=0)
+    if 0 < window < config.max_position_embeddings:
+        raise VariantError(
+            f"the model attends to a window of {window} tokens: llama.cpp's Llama sees all"
+        )
     if config.hidden_act != "silu":
         raise VariantError(f"text hidden_act {config.hidden_act!r}: llama.cpp's Llama has silu")
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    head_dim = head_size(config)
     writer.add_type("model")
     writer.add_name("LLaVA")
     writer.add_file_type(_file_type(tensor_type))
@@ -259,11 +266,35 @@ def _file_type(kind: GGMLQuantizationType) -> LlamaFileType:
     return LlamaFileType.ALL_F32 if kind is _F32 else LlamaFileType[f"MOSTLY_{kind.name}"]
 
 
+def _rope_factors(config: Any) -> "np.ndarray[Any, np.dtype[np.float32]] | None":
+    """Return by what llama.cpp divides each rotary frequency, None where it is 1.
+
+    Those of Llama 3's scaling are the ratio of plain frequencies to transformers' own.
+    """
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if rope.get("rope_type", "default") == "default":
+        return None
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu")
+    plain = rope["rope_theta"] ** -(np.arange(0, head_size(config), 2) / head_size(config))
+    return np.asarray(plain / scaled.double().numpy(), dtype=np.float32)
+
+
 def _stream(
-    writer: GGUFWriter, checkpoint: dict[str, Any], entries: list[Entry], kind: GGMLQuantizationType
+    writer: GGUFWriter,
+    checkpoint: dict[str, Any],
+    entries: list[Entry],
+    kind: GGMLQuantizationType,
+    rope_factors: "np.ndarray[Any, np.dtype[np.float32]] | None" = None,
 ) -> None:
     """Write header and tensors, holding one tensor at a time."""
     kinds = []
+    if rope_factors is not None:
+        size_bytes = rope_factors.nbytes
+        writer.add_tensor_info(
+            "rope_freqs.weight", rope_factors.shape, np.dtype("f4"), size_bytes, _F32
+        )
     for entry in entries:
         shape = checkpoint[entry.source].get_shape()
         # llama.cpp adds vectors and positions to F32 activations, and takes them in F32 only.
@@ -275,6 +306,8 @@ def _stream(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        if rope_factors is not None:
+            writer.write_tensor_data(rope_factors)
         for entry, each in zip(entries, kinds, strict=True):
             writer.write_tensor_data(_bytes_of(entry, checkpoint[entry.source][:], each))
     finally:
