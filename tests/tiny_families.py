@@ -26,6 +26,7 @@ _SIGLIP = {"vision_config": {"model_type": "siglip_vision_model"}}
 FAMILIES: Mapping[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {"text_config": _TIED, **_TIED},
+    "llama-wide": {"text_config": {"intermediate_size": 256}},
     "llama-3": {"text_config": {"rope_parameters": _LLAMA_3_ROPE}},
     "mistral": {"text_config": {"model_type": "mistral", "sliding_window": None}},
     "mistral-window": {"text_config": {"model_type": "mistral", "sliding_window": 24}},

@@ -78,6 +78,10 @@ class GgufSpec(QuantizationSpec):
         """Return the expected mean; `measured_bits_per_weight` reads a file's own."""
         return expected_bits(self.name)
 
+    def measured_bits(self, folder: Path) -> float:
+        """Return the file's own mean: rows that do not divide by a block have another type."""
+        return measured_bits_per_weight(folder / f"llava-{self.name}.gguf")
+
     def estimated_bytes(self, merged: Path) -> int:
         """Estimate the pair's size: embeddings and head are quantized too, CLIP is not."""
         bits = 0.0

@@ -78,7 +78,7 @@ def make_variant(job: Job, device: str) -> Variant:
             device=device_name(device),
             slug=job.slug,
             method=spec.method,
-            bits_per_weight=spec.bits_per_weight(),
+            bits_per_weight=spec.measured_bits(build.folder),
             quantize_s=round(quantize_s, 3),
             peak_memory_bytes=elsewhere or peak_bytes(device),
             estimated_bytes=estimated_bytes,

@@ -105,6 +105,10 @@ class QuantizationSpec(ABC):
     def bits_per_weight(self) -> float:
         """Return the bits a quantized weight takes, scales and zero points counted in."""
 
+    def measured_bits(self, folder: Path) -> float:
+        """Return the bits of a written variant's quantized weights; default: as its scheme says."""
+        return self.bits_per_weight()
+
     def quantizes(self, module: str) -> bool:
         """Say whether the module of that name is quantized; default: the language model's linears,
         of slugs with `-vision` also those of tower and projector.

@@ -15,6 +15,8 @@ from llava_ray.errors import VariantError
 from llava_ray.quantize.gguf_parity import check_parity, llama_tokenize
 from llava_ray.quantize.gguf_vocab import _REST, _WORDS
 from llava_ray.quantize.gguf_writer import write_f32_folder
+from llava_ray.quantize.registry import spec_for
+from llava_ray.quantize.spec import Calibration
 
 REFUSED = {
     "mistral-window": "a window of 24 tokens",
@@ -129,3 +131,12 @@ def test_a_cut_that_llama_cpp_does_not_know_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pair").mkdir()
     with pytest.raises(VariantError, match="cuts text by .*not known here"):
         write_f32_folder(base, tmp_path / "pair")
+
+
+def test_rows_that_fall_back_carry_their_own_bits(tmp_path: Path) -> None:
+    """D10: 64 columns divide by no K-quant's block of 256, 256 do."""
+    write_family("llama-wide", tmp_path / "base")
+    spec = spec_for("gguf-q2_k")
+    (tmp_path / "out").mkdir()
+    spec.quantize(tmp_path / "base", tmp_path / "out", Calibration(tmp_path, 0), "cpu")
+    assert spec.measured_bits(tmp_path / "out") > spec.bits_per_weight() + 0.5
