@@ -1,18 +1,21 @@
 """What can be known of a config before anything is asked of a cluster."""
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llava_ray.artifacts.storage import Storage
 from llava_ray.config.run import RunConfig
-from llava_ray.errors import ConfigError
+from llava_ray.errors import ConfigError, VariantError
 from llava_ray.models.check import check_base
 from llava_ray.prepare.sources import check_source
 from llava_ray.quantize.registry import spec_for
 from llava_ray.sweep.space import check_space
 from llava_ray.trial_score import scorer_for
+
+logger = logging.getLogger(__name__)
 
 
 def check(config: RunConfig) -> None:
@@ -38,7 +41,31 @@ def _checks(config: RunConfig) -> Iterator[Callable[[], object]]:
         yield functools.partial(check_source, part.source)
     folder = Path(config.model.path).expanduser()
     if config.model.path != "embedded" and folder.is_dir():
-        yield lambda: check_base(folder)
+        yield lambda: check_model(config, folder)
+
+
+def check_model(config: RunConfig, folder: Path) -> None:
+    """Say which slugs the base model cannot have.
+
+    Raises ConfigError for what is wrong with its files, for the baseline's slug, and for all where
+    quantize.on_unsupported is `error`.
+    """
+    check_base(folder)
+    problems = {}
+    for slug in config.quantize.variants:
+        try:
+            spec_for(slug).check(folder)
+        except VariantError as error:
+            problems[slug] = str(error)
+        except ConfigError:
+            pass  # An unknown slug is said elsewhere.
+    for slug, problem in problems.items():
+        if config.quantize.on_unsupported == "strike" and slug != config.benchmark.baseline:
+            logger.warning("%s cannot be made of model.path: %s", slug, problem)
+        else:
+            raise ConfigError(
+                f"quantize.variants: {slug} cannot be made of model.path ({problem}): leave it out"
+            )
 
 
 def check_storage(config: RunConfig) -> None:

@@ -166,3 +166,25 @@ def test_an_empty_place_is_refused() -> None:
         load_config(None, ["quantize.variants=gguf-q4_k_m"])
     with pytest.raises(ConfigError, match="min_replicas=5 is above max_replicas=2"):
         load_config(None, ["serve.min_replicas=5", "serve.max_replicas=2"])
+
+
+def test_slugs_that_a_base_cannot_have_are_said_before_anything_runs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """D6, D10"""
+    write_family("mistral-window", tmp_path / "model")
+    settings = [
+        f"model.path={tmp_path / 'model'}",
+        "quantize.variants=[none-fp16, gguf-q8_0, hqq-w4-g256, awq-w4-g128, bnb-nf4]",
+    ]
+    preflight.check(load_config(None, settings))
+    for said in (
+        "gguf-q8_0 cannot be made of model.path: the model attends to a window of 24 tokens",
+        "hqq-w4-g256 cannot be made of model.path: variant 'hqq-w4-g256': model.language_model",
+        "awq-w4-g128 cannot be made of model.path: variant 'awq-w4-g128'",
+    ):
+        assert said in caplog.text
+    assert "bnb-nf4" not in caplog.text
+    strict = load_config(None, [*settings, "quantize.on_unsupported=error"])
+    with pytest.raises(ConfigError, match="gguf-q8_0 cannot be made of model.path"):
+        preflight.check(strict)

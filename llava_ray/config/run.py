@@ -147,6 +147,9 @@ class QuantizeConfig(Section):
         )
     )  # fmt: skip
     """Slugs; `llava-ray quantize --list` names all."""
+    on_unsupported: Literal["strike", "error"] = Field(default="strike")
+    """What becomes of slugs that the base model cannot have, known before anything runs: a warning
+    now and a failed variant later, or an error."""
     calibration_samples: Count = Field(default=32)
     """Training samples that calibrated methods (AWQ) see."""
     max_parallel: Count | None = Field(default=None)

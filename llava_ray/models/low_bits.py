@@ -4,7 +4,7 @@ Source: HQQ+ (https://mobiusml.github.io/1bit_blog). transformers' HqqConfig rai
 NotImplementedError, so hqq's own layers are put in; peft knows them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llava_ray.config.train import LINEAR_LAYERS
@@ -33,17 +33,22 @@ def hqq_linear(name: str, weight: Any, *, bits: int, group_size: int) -> Any:
     """
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
-    rows, columns = weight.shape
-    per_byte = 1 if bits == 3 else 8 // bits
-    if columns % group_size or (weight.numel() // group_size) % per_byte:
-        raise ValueError(
-            f"{name} is {rows}x{columns}, which groups of {group_size} weights at {bits} bits do "
-            "not divide: use a smaller group"
-        )
+    check_groups(name, weight.shape, bits=bits, group_size=group_size)
     config = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)
     return HQQLinear.from_weights(
         weight, None, config, compute_dtype=weight.dtype, device=str(weight.device)
     )
+
+
+def check_groups(name: str, shape: Sequence[int], *, bits: int, group_size: int) -> None:
+    """Raise ValueError where HQQ's groups do not divide a weight [out, in]."""
+    rows, columns = shape
+    per_byte = 1 if bits == 3 else 8 // bits
+    if columns % group_size or (rows * columns // group_size) % per_byte:
+        raise ValueError(
+            f"{name} is {rows}x{columns}, which groups of {group_size} weights at {bits} bits do "
+            "not divide: use a smaller group"
+        )
 
 
 def _packed(llava: Any, bits: int, group_size: int) -> Iterator[tuple[str, Any, Any]]:

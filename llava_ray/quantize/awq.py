@@ -74,18 +74,24 @@ class AwqSpec(QuantizationSpec):
             "modules_to_not_convert": ["vision_tower", "multi_modal_projector", "lm_head"],
         }
 
+    def check(self, folder: Path) -> None:
+        """Raise VariantError where groups do not divide rows."""
+        for name, shape in llava_folder.weight_shapes(folder).items():
+            module = llava_folder.module_name(name.removesuffix(".weight"))
+            if not name.endswith(".weight") or not self.quantizes(module):
+                continue
+            if shape[1] % self.group_size or shape[0] % 32:
+                raise VariantError(
+                    f"variant {self.slug!r}: {name} is {shape[0]}x{shape[1]}; rows must divide "
+                    f"by {self.group_size} and their number by 32: use a smaller group"
+                )
+
     def quantize(self, merged: Path, out: Path, calibration: Calibration, device: str) -> int:
         """Search scales and clipping on the calibration samples, then pack.
 
         Raises VariantError where groups do not divide rows, AutoAWQ cannot be had or it fails.
         """
-        for name, shape in llava_folder.weight_shapes(merged).items():
-            module = llava_folder.module_name(name.removesuffix(".weight"))
-            if self.quantizes(module) and (shape[1] % self.group_size or shape[0] % 32):
-                raise VariantError(
-                    f"variant {self.slug!r}: {name} is {shape[0]}x{shape[1]}; rows must divide "
-                    f"by {self.group_size} and their number by 32: use a smaller group"
-                )
+        self.check(merged)
         with tempfile.TemporaryDirectory() as folder:
             task, result = Path(folder) / "task.json", Path(folder) / "peak_memory_bytes"
             settings = asdict(calibration) | {

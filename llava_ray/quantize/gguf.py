@@ -34,7 +34,12 @@ from llava_ray.inference.llama_cpp.types import (
 from llava_ray.models import tensors as llava_folder
 from llava_ray.quantize.gguf_parity import check_parity, check_tokenization
 from llava_ray.quantize.gguf_source import shared_pair
-from llava_ray.quantize.gguf_writer import lossless_precision, write_f32_folder, write_pair
+from llava_ray.quantize.gguf_writer import (
+    check_convertible,
+    lossless_precision,
+    write_f32_folder,
+    write_pair,
+)
 from llava_ray.quantize.spec import Calibration, QuantizationSpec, process_memory
 from llava_ray.resources.capacity import Resources
 
@@ -98,7 +103,7 @@ class GgufSpec(QuantizationSpec):
 
     def quantize(self, merged: Path, out: Path, calibration: Calibration, device: str) -> None:
         """Write the pair in full precision, compare it with the merged model, then quantize."""
-        self._check(merged)
+        self.check(merged)
         llava_folder.copy_sidecars(merged, out)
         shutil.copyfile(merged / "config.json", out / "config.json")
         text = out / f"llava-{self.name}.gguf"
@@ -124,13 +129,16 @@ class GgufSpec(QuantizationSpec):
         """Return what weighs the rounding; None weighs all columns alike."""
         return None
 
-    def _check(self, merged: Path) -> None:
-        """Raise VariantError for rows that llama.cpp would quietly write as another type."""
+    def check(self, folder: Path) -> None:
+        """Raise VariantError for a model that llama.cpp cannot run, and for rows that it would
+        quietly write as another type."""
+        check_convertible(folder)
         block = GGML_QUANT_SIZES[main_type(self.name)][0]
         columns = {
             shape[1]
-            for name, shape in llava_folder.weight_shapes(merged).items()
-            if self.quantizes(llava_folder.module_name(name.removesuffix(".weight")))
+            for name, shape in llava_folder.weight_shapes(folder).items()
+            if name.endswith(".weight")
+            and self.quantizes(llava_folder.module_name(name.removesuffix(".weight")))
         }
         if columns and all(count % block for count in columns):
             raise VariantError(

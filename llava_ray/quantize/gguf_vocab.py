@@ -91,6 +91,13 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
     writer.add_chat_template(tokenizer.chat_template if is_own else CHAT_TEMPLATE)
 
 
+def check_vocabulary(folder: Path) -> None:
+    """Raise VariantError as `add_vocabulary` does, but for what hangs on the embedding's rows."""
+    tree = _read_tree(folder)
+    if not tree["model"].get("byte_fallback"):
+        _pre_tokenizer(tree)
+
+
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT_2 = ("ByteLevel",)

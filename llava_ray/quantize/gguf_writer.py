@@ -6,7 +6,7 @@ tensor of the folder is written or dropped by a rule; one that is neither ends t
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,8 @@ from gguf import (
 from llava_ray.errors import VariantError
 from llava_ray.inference.torch.llama import head_size, windows_of
 from llava_ray.models.folder import VisionShape, vision_shape
-from llava_ray.models.tensors import copy_sidecars, module_name, shards
-from llava_ray.quantize.gguf_vocab import add_vocabulary
+from llava_ray.models.tensors import copy_sidecars, module_name, shards, weight_shapes
+from llava_ray.quantize.gguf_vocab import add_vocabulary, check_vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -69,11 +69,11 @@ def write_pair(merged: Path, text: Path, mmproj: Path, *, precision: str) -> Non
     """
     from transformers import LlavaConfig
 
+    check_convertible(merged)
     config = LlavaConfig.from_pretrained(merged)
     checkpoint = _open(merged)
     depth = _vision_depth(config)
     entries = _entries(config, checkpoint, depth)
-    _account(checkpoint, entries, depth)
     text_type = GGMLQuantizationType[precision.upper()]
     writer = GGUFWriter(str(text), "llama")
     _describe_text(writer, config.text_config, merged, text_type)
@@ -83,6 +83,22 @@ def write_pair(merged: Path, text: Path, mmproj: Path, *, precision: str) -> Non
     writer = GGUFWriter(str(mmproj), "clip")
     _describe_vision(writer, config, vision_shape(merged), depth, mmproj_type)
     _stream(writer, checkpoint, [e for e in entries if not is_text(e.source)], mmproj_type)
+
+
+def check_convertible(folder: Path) -> None:
+    """Raise VariantError for a model that llama.cpp cannot run, by config, names and tokenizer."""
+    from transformers import LlavaConfig
+
+    config = LlavaConfig.from_pretrained(folder)
+    depth = _vision_depth(config)
+    _check_text(config.text_config)
+    if config.projector_hidden_act != "gelu":
+        raise VariantError(
+            f"projector_hidden_act {config.projector_hidden_act!r}: llama.cpp's mlp has gelu"
+        )
+    checkpoint = {module_name(name): shape for name, shape in weight_shapes(folder).items()}
+    _account(checkpoint, _entries(config, checkpoint, depth), depth)
+    check_vocabulary(folder)
 
 
 def is_text(name: str) -> bool:
@@ -125,7 +141,7 @@ def _open(merged: Path) -> dict[str, Any]:
     return {module_name(key): file.get_slice(key) for file in files for key in file.offset_keys()}
 
 
-def _entries(config: Any, checkpoint: dict[str, Any], depth: int) -> list[Entry]:
+def _entries(config: Any, checkpoint: Mapping[str, Any], depth: int) -> list[Entry]:
     """Return what of a LLaVA of this config is written, in the order of its parameters."""
     from accelerate import init_empty_weights
     from transformers import LlavaForConditionalGeneration
@@ -145,7 +161,7 @@ def _entries(config: Any, checkpoint: dict[str, Any], depth: int) -> list[Entry]
     return entries
 
 
-def _account(checkpoint: dict[str, Any], entries: list[Entry], depth: int) -> None:
+def _account(checkpoint: Mapping[str, Any], entries: list[Entry], depth: int) -> None:
     """Raise VariantError unless each tensor is used once or dropped by a rule."""
     wanted = {entry.source for entry in entries}
     missing = sorted(name for name in wanted if name not in checkpoint)
@@ -187,9 +203,7 @@ def _vision_depth(config: Any) -> int:
     return depth
 
 
-def _describe_text(
-    writer: GGUFWriter, config: Any, merged: Path, tensor_type: GGMLQuantizationType
-) -> None:
+def _check_text(config: Any) -> None:
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if rope.get("rope_type", "default") not in ("default", "llama3"):
         raise VariantError(f"rope_type {rope['rope_type']!r}: 'default' and 'llama3' are converted")
@@ -200,6 +214,12 @@ def _describe_text(
         )
     if config.hidden_act != "silu":
         raise VariantError(f"text hidden_act {config.hidden_act!r}: llama.cpp's Llama has silu")
+
+
+def _describe_text(
+    writer: GGUFWriter, config: Any, merged: Path, tensor_type: GGMLQuantizationType
+) -> None:
+    rope = dict(getattr(config, "rope_parameters", None) or {})
     head_dim = head_size(config)
     writer.add_type("model")
     writer.add_name("LLaVA")
@@ -228,10 +248,6 @@ def _describe_vision(
     tensor_type: GGMLQuantizationType,
 ) -> None:
     vision = config.vision_config
-    if config.projector_hidden_act != "gelu":
-        raise VariantError(
-            f"projector_hidden_act {config.projector_hidden_act!r}: llama.cpp's mlp has gelu"
-        )
     writer.add_type("mmproj")
     writer.add_name("LLaVA")
     writer.add_file_type(_file_type(tensor_type))

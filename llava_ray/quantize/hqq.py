@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from llava_ray.errors import VariantError
 from llava_ray.models import tensors as llava_folder
-from llava_ray.models.low_bits import hqq_linear
+from llava_ray.models.low_bits import check_groups, hqq_linear
 from llava_ray.quantize.spec import Calibration, QuantizationSpec
 
 if TYPE_CHECKING:
@@ -47,6 +47,16 @@ class HqqSpec(QuantizationSpec):
         Ten 3-bit weights lie in an int32.
         """
         return (3.2 if self.bits == 3 else self.bits) + 32 / self.group_size
+
+    def check(self, folder: Path) -> None:
+        """Raise VariantError where groups do not divide a weight."""
+        for name, shape in llava_folder.weight_shapes(folder).items():
+            module = llava_folder.module_name(name.removesuffix(".weight"))
+            if name.endswith(".weight") and self.quantizes(module):
+                try:
+                    check_groups(module, shape, bits=self.bits, group_size=self.group_size)
+                except ValueError as error:
+                    raise VariantError(f"variant {self.slug!r}: {error}") from error
 
     def quantize(self, merged: Path, out: Path, calibration: Calibration, device: str) -> None:
         """Quantize each linear by itself."""

@@ -105,6 +105,10 @@ class QuantizationSpec(ABC):
     def bits_per_weight(self) -> float:
         """Return the bits a quantized weight takes, scales and zero points counted in."""
 
+    def check(self, folder: Path) -> None:  # noqa: B027 - most take any model
+        """Raise VariantError where a model of such config, tokenizer and shapes cannot be written
+        so; no weight is read."""
+
     def measured_bits(self, folder: Path) -> float:
         """Return the bits of a written variant's quantized weights; default: as its scheme says."""
         return self.bits_per_weight()
