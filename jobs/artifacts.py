@@ -2,6 +2,7 @@
 
 python jobs/artifacts.py storage.uri=s3://mine/runs
 python jobs/artifacts.py --unneeded            # what no chosen variant or sweep rests on
+python jobs/artifacts.py --unneeded --delete --dry-run
 python jobs/artifacts.py --unneeded --delete
 """
 
@@ -23,8 +24,8 @@ if __name__ == "__main__":
         records = store.everything()
         if arguments.unneeded or arguments.delete:
             records = unneeded(records)
-        print("\n".join(describe(records)) or "nothing there")
-        if arguments.delete:
+        print("\n".join(describe(records)) or f"nothing at {store.storage.uri}")
+        if arguments.delete and not arguments.dry_run:
             print(f"{delete(store, records) / 1e6:.1f} MB deleted")
     except LlavaRayError as error:
         fail(error)

@@ -31,6 +31,7 @@ _NO_CREDENTIALS = {
     "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound",
     "TokenRetrievalError", "UnauthorizedSSOTokenError", "DefaultCredentialsError", "RefreshError",
 }  # fmt: skip
+_INVALID = {"ParamValidationError", "InvalidEndpointConfigurationError"}
 # Python's, botocore's, aiohttp's and fsspec's; all that stands for them is derived from these.
 _GONE = {"ConnectionError", "TimeoutError", "HTTPClientError", "ClientConnectionError"}
 # Arrow's, through which Ray Train and Tune write.
@@ -117,6 +118,8 @@ def _refusal(error: Exception, named: str) -> ConfigError | None:
         return ConfigError(
             f"{named}: its server refuses this node's credentials ({_first_line(error)})"
         )
+    if type(error).__name__ in _INVALID or "Invalid endpoint" in str(error):
+        return ConfigError(f"{named} cannot be asked ({_first_line(error)}): correct it")
     return missing_bucket(named) if is_missing_bucket(error) else None
 
 

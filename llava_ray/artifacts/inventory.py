@@ -56,10 +56,15 @@ def _short(value: Any) -> str:
 
 
 def unneeded(records: Sequence[Record]) -> list[Record]:
-    """Return what neither a chosen variant nor a sweep was made from, the newest of each kept."""
+    """Return what no chosen variant, no deployment and no sweep was made from, and from what none
+    was made that is newer: a line that is under way, or of another project, is not touched."""
     by_id = {record.id: record for record in records}
-    roots = {type(r): r for r in records if isinstance(r, ChosenVariant | SweepResult)}
-    needed, left = set[str](), [record.id for record in roots.values()]
+    roots = [r.id for r in records if isinstance(r, ChosenVariant | SweepResult)]
+    if not roots:
+        return []
+    done = max(by_id[name].created for name in roots)
+    roots += [record.id for record in records if record.created > done]
+    needed, left = set[str](), roots
     while left:
         name = left.pop()
         if name in by_id and name not in needed:

@@ -113,7 +113,10 @@ def _download(record: Record, storage: Storage, folder: Path) -> None:
     with disk_errors(str(part)):
         shutil.rmtree(part, ignore_errors=True)
         storage.get_files("", record.files, part)
-        verify(record, part)
+        try:
+            verify(record, part)
+        except ArtifactError as error:
+            raise ArtifactError(str(error).replace(str(part), storage.uri)) from error
         (part / MANIFEST).write_text(record.model_dump_json(indent=1), encoding="utf-8")
         part.rename(folder)
     remember_checked(record, folder)

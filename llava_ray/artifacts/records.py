@@ -57,6 +57,8 @@ class DatasetRecord(Record):
     source: str
     num_train: int
     num_test: int
+    num_rows: int = 0
+    """Of the source that could be used; those of data.mix may be trained on more or less often."""
     num_exchanges: int = 0
     """Questions with their answers, of all rows together."""
     num_images: int = 0

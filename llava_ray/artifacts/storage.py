@@ -51,6 +51,8 @@ class Storage:
         import fsspec
 
         scheme, separator, rest = uri.partition("://")
+        if separator and not rest.strip("/"):
+            raise ConfigError(f"{setting} {uri!r}: nothing stands behind {scheme}://")
         self.is_local = not separator or scheme in ("file", "local")
         if self.is_local:
             uri = str(Path(rest if separator else uri).expanduser().absolute())
@@ -69,7 +71,10 @@ class Storage:
             extra = _EXTRAS.get(scheme)
             cure = f"'pip install llava_ray[{extra}]'" if extra else "its fsspec package"
             raise ConfigError(f"{setting} {uri!r}: {scheme}:// needs {cure}") from error
-        except ValueError as error:
+        except Exception as error:  # Each file system raises its own.
+            if not isinstance(error, ValueError) or "Protocol" not in str(error):
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                raise ConfigError(f"{setting} {uri!r} cannot be opened ({reason})") from error
             raise ConfigError(
                 f"{setting} {uri!r}: unknown scheme {scheme!r}; use a path, s3:// or gs://"
             ) from error

@@ -12,7 +12,10 @@ from llava_ray.resources.capacity import NodeType, Resources
 
 Tree = dict[str, Any]
 
-_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 1e3, "M": 1e6, "G": 1e9}
+_UNITS = {
+    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50, "Ei": 2**60,
+    "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,19 @@ class Cluster:
 def read_groups(path: Path) -> Cluster:
     """Read the node groups of a cluster YAML.
 
-    Raises ConfigError for a file that is neither Ray's launcher's nor KubeRay's.
+    Raises ConfigError for a file that is neither Ray's launcher's nor KubeRay's, or lacks a part.
     """
+    try:
+        return _read_groups(path)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"{path}: no cluster YAML that can be followed ({reason})") from error
+
+
+def _read_groups(path: Path) -> Cluster:
     tree = _read_manifest(path)
     if tree is not None:
-        groups = [_pod_group(group) for group in ray_cluster_spec(tree)["workerGroupSpecs"]]
+        groups = [_pod_group(g) for g in ray_cluster_spec(tree).get("workerGroupSpecs") or ()]
         head = _pod_group({"groupName": "head", **ray_cluster_spec(tree)["headGroupSpec"]})
         return Cluster(tree, True, head, tuple(groups))
     tree = read_cluster(path)
@@ -115,7 +126,7 @@ def _node_group(name: str, node: Tree, max_workers: int) -> NodeGroup:
         NodeType(
             name,
             Resources(*(resources.get(key, 0) for key in ("CPU", "GPU", "memory"))),
-            min(node.get("max_workers", max_workers), max_workers),
+            _count(min(node.get("max_workers", max_workers), max_workers)),
         ),
         min_count=node.get("min_workers", 0),
         priority=node.get("priority", 0),
@@ -142,11 +153,17 @@ def _pod_group(group: Tree) -> NodeGroup:
         quantity(limits.get("memory", 0)),
     )
     return NodeGroup(
-        NodeType(group["groupName"], each, group.get("maxReplicas", 1)),
+        NodeType(group["groupName"], each, _count(group.get("maxReplicas", 1))),
         min_count=group.get("minReplicas", 1),
         priority=group.get("priority", 0),
         spot=any("spot" in f"{key}={value}".lower() for key, value in selector.items()),
     )
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is no number of nodes")
+    return value
 
 
 def quantity(value: str | float) -> float:

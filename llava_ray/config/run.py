@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -374,7 +374,9 @@ def _apply(tree: dict[str, Any], text: str) -> str | None:
     *sections, last = key.split(".")
     parsed: Any = value
     kinds = _kinds(sections, last)
-    if str not in kinds or (value == "null" and NoneType in kinds):
+    # Of a key that is a text or a list, such as resources.node_types.
+    is_list = value.lstrip().startswith("[") and any(get_origin(kind) is tuple for kind in kinds)
+    if str not in kinds or is_list or (value == "null" and NoneType in kinds):
         try:
             parsed = yaml.safe_load(value) if value else ""
         except yaml.YAMLError:

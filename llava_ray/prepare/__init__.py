@@ -42,15 +42,30 @@ def run(config: RunConfig) -> DatasetRecord:
         settings = _settings(config.data, digest_of(_DRAWING))
         found = store.find(DatasetRecord, artifact_id(DatasetRecord.kind, settings))
         if found:
-            return found
+            return _accepted(found, config.data)
     with opened_parts(config.data) as parts:
         if config.data.source != SCENE_TEXT or config.data.mix:
             content = " ".join(part.content_sha256() for part in parts)
-            settings = _settings(config.data, hashlib.sha256(content.encode()).hexdigest())
+            digest = hashlib.sha256(content.encode()).hexdigest()
+            settings = _settings(config.data, digest, parts)
         identity = artifact_id(DatasetRecord.kind, settings)
-        return store.find(DatasetRecord, identity) or _build(
-            store, identity, settings, config.data, parts
+        found = store.find(DatasetRecord, identity)
+        if found:
+            return _accepted(found, config.data)
+        return _build(store, identity, settings, config.data, parts)
+
+
+def _accepted(found: DatasetRecord, config: DataConfig) -> DatasetRecord:
+    """Return a data set that was made before, perhaps under another data.max_rejected_share."""
+    rejected = sum(found.rejected.values())
+    if rejected > config.max_rejected_share * (rejected + found.num_rows):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in found.rejected.items())
+        raise DataError(
+            f"data.source {config.named!r}: {rejected} of {rejected + found.num_rows} rows "
+            f"rejected ({reasons}), more than data.max_rejected_share="
+            f"{config.max_rejected_share:g}: {found.uri}/rejected.jsonl lists them"
         )
+    return found
 
 
 def _build(
@@ -88,15 +103,30 @@ def _build(
             source=config.named,
             num_train=len(train),
             num_test=len(test),
+            num_rows=len(rows),
             num_exchanges=sum(len(row.turns) for row in rows),
             num_images=sum(len(row.images) for row in rows),
             rejected=dict(sorted(counts.items())),
         )
 
 
-def _settings(config: DataConfig, content_sha256: str) -> dict[str, Any]:
-    libraries = {"versions": versions("pillow")}
-    return {**config.model_dump(mode="json"), "content_sha256": content_sha256, **libraries}
+_NOT_SHAPING = {"max_rejected_share", "source", "images", "image_column", "caption_column", "mix"}
+"""What only says where rows are and how they are found: the content's digest has the outcome."""
+
+
+def _settings(
+    config: DataConfig, content_sha256: str, parts: Sequence[Part] = ()
+) -> dict[str, Any]:
+    read = [
+        {"columns": part.reader.columns, "question": part.config.question, "weight": part.weight}
+        for part in parts
+    ]
+    return {
+        **config.model_dump(mode="json", exclude=_NOT_SHAPING),
+        "parts": read,
+        "content_sha256": content_sha256,
+        "versions": versions("pillow"),
+    }
 
 
 def _check_counts(

@@ -84,6 +84,8 @@ def _turns(
             shown += own
             before = (pending.text, pending.num_images) if pending else ("", 0)
             text = "\n".join(filter(None, (before[0], message.text)))
+            if not text and not before[1] and not own:
+                raise RowProblem("no_exchange", "a question is empty")
             pending = Turn(text, before[1] + len(own))
         elif pending is not None:
             turns.append(Turn(pending.text, pending.num_images, _answer(message)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from llava_ray.config.run import DataConfig
-from llava_ray.errors import ConfigError
+from llava_ray.errors import ConfigError, DataError
 from llava_ray.prepare.pictures import Read, hash_images, image_reader, store_images
 from llava_ray.prepare.rows import Rejection, Row, RowReader
 from llava_ray.prepare.sources import SCENE_TEXT, open_file, open_table
@@ -77,8 +77,15 @@ def _open(config: DataConfig, weight: float, folder: str, stack: ExitStack) -> P
         captions = write_scene_text(Path(scratch), count=count, seed=config.seed)
         reader = RowReader(open_file(captions), config)
         return Part(config, weight, folder, reader, image_reader(str(captions.parent / "images")))
-    table = open_table(config, Path(scratch))
+    try:
+        table = open_table(config, Path(scratch))
+    except (ConfigError, DataError) as error:
+        # Of a copy nobody knows where it was.
+        raise type(error)(str(error).replace(scratch, config.source)) from error
     images = config.images or (str(table.folder) if table.folder else None)
+    if images == scratch and not config.images and len(list(Path(scratch).iterdir())) == 1:
+        # The rows' own file alone was copied, so its pictures are where it is.
+        images = config.source.rpartition("/")[0]
     if images and "://" not in images and not Path(images).expanduser().is_dir():
         raise ConfigError(f"data.images {config.images!r}: no such folder")
     return Part(config, weight, folder, RowReader(table, config), image_reader(images))

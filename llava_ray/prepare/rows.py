@@ -72,7 +72,8 @@ class RowReader:
         self._question = QUESTION if has_question and self._caption != QUESTION else None
         self._id = _first_of(IDS, table.columns)
         chosen = (self._said or self._caption, self.image_column, self._question, self._id)
-        self._columns = list(dict.fromkeys(filter(None, chosen)))
+        self.columns = list(dict.fromkeys(filter(None, chosen)))
+        """What is read."""
 
     @property
     def num_rows(self) -> int:
@@ -90,7 +91,7 @@ class RowReader:
         return self.image_column not in self._table.binary_columns
 
     def __iter__(self) -> Iterator[Row | Rejection]:
-        cells_of_rows = islice(self._table.read(self._columns), self._config.limit)
+        cells_of_rows = islice(self._table.read(self.columns), self._config.limit)
         for number, cells in enumerate(cells_of_rows, start=1):
             if isinstance(cells, BrokenRow):
                 yield Rejection(number, "", "unreadable_row", cells.detail)

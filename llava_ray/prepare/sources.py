@@ -44,6 +44,8 @@ def _open_path(path: Path, config: DataConfig) -> Table:
 def _copy(uri: str, scratch: Path) -> Path:
     """Copy a remote file or folder here; a folder's pictures come along."""
     storage = Storage(uri, setting="data.source")
+    if storage.is_local:
+        return Path(storage.root)
     names = storage.all_files()
     if not names:
         raise DataError(f"data.source {uri!r}: no such file or folder")
@@ -72,6 +74,11 @@ def open_file(path: Path) -> Table:
         raise ConfigError(f"data.source {str(path)!r}: only {_suffixes()} files are read")
     try:
         return reader.open(path)
+    except DataError as error:
+        said = str(error)
+        raise DataError(
+            said if said.startswith("data.source") else f"data.source {str(path)!r}: {said}"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.source {str(path)!r}: cannot be read ({error})") from error
 
@@ -86,6 +93,9 @@ def open_folder(folder: Path, config: DataConfig) -> Table:
 
     Raises ConfigError where it is none of these.
     """
+    if (folder / "dataset_dict.json").is_file() and not (folder / config.split).is_dir():
+        there = ", ".join(sorted(p.parent.name for p in folder.glob("*/state.json")))
+        raise ConfigError(f"data.split {config.split!r}: {str(folder)!r} has {there or 'none'}")
     for place in (folder, folder / config.split):
         if (place / "state.json").is_file():
             return _open_saved(place)
@@ -118,8 +128,11 @@ def _open_saved(folder: Path) -> Table:
 
     try:
         dataset = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0]
+    except (
+        OSError, ValueError, LookupError, TypeError, AttributeError,
+        datasets.exceptions.DatasetsError,
+    ) as error:  # fmt: skip
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(f"data.source {str(folder)!r}: a damaged data set ({reason})") from error
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.arrow")):
@@ -150,6 +163,8 @@ def _open_captions(folder: Path, kinds: Mapping[str, Sequence[Path]]) -> Table:
     def read(_: Sequence[str]) -> Iterator[Cells | BrokenRow]:
         for path in pictures:
             name, text = path.relative_to(folder).as_posix(), path.with_suffix(".txt")
+            if not text.is_file():
+                text = path.with_suffix(".TXT")
             try:
                 caption = decoded(text.read_bytes()) if text.is_file() else ""
             except DataError as error:

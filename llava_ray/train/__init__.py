@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_ray.artifacts.faults import patiently
-from llava_ray.artifacts.identity import artifact_id, versions
+from llava_ray.artifacts.identity import REVISIONS, artifact_id, versions
 from llava_ray.artifacts.records import AdapterCheckpoint, DatasetRecord
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import RunConfig, TrainConfig
@@ -17,7 +17,7 @@ from llava_ray.resources.capacity import find_fleet
 from llava_ray.train.curve import draw_curve
 from llava_ray.train.resources import plan_workers
 from llava_ray.train.trackers import METRICS, read_metrics
-from llava_ray.train.unfinished import last_checkpoint, note, offer
+from llava_ray.train.unfinished import check_origin, last_checkpoint, note, offer
 
 if TYPE_CHECKING:
     from ray.train import Result
@@ -49,9 +49,9 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
     store = ArtifactStore(config.storage.uri)
     settings = shaping_settings(config)
     id = artifact_id(AdapterCheckpoint.kind, settings, [dataset.id])
-    found = store.find(AdapterCheckpoint, id)
+    found = store.find(AdapterCheckpoint, id) or _resumed(store, settings, dataset)
     if found is not None:
-        logger.info("train: %s is there already", id)
+        logger.info("train: %s is there already", found.id)
         store.remove_work(id)
         return found
     plan = plan_workers(train, find_fleet(config))
@@ -63,6 +63,8 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
     with store.build(AdapterCheckpoint, id, settings=settings, parents=[dataset.id]) as build:
         if build.found:
             return build.found
+        if train.resume_from:
+            check_origin(store, train.resume_from, settings, dataset.id)
         start_from = train.resume_from and last_checkpoint(store, train.resume_from)
         if not start_from:
             offer(store, id, settings, dataset.id)
@@ -89,9 +91,31 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
             peak_memory_bytes=metrics["peak_memory_bytes"],
         )
     store.remove_work(id)
-    if train.resume_from:
+    if train.resume_from and train.resume_from != id:
         store.remove_work(train.resume_from)
     return record
+
+
+def _resumed(
+    store: ArtifactStore, settings: dict[str, Any], dataset: DatasetRecord
+) -> AdapterCheckpoint | None:
+    """Return what `--resume` made for these settings, so that nobody has to give it again."""
+
+    def rest(settings: dict[str, Any]) -> dict[str, Any]:
+        return {**settings, "train": {**settings.get("train", {}), "resume_from": None}}
+
+    if settings["train"]["resume_from"] is not None:
+        return None
+    return next(
+        (
+            record
+            for record in store.latest(AdapterCheckpoint)
+            if record.parents == (dataset.id,)
+            and record.code_revision == REVISIONS[AdapterCheckpoint.kind]
+            and rest(record.settings) == rest(settings)
+        ),
+        None,
+    )
 
 
 def check_packages(train: TrainConfig) -> None:

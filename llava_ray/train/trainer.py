@@ -29,6 +29,7 @@ from llava_ray.train.worker import WorkerTask, train_worker
 
 logger = logging.getLogger(__name__)
 
+_START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 _TRIES = 3
 """How often a run goes on after its storage was gone or its controller failed; Ray Train's own
 tries know neither pause nor end."""
@@ -51,7 +52,7 @@ def make_trainer(
     """
     work = Storage(work_uri)
     # Ray Train's own is a minute; it is read from the environment alone.
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.resources.wait_s)
+    os.environ[_START_TIMEOUT] = str(config.resources.wait_s)
     task = WorkerTask(
         run_id=run_id,
         config=config,
@@ -100,8 +101,9 @@ def fit(make: Callable[[], TorchTrainer], train: TrainConfig) -> Result:
         except (TrainingFailedError, OSError, RayActorError) as error:
             where = str(trainer.run_config.storage_path)
             failures = _failures(error)
+            each = trainer.scaling_config.resources_per_worker
             for failure in failures:
-                if fault := _fault(failure, where):
+                if fault := _fault(failure, where, each):
                     raise fault from error
             # What is no failure of training is the controller's own end, as where it cannot start.
             controller = isinstance(error, ControllerError | RayActorError)
@@ -138,12 +140,13 @@ def _failures(error: BaseException) -> list[BaseException]:
     return [getattr(failure, "health_check_failure", failure) for failure in found]
 
 
-def _fault(failure: BaseException, where: str) -> LlavaRayError | None:
+def _fault(failure: BaseException, where: str, each: object) -> LlavaRayError | None:
     # The class is not among Ray Train's public ones.
     if type(failure).__name__ == "WorkerGroupStartupTimeoutError":
         workers = getattr(failure, "num_workers", "all")
         return ResourceError(
-            f"train: nodes for {workers} workers did not come within resources.wait_s: raise it, "
-            "or lower train.num_workers"
+            f"train: nodes for {workers} worker(s) of {each} did not come within resources.wait_s="
+            f"{os.environ[_START_TIMEOUT]}: raise it, or ask for less (train.num_workers, "
+            "train.cpus_per_worker, resources.accelerator)"
         )
     return failure if isinstance(failure, LlavaRayError) else disk_fault(failure, where)

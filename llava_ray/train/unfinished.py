@@ -39,6 +39,19 @@ def offer(store: ArtifactStore, id: str, settings: Mapping[str, Any], dataset: s
             )  # fmt: skip
 
 
+def check_origin(store: ArtifactStore, id: str, settings: Mapping[str, Any], dataset: str) -> None:
+    """Raise ConfigError where more than code and libraries of an unfinished training is another."""
+    origin = dict(_unfinished(store)).get(id)
+    if origin is None:
+        return
+    before, now = map(_apart_from_versions, (origin, _origin(settings, dataset)))
+    if before != now:
+        raise ConfigError(
+            f"train.resume_from={id!r} was begun with other settings "
+            f"({'; '.join(changes(before, now))}): give those, or leave --resume out"
+        )
+
+
 def last_checkpoint(store: ArtifactStore, id: str) -> str:
     """Return the URI of an unfinished training's last checkpoint.
 
@@ -76,4 +89,5 @@ def _origin(settings: Mapping[str, Any], dataset: str) -> dict[str, Any]:
 
 def _apart_from_versions(origin: dict[str, Any]) -> dict[str, Any]:
     settings = {key: value for key, value in origin["settings"].items() if key != "versions"}
+    settings["train"] = {**settings["train"], "resume_from": None}
     return {**origin, "settings": settings, "revision": None}

@@ -1,5 +1,7 @@
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -181,3 +183,29 @@ def test_a_write_that_was_cut_short_is_a_full_disk() -> None:
 def test_an_unknown_scheme_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="storage.uri 'gopherx://a'"):
         Storage("gopherx://a")
+
+
+@pytest.mark.parametrize("uri", ["s3://", "nope://a/b", "zip://a", "memory://"])
+def test_an_odd_storage_is_one_line(uri: str) -> None:
+    with pytest.raises(ConfigError, match=f"storage.uri '{uri}") as caught:
+        Storage(uri)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_dry_run_lists_stays(tmp_path: Path) -> None:
+    store = ArtifactStore(str(tmp_path / "runs"))
+    for name in ("dataset-1", "dataset-2"):
+        with store.build(DatasetRecord, name, settings={}) as build:
+            (build.folder / "x").write_text(name)
+            build.finish(
+                DatasetRecord, device="cpu", source=name, num_train=1, num_test=1, rejected={}
+            )
+    command = [sys.executable, "jobs/artifacts.py", f"storage.uri={tmp_path / 'runs'}"]
+    home = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(home)}
+    for more in (["--unneeded", "--delete", "--dry-run"], ["--delete"]):
+        done = subprocess.run(
+            [*command, *more], cwd=home, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert len(store.everything()) == 2

@@ -174,6 +174,8 @@ def test_the_inventory_says_why_and_what_can_go(tmp_path: Path) -> None:
     assert "    versions.torch" in "\n".join(describe(records))
     (gone,) = unneeded(records)
     assert gone == first
+    # Where nothing was chosen yet, a line is under way.
+    assert not unneeded([record for record in records if record.kind != "chosen"])
     assert delete(store, [gone]) == 1000
     assert store.find(MergedModel, first.id) is None and store.find(MergedModel, second.id)
     assert not (tmp_path / "merged" / first.id).exists()

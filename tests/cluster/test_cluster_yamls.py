@@ -202,3 +202,28 @@ def test_other_kubernetes_files_are_refused() -> None:
         read_groups(CLUSTER / "kuberay" / "redis.yaml")
     with pytest.raises(ConfigError, match="no cluster YAML"):
         read_groups(CLUSTER / "gone.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "apiVersion: ray.io/v1\nkind: RayCluster\n",
+        "apiVersion: ray.io/v1\nkind: RayThing\nspec: {}\n",
+        "apiVersion: ray.io/v1\nkind: RayCluster\nspec: {workerGroupSpecs: [{groupName: a}]}\n",
+        "apiVersion: ray.io/v1\nkind: RayCluster\nspec: {headGroupSpec: {template: {spec: "
+        "{containers: [{resources: {limits: {memory: 56Zz}}}]}}}}\n",
+        "cluster_name: a\nmax_workers: -8\nprovider: {type: aws, region: b}\nhead_node_type: h\n"
+        "available_node_types: {h: {node_config: {}, resources: {}}}\n",
+    ],
+)
+def test_what_is_no_cluster_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "cluster.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_groups(tmp_path / "cluster.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_all_units_of_memory_are_read() -> None:
+    assert [quantity(text) for text in ("56Pi", "2T", "1Ei", "250m", "3")] == [
+        56 * 2**50, 2e12, 2**60, 0.25, 3,
+    ]  # fmt: skip

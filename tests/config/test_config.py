@@ -177,3 +177,10 @@ def test_shipped_configs_are_found_from_any_folder(
     shipped.parent.mkdir(parents=True)
     shipped.write_text("serve: {port: 8123}")
     assert load_config(shipped).serve.port == 8123, "the own file goes first"
+
+
+def test_a_list_of_node_types_is_given_in_an_override() -> None:
+    config = load_config(None, ["resources.node_types=[{num_cpus: 4, max_count: 2}]"])
+    (found,) = config.resources.node_types
+    assert (found.num_cpus, found.max_count) == (4, 2)
+    assert load_config(None, ["data.question=[OCR] Read it"]).data.question == "[OCR] Read it"

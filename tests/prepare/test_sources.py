@@ -23,7 +23,7 @@ from llava_ray.errors import ConfigError, DataError
 from llava_ray.models.chat_template import Turn
 from llava_ray.models.conversation import read_samples
 from llava_ray.prepare.rows import RowReader
-from llava_ray.prepare.sources import open_hub
+from llava_ray.prepare.sources import open_file, open_hub
 from llava_ray.prepare.table import Table
 
 
@@ -297,6 +297,45 @@ def test_data_and_pictures_come_from_any_file_system(
     assert sorted(captions(prepare.run(config("memory://folder"))).values()) == [
         f"Sign {i}." for i in range(4)
     ]
+
+
+def test_quotes_that_are_doubled_late_are_read(
+    tmp_path: Path, config: Callable[..., RunConfig]
+) -> None:
+    rows_of(tmp_path, 3)
+    plain = "".join(f"0.png,plain {'x' * 300}\n" for _ in range(300))
+    late = '1.png,"A sign, reading ""STOP"", and\na second ""line"""\n'
+    path = _csv(tmp_path, "image,caption\n" + plain + late)
+    said = [row.turns[0].answer for row in RowReader(open_file(path), DataConfig(source="x"))]
+    assert said[-1] == 'A sign, reading "STOP", and\na second "line"'
+    assert len(said) == 301
+
+
+@pytest.mark.parametrize("damage", ["a header", "cut"])
+def test_a_damaged_tar_is_no_shorter_tar(tmp_path: Path, damage: str) -> None:
+    content = bytearray(_tar(tmp_path, as_json=True).read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2 // 512 * 512]
+    else:
+        content[4096] ^= 255
+    (tmp_path / "data-000.tar").write_bytes(content)
+    with pytest.raises(DataError, match="no whole tar"):
+        open_file(tmp_path / "data-000.tar")
+
+
+def test_pictures_beside_a_remote_table_and_files_by_uri(
+    tmp_path: Path, config: Callable[..., RunConfig]
+) -> None:
+    memory = fsspec.filesystem("memory")
+    rows = rows_of(tmp_path, 4)
+    memory.pipe("/beside/c.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    for i in range(4):
+        memory.pipe(f"/beside/{i}.png", png(i))
+    remote = prepare.run(config("memory://beside/c.jsonl"))
+    local = prepare.run(config(f"file://{write_jsonl(tmp_path / 'c.jsonl', rows)}"))
+    assert captions(remote) == captions(local)
+    with pytest.raises(DataError, match=r"data.source 'memory://beside/x.jsonl'"):
+        prepare.run(config("memory://beside/x.jsonl"))
 
 
 def test_sources_are_mixed_by_weight(tmp_path: Path, config: Callable[..., RunConfig]) -> None:

@@ -21,7 +21,9 @@ def trainer(error: Exception) -> Any:
     def fail() -> None:
         raise pickle.loads(pickle.dumps(error))
 
-    return SimpleNamespace(fit=fail, run_config=SimpleNamespace(storage_path="/mine"))
+    scaling = SimpleNamespace(resources_per_worker={"CPU": 1})
+    where = SimpleNamespace(storage_path="/mine")
+    return SimpleNamespace(fit=fail, run_config=where, scaling_config=scaling)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,8 @@ def test_a_controller_that_finds_no_server_is_started_again(tmp_path: Path) -> N
 
     def make() -> Any:
         where = SimpleNamespace(storage_path=str(tmp_path))
-        return SimpleNamespace(fit=fail_twice, run_config=where)
+        scaling = SimpleNamespace(resources_per_worker={"CPU": 1})
+        return SimpleNamespace(fit=fail_twice, run_config=where, scaling_config=scaling)
 
     assert fit(make, TrainConfig()).metrics == {"loss": 1}
     errors = [gone] * 9

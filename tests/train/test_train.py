@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -103,10 +104,16 @@ def test_a_run_of_other_libraries_is_offered_and_gone_on_with(
     (offered,) = (line for line in caplog.messages if "--resume" in line)
     assert f"give --resume {left.name}" in offered and 'versions.torch: "' in offered
     assert "learning_rate" not in offered
+    wider = changed(config, train={"resume_from": left.name, "lora_r": 8})
+    with pytest.raises(ConfigError, match="begun with other settings .settings.train.lora_r: 4"):
+        train.run(wider, bench.dataset)
     resumed = train.run(changed(config, train={"resume_from": left.name}), bench.dataset)
     assert resumed.id != anew.id and resumed.steps == 6
     assert read_metrics(local_folder(resumed) / "metrics.jsonl")[: len(lines)] == lines
     assert not list(work.glob("adapter-*"))
+    # Asked for as it is, without --resume.
+    shutil.rmtree(Path(anew.uri))
+    assert train.run(config, bench.dataset) == resumed
 
     other = changed(config, train={"resume_from": "adapter-abc", "seed": 6})
     with pytest.raises(ConfigError, match=r"train.resume_from='adapter-abc': no checkpoint.*none"):

@@ -4,6 +4,7 @@ import csv
 import io
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from llava_ray.artifacts.store import sha256_of
@@ -15,19 +16,20 @@ csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
 
 
 def _open_csv(path: Path) -> Table:
-    text = decoded(path.read_bytes())
-    try:
-        dialect: type[csv.Dialect] = csv.Sniffer().sniff(text[:65536], delimiters=",;\t|")
-    except csv.Error:
-        dialect = csv.excel
-    columns = next(csv.reader(io.StringIO(text), dialect), [])
+    text = decoded(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
+    first = text.partition("\n")[0]
+    # Not the whole dialect, which csv.Sniffer guesses wrong where quotes are doubled late.
+    delimiter = max(",;\t|", key=first.count)
+
+    def lines() -> "Iterator[list[str]]":
+        return csv.reader(io.StringIO(text), delimiter=delimiter)
+
+    columns = next(lines(), [])
     if not any(columns):
         raise DataError(f"data.source {str(path)!r}: no line of column names")
 
     def rows() -> Iterator[Cells | BrokenRow]:
-        lines = csv.reader(io.StringIO(text), dialect)
-        next(lines)
-        for cells in lines:
+        for cells in islice(lines(), 1, None):
             if not cells:
                 continue
             if len(cells) != len(columns):

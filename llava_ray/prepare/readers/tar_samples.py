@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ def _open_tar(path: Path) -> Table:
             count += 1
             if isinstance(cells, dict):
                 columns |= dict.fromkeys(cells)
-    except tarfile.TarError as error:
-        raise DataError(f"data.source {str(path)!r}: not a tar ({error})") from error
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise DataError(f"data.source {str(path)!r}: no whole tar ({error})") from error
 
     def read(_: Sequence[str]) -> Iterator[Cells | BrokenRow]:
         return _samples(path, with_images=True)
@@ -48,6 +49,11 @@ def _samples(path: Path, *, with_images: bool) -> Iterator[Cells | BrokenRow]:
             is_image = suffix.rpartition(".")[2] in _IMAGES
             stream = tar.extractfile(member) if with_images or not is_image else None
             parts[suffix] = stream.read() if stream else b""
+        # tarfile itself takes a damaged header, and a file that was cut, for the end.
+        assert tar.fileobj is not None
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(512) != bytes(512):
+            raise tarfile.ReadError(f"it is damaged at byte {tar.offset}")
     if parts:
         yield _cells(key, parts)
 
@@ -67,7 +73,7 @@ def _cells(key: str, parts: dict[str, bytes]) -> Cells | BrokenRow:
             cells |= (
                 {k: v for k, v in tree.items() if k != "image"} if isinstance(tree, dict) else {}
             )
-        elif suffix in _TEXT:
+        elif suffix.rpartition(".")[2] in _TEXT:
             try:
                 cells["txt"] = decoded(content)
             except DataError as error:
