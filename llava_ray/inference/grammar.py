@@ -95,18 +95,13 @@ class Schemas:
     async def _compile(self, key: str, schema: Mapping[str, Any]) -> None:
         try:
             async with self._turn:
-                self._known[key] = await asyncio.to_thread(_outcome, schema)
-            if len(self._known) > _KEPT:
-                self._known.popitem(last=False)
+                self._known[key] = await asyncio.to_thread(json_grammar, schema)
+        except DataError as error:
+            self._known[key] = error
         finally:
             del self._compiling[key]
-
-
-def _outcome(schema: Mapping[str, Any]) -> str | DataError:
-    try:
-        return json_grammar(schema)
-    except DataError as error:
-        return error
+        if len(self._known) > _KEPT:
+            self._known.popitem(last=False)
 
 
 def _compile_stdin() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from llava_ray.errors import ConfigError
 from llava_ray.models.chat_template import IMAGE_TOKEN, chat_template
-from llava_ray.models.folder import check_model, vision_shape
+from llava_ray.models.folder import base_error, check_model, vision_shape
 from llava_ray.models.tensors import is_tied, module_name, weight_shapes
 
 _SHOWN = 3
@@ -31,28 +31,29 @@ def check_tokenizer(folder: Path) -> None:
 
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ConfigError(
-            f"model.path {str(folder)!r}: no tokenizer.json, the fast tokenizer: transformers' "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it"
+        raise base_error(
+            folder,
+            "no tokenizer.json, the fast tokenizer: transformers' "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it",
         )
     try:
         found = Tokenizer.from_file(str(path)).token_to_id(IMAGE_TOKEN)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers raises a bare Exception.
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"model.path {str(folder)!r}: its tokenizer cannot be read ({reason})"
-        ) from error
+        raise base_error(folder, f"its tokenizer cannot be read ({reason})") from error
     wanted = vision_shape(folder).image_token_id
     if found is None:
-        raise ConfigError(
-            f"model.path {str(folder)!r}: its tokenizer has no {IMAGE_TOKEN} token: add it as a "
-            f"special token with the id {wanted}, config.json's image_token_index"
+        raise base_error(
+            folder,
+            f"its tokenizer has no {IMAGE_TOKEN} token: add it as a "
+            f"special token with the id {wanted}, config.json's image_token_index",
         )
     if found != wanted:
-        raise ConfigError(
-            f"model.path {str(folder)!r}: {IMAGE_TOKEN} is token {found} of the tokenizer and "
-            f"{wanted} in config.json: set image_token_index to {found}"
+        raise base_error(
+            folder,
+            f"{IMAGE_TOKEN} is token {found} of the tokenizer and "
+            f"{wanted} in config.json: set image_token_index to {found}",
         )
     chat_template(tokenizer)
 
@@ -68,9 +69,7 @@ def check_shapes(folder: Path) -> None:
             model = LlavaForConditionalGeneration(config)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"model.path {str(folder)!r}: config.json describes no model ({reason})"
-        ) from error
+        raise base_error(folder, f"config.json describes no model ({reason})") from error
     expected = {name: tuple(value.shape) for name, value in model.named_parameters()}
     stored = {module_name(name): shape for name, shape in weight_shapes(folder).items()}
     if is_tied(config):
@@ -84,7 +83,7 @@ def check_shapes(folder: Path) -> None:
     problems = [f"no {name}" for name in missing] + other
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise ConfigError(
-            f"model.path {str(folder)!r}: its weights are not those of config.json: "
-            f"{'; '.join(problems[:_SHOWN])}{more}"
+        raise base_error(
+            folder,
+            f"its weights are not those of config.json: {'; '.join(problems[:_SHOWN])}{more}",
         )

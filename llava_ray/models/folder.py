@@ -31,6 +31,11 @@ class VisionShape:
     std: Colour = CLIP_STD
 
 
+def base_error(folder: Path, problem: str) -> ConfigError:
+    """Return what to say of a base model's folder."""
+    return ConfigError(f"model.path {str(folder)!r}: {problem}")
+
+
 def model_folder(config: ModelConfig) -> Path:
     """Return the folder of the base model, downloading a Hugging Face id.
 
@@ -52,19 +57,19 @@ def check_model(folder: Path) -> None:
     """
     vision_shape(folder)
     if not any((folder / name).is_file() for name in _TOKENIZERS):
-        raise ConfigError(f"model.path {str(folder)!r}: no {' or '.join(_TOKENIZERS)} there")
+        raise base_error(folder, f"no {' or '.join(_TOKENIZERS)} there")
     if not any((folder / name).is_file() for name in _PROCESSORS):
-        raise ConfigError(
-            f"model.path {str(folder)!r}: no {_PROCESSORS[0]}, which says how pixels are "
-            "normalized: copy it from the model that the vision tower is of"
+        raise base_error(
+            folder,
+            f"no {_PROCESSORS[0]}, which says how pixels are "
+            "normalized: copy it from the model that the vision tower is of",
         )
     for path in folder.glob("*.json"):
         try:
             json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"model.path {str(folder)!r}: {path.name} is no JSON ({error}); copy or download "
-                "the model again"
+            raise base_error(
+                folder, f"{path.name} is no JSON ({error}); copy or download the model again"
             ) from error
     check_weights(folder)
 
@@ -82,12 +87,11 @@ def check_weights(folder: Path) -> None:
             with safe_open(folder / name, framework="np"):
                 pass
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        raise ConfigError(
-            f"model.path {str(folder)!r}: its weights cannot be read ({error}); copy or download "
-            "the model again"
+        raise base_error(
+            folder, f"its weights cannot be read ({error}); copy or download the model again"
         ) from error
     if not names:
-        raise ConfigError(f"model.path {str(folder)!r}: no *.safetensors there")
+        raise base_error(folder, "no *.safetensors there")
 
 
 def vision_shape(folder: Path) -> VisionShape:
@@ -97,19 +101,21 @@ def vision_shape(folder: Path) -> VisionShape:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ConfigError(f"model.path {str(folder)!r}: no config.json there")
+        raise base_error(folder, "no config.json there")
     try:
         tree = json.loads(path.read_bytes())
         kind = tree.get("model_type")
         if "mm_vision_tower" in tree:
-            raise ConfigError(
-                f"model.path {str(folder)!r} has the layout of LLaVA's own repository: its Hugging "
-                "Face form is needed, such as llava-hf/llava-1.5-7b-hf"
+            raise base_error(
+                folder,
+                "it has the layout of LLaVA's own repository: its Hugging "
+                "Face form is needed, such as llava-hf/llava-1.5-7b-hf",
             )
         if kind != "llava":
-            raise ConfigError(
-                f"model.path {str(folder)!r}: model_type is {kind!r}, not 'llava'; LLaVA-1.5 in "
-                "its Hugging Face form is needed, such as llava-hf/llava-1.5-7b-hf"
+            raise base_error(
+                folder,
+                f"model_type is {kind!r}, not 'llava'; LLaVA-1.5 in "
+                "its Hugging Face form is needed, such as llava-hf/llava-1.5-7b-hf",
             )
         vision = tree["vision_config"]
         size = int(vision["image_size"])
@@ -126,9 +132,7 @@ def vision_shape(folder: Path) -> VisionShape:
         )
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(
-            f"model.path {str(folder)!r}: config.json is not that of a LLaVA ({reason})"
-        ) from error
+        raise base_error(folder, f"config.json is not that of a LLaVA ({reason})") from error
 
 
 def _mean_and_std(folder: Path) -> tuple[Colour, Colour]:

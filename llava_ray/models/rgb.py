@@ -150,24 +150,19 @@ def _grey(image: Image.Image) -> Image.Image:
 
 def _by_profile(image: Image.Image) -> Image.Image:
     """Turn printers' and Lab colours into sRGB, by the picture's own profile where it has one."""
-    srgb = ImageCms.createProfile("sRGB")
     profile = image.info.get("icc_profile")
-    own = None
-    if image.mode == "LAB":
-        own = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
-    elif profile:
-        try:
+    try:
+        if image.mode == "LAB":
+            own = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
+        elif profile:
             own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        except (OSError, ImageCms.PyCMSError):
-            own = None
-    if own is not None:
-        try:
-            found = ImageCms.profileToProfile(image, own, srgb, outputMode="RGB")
-            if found is not None:
-                return found
-        except (ValueError, ImageCms.PyCMSError):
-            pass  # A profile of another kind of colours says nothing of these.
-    return image.convert("RGB")
+        else:
+            return image.convert("RGB")
+        srgb = ImageCms.createProfile("sRGB")
+        found = ImageCms.profileToProfile(image, own, srgb, outputMode="RGB")
+    except (OSError, ValueError, ImageCms.PyCMSError):
+        found = None  # A broken profile, or one of other colours, says nothing of these.
+    return image.convert("RGB") if found is None else found
 
 
 def _without_text(data: bytes) -> bytes:

@@ -57,14 +57,8 @@ def run(config: RunConfig) -> DatasetRecord:
 
 def _accepted(found: DatasetRecord, config: DataConfig) -> DatasetRecord:
     """Return a data set that was made before, perhaps under another data.max_rejected_share."""
-    rejected = sum(found.rejected.values())
-    if rejected > config.max_rejected_share * (rejected + found.num_rows):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in found.rejected.items())
-        raise DataError(
-            f"data.source {config.named!r}: {rejected} of {rejected + found.num_rows} rows "
-            f"rejected ({reasons}), more than data.max_rejected_share="
-            f"{config.max_rejected_share:g}: {found.uri}/rejected.jsonl lists them"
-        )
+    first = f"see {found.uri}/rejected.jsonl"
+    _check_share(config, found.num_rows, Counter(found.rejected), first)
     return found
 
 
@@ -135,26 +129,33 @@ def _check_counts(
     rejections: Sequence[Rejection],
     counts: Counter[str],
 ) -> None:
-    total = len(rows) + len(rejections)
     for rejection in rejections[:SHOWN_REJECTIONS]:
         logger.warning(
             "prepare: row %d (%s) rejected, %s: %s",
             rejection.row, rejection.id, rejection.reason, rejection.detail,
         )  # fmt: skip
-    by_reason = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-    share = len(rejections) / total
-    if share > config.max_rejected_share:
-        first = rejections[0]
-        raise DataError(
-            f"data.source {config.named!r}: {len(rejections)} of {total} rows rejected "
-            f"({by_reason}), more than data.max_rejected_share={config.max_rejected_share:g}; "
-            f"first: row {first.row} {first.id!r}: {first.reason} {first.detail}"
-        )
+    first = rejections[0] if rejections else None
+    where = f"first: row {first.row} {first.id!r}: {first.reason} {first.detail}" if first else ""
+    by_reason = _check_share(config, len(rows), counts, where)
     if len(rows) < 2:
         raise DataError(
-            f"data.source {config.named!r}: {len(rows)} usable rows of {total}"
-            f"{f' ({by_reason})' if by_reason else ''}, at least 2 are needed (train and test)"
+            f"data.source {config.named!r}: {len(rows)} usable rows of "
+            f"{len(rows) + len(rejections)}{f' ({by_reason})' if by_reason else ''}, at least 2 are "
+            "needed (train and test)"
         )
+
+
+def _check_share(config: DataConfig, num_rows: int, counts: Counter[str], where: str) -> str:
+    """Raise DataError where too many rows were rejected; return the reasons in words."""
+    rejected = counts.total()
+    by_reason = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    if rejected > config.max_rejected_share * (rejected + num_rows):
+        raise DataError(
+            f"data.source {config.named!r}: {rejected} of {rejected + num_rows} rows rejected "
+            f"({by_reason}), more than data.max_rejected_share={config.max_rejected_share:g}; "
+            f"{where}"
+        )
+    return by_reason
 
 
 def _write_llava_json(rows: Sequence[Row], path: Path) -> None:

@@ -34,28 +34,19 @@ def image_reader(folder: str | None) -> Read:
 
         return nowhere
     storage = Storage(folder, setting="data.images")
-    if not storage.is_local:
 
-        def remote(name: str) -> bytes:
-            content = storage.read_bytes(name)
-            if content is None:
-                raise RowProblem("missing_file", f"{name} is not at {storage.uri}")
-            return content
-
-        return remote
-    root = Path(storage.root)
-
-    def local(name: str) -> bytes:
-        path = root / name
+    def read(name: str) -> bytes:
         try:
             # A folder or a pipe is no image file either.
-            if not path.is_file():
-                raise RowProblem("missing_file", f"{name} is not in {root}: set data.images")
-            return path.read_bytes()
+            there = not storage.is_local or Path(storage.root, name).is_file()
+            content = storage.read_bytes(name) if there else None
         except OSError as error:
-            raise RowProblem("unusable_image", f"{name}: {error.strerror}") from error
+            raise RowProblem("unusable_image", f"{name}: {error.strerror or error}") from error
+        if content is None:
+            raise RowProblem("missing_file", f"{name} is not in {storage.uri}: set data.images")
+        return content
 
-    return local
+    return read
 
 
 def store_images(

@@ -76,10 +76,7 @@ class AwqSpec(QuantizationSpec):
 
     def check(self, folder: Path) -> None:
         """Raise VariantError where groups do not divide rows."""
-        for name, shape in llava_folder.weight_shapes(folder).items():
-            module = llava_folder.module_name(name.removesuffix(".weight"))
-            if not name.endswith(".weight") or not self.quantizes(module):
-                continue
+        for name, shape in self.shapes(folder):
             if shape[1] % self.group_size or shape[0] % 32:
                 raise VariantError(
                     f"variant {self.slug!r}: {name} is {shape[0]}x{shape[1]}; rows must divide "

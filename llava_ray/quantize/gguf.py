@@ -134,12 +134,7 @@ class GgufSpec(QuantizationSpec):
         quietly write as another type."""
         check_convertible(folder)
         block = GGML_QUANT_SIZES[main_type(self.name)][0]
-        columns = {
-            shape[1]
-            for name, shape in llava_folder.weight_shapes(folder).items()
-            if name.endswith(".weight")
-            and self.quantizes(llava_folder.module_name(name.removesuffix(".weight")))
-        }
+        columns = {shape[1] for _, shape in self.shapes(folder)}
         if columns and all(count % block for count in columns):
             raise VariantError(
                 f"variant {self.slug!r}: rows of {sorted(columns)} weights do not divide by "

@@ -50,13 +50,11 @@ class HqqSpec(QuantizationSpec):
 
     def check(self, folder: Path) -> None:
         """Raise VariantError where groups do not divide a weight."""
-        for name, shape in llava_folder.weight_shapes(folder).items():
-            module = llava_folder.module_name(name.removesuffix(".weight"))
-            if name.endswith(".weight") and self.quantizes(module):
-                try:
-                    check_groups(module, shape, bits=self.bits, group_size=self.group_size)
-                except ValueError as error:
-                    raise VariantError(f"variant {self.slug!r}: {error}") from error
+        for name, shape in self.shapes(folder):
+            try:
+                check_groups(name, shape, bits=self.bits, group_size=self.group_size)
+            except ValueError as error:
+                raise VariantError(f"variant {self.slug!r}: {error}") from error
 
     def quantize(self, merged: Path, out: Path, calibration: Calibration, device: str) -> None:
         """Quantize each linear by itself."""

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -104,6 +105,13 @@ class QuantizationSpec(ABC):
     @abstractmethod
     def bits_per_weight(self) -> float:
         """Return the bits a quantized weight takes, scales and zero points counted in."""
+
+    def shapes(self, folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield name and shape of each weight that is quantized."""
+        for name, shape in llava_folder.weight_shapes(folder).items():
+            module = llava_folder.module_name(name.removesuffix(".weight"))
+            if name.endswith(".weight") and self.quantizes(module):
+                yield module, shape
 
     def check(self, folder: Path) -> None:  # noqa: B027 - most take any model
         """Raise VariantError where a model of such config, tokenizer and shapes cannot be written

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from s3_server import S3Server, s3_server
 from sealed import FIELDS, open_at_once, seal, write
 
 from llava_ray.artifacts import faults
 from llava_ray.artifacts.records import DatasetRecord
 from llava_ray.artifacts.storage import Storage
 from llava_ray.artifacts.store import ArtifactStore, local_folder, read_record
-from llava_ray.bench.s3_server import S3Server, s3_server
 from llava_ray.errors import ConfigError, StorageError
 
 _TESTS = Path(__file__).parents[1]

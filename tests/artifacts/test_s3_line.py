@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from s3_server import BUCKET, S3Server, s3_server
 from tiny_run import small_model
-
-from llava_ray.bench.s3_server import BUCKET, S3Server, s3_server
 
 _HOME = Path(__file__).parents[2]
 _SMALL = (

@@ -1,8 +1,8 @@
 """A real S3 server, moto's, in a process of its own: it counts, it delays, and it goes away.
 
-For tests and measurements; needs the `dev` extra. `python -m llava_ray.bench.s3_server DELAY_S`
-prints its port. Then each line of its standard input is a command, answered by a line of JSON:
-`counts`, or `gone SECONDS`.
+For tests and measurements; needs the `dev` extra. `python tests/s3_server.py DELAY_S` prints its
+port, and how to use it from a shell. Then each line of its standard input is a command, answered by
+a line of JSON: `counts`, or `gone SECONDS`.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ class S3Server:
 def s3_server(delay_s: float = 0.0) -> Iterator[S3Server]:
     """Run one, with a bucket."""
     with subprocess.Popen(
-        [sys.executable, "-m", __name__, str(delay_s)],
+        [sys.executable, __file__, str(delay_s)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -103,6 +103,8 @@ def _serve(delay_s: float) -> None:
     )  # fmt: skip
     client.create_bucket(Bucket=BUCKET)
     print(port, flush=True)
+    settings = f"AWS_ENDPOINT_URL=http://127.0.0.1:{port} AWS_DEFAULT_REGION=us-east-1"
+    print(f"export {settings} AWS_ACCESS_KEY_ID=id AWS_SECRET_ACCESS_KEY=secret", file=sys.stderr)
     for line in sys.stdin:
         command, _, value = line.strip().partition(" ")
         if command == "gone":
