@@ -32,6 +32,7 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "decode_kernels_h100": ("llava_ray.bench.kernels",),
     "drill": ("llava_ray.sweep", *_LINE),
     "embedded": ("llava_ray.bench.embedded", *_MEASURED),
+    "families_h100": ("llava_ray.inference.torch.engine",),
     "hqq_recovery": ("llava_ray.bench.embedded", *_MEASURED),
     "llama_amx": ("llava_ray.inference.llama_cpp.trial",),
     "llava_7b_h100": _REPORT,

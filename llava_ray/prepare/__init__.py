@@ -140,8 +140,8 @@ def _check_counts(
     if len(rows) < 2:
         raise DataError(
             f"data.source {config.named!r}: {len(rows)} usable rows of "
-            f"{len(rows) + len(rejections)}{f' ({by_reason})' if by_reason else ''}, at least 2 are "
-            "needed (train and test)"
+            f"{len(rows) + len(rejections)}{f' ({by_reason})' if by_reason else ''}, at least 2 "
+            "are needed (train and test)"
         )
 
 
