@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llava_ray.artifacts.storage import cache_folder
 from llava_ray.artifacts.store import sha256_of
@@ -117,15 +119,10 @@ def vision_shape(folder: Path) -> VisionShape:
                 f"model_type is {kind!r}, not 'llava'; LLaVA-1.5 in "
                 "its Hugging Face form is needed, such as llava-hf/llava-1.5-7b-hf",
             )
-        vision = tree["vision_config"]
-        size = int(vision["image_size"])
-        has_class_token = vision.get("model_type", "clip_vision_model") == "clip_vision_model"
-        # transformers' LlavaModel drops the first feature, whatever it is.
-        drops = tree.get("vision_feature_select_strategy", "default") == "default"
-        mean, std = _mean_and_std(folder)
+        mean, std = mean_and_std(folder)
         return VisionShape(
-            image_size=size,
-            tokens_per_image=(size // int(vision["patch_size"])) ** 2 + has_class_token - drops,
+            image_size=int(tree["vision_config"]["image_size"]),
+            tokens_per_image=image_tokens(tree),
             image_token_id=int(tree.get("image_token_id", tree.get("image_token_index", 32000))),
             mean=mean,
             std=std,
@@ -135,7 +132,17 @@ def vision_shape(folder: Path) -> VisionShape:
         raise base_error(folder, f"config.json is not that of a LLaVA ({reason})") from error
 
 
-def _mean_and_std(folder: Path) -> tuple[Colour, Colour]:
+def image_tokens(tree: Mapping[str, Any]) -> int:
+    """Return the tokens of one image, by a model's config.json."""
+    vision = tree["vision_config"]
+    has_class_token = vision.get("model_type", "clip_vision_model") == "clip_vision_model"
+    # transformers' LlavaModel drops the first feature, whatever it is.
+    drops = tree.get("vision_feature_select_strategy", "default") == "default"
+    side = int(vision["image_size"]) // int(vision["patch_size"])
+    return int(side**2 + has_class_token - drops)
+
+
+def mean_and_std(folder: Path) -> tuple[Colour, Colour]:
     """Read by what pixels are normalized; CLIP's where no file says so."""
     for name in _PROCESSORS:
         if (path := folder / name).is_file():

@@ -19,7 +19,7 @@ from llava_ray.inference.slots import Slots
 from llava_ray.inference.torch.cache import Segment, SlotCache
 from llava_ray.inference.torch.kernels.weights import make_dense
 from llava_ray.inference.torch.llama import LlamaForward, linear_groups, module_layers, windows_of
-from llava_ray.models.folder import vision_shape
+from llava_ray.models.folder import image_tokens, mean_and_std
 from llava_ray.models.images import normalize
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ class TorchEngine(Engine):
         self._model, self._vision = whole, whole.model.vision_tower
         config = whole.config
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._shape = vision_shape(folder)
-        self.image_size, self.image_mean = self._shape.image_size, self._shape.mean
-        self.tokens_per_image = self._shape.tokens_per_image
+        self.image_size = config.vision_config.image_size
+        self.image_mean, self._image_std = mean_and_std(folder)
+        self.tokens_per_image = image_tokens(config.to_dict())
         self.image_token_id = config.image_token_id
         self.vocab_size = config.text_config.vocab_size
         self.eos_token_id = eos_token_id(
@@ -238,7 +238,7 @@ class TorchEngine(Engine):
     def _image_features(self, prompt: Prompt) -> torch.Tensor:
         """Return [images * tokens_per_image, hidden] from the vision tower and projector."""
         pixels = normalize(
-            np.stack(prompt.images), self.device, self._shape.mean, self._shape.std
+            np.stack(prompt.images), self.device, self.image_mean, self._image_std
         ).to(self._vision.dtype)
         if self._graphs is not None and len(prompt.images) == 1:
             return self._graphs.encode(pixels)
