@@ -111,7 +111,7 @@ class QuantizationSpec(ABC):
         for name, shape in llava_folder.weight_shapes(folder).items():
             module = llava_folder.module_name(name.removesuffix(".weight"))
             if name.endswith(".weight") and self.quantizes(module):
-                yield module, shape
+                yield f"{module}.weight", shape
 
     def check(self, folder: Path) -> None:  # noqa: B027 - most take any model
         """Raise VariantError where a model of such config, tokenizer and shapes cannot be written
