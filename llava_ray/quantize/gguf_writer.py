@@ -22,7 +22,8 @@ from gguf import (
 )
 
 from llava_ray.errors import VariantError
-from llava_ray.inference.torch.llama import head_size, windows_of
+from llava_ray.inference.torch.cache import head_size
+from llava_ray.inference.torch.llama import windows_of
 from llava_ray.models.folder import VisionShape, vision_shape
 from llava_ray.models.tensors import copy_sidecars, module_name, shards, weight_shapes
 from llava_ray.quantize.gguf_vocab import add_vocabulary, check_vocabulary

@@ -15,6 +15,13 @@ class Segment:
     count: int
 
 
+def head_size(config: Any) -> int:
+    """Return the width of one attention head."""
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+
+
 class SlotCache:
     """Static cache: `keys` and `values` are [layers, slots, kv_heads, context, head_dim].
 
@@ -26,8 +33,7 @@ class SlotCache:
     ) -> None:
         """Allocate for a LlamaConfig; a slot that graphs and padding use counts too."""
         heads = config.num_key_value_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, slots, heads, context, size)
+        shape = (config.num_hidden_layers, slots, heads, context, head_size(config))
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from llava_ray.inference.torch.cache import Segment, SlotCache
+from llava_ray.inference.torch.cache import Segment, SlotCache, head_size
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
 
@@ -103,13 +103,6 @@ def windows_of(config: Any) -> list[int | None]:
     if kinds is None:
         kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def head_size(config: Any) -> int:
-    """Return the width of one attention head."""
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
 
 
 class LlamaForward:
