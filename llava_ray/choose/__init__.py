@@ -16,9 +16,9 @@ def run(
 
     Raises ConfigError with every variant's reason when none keeps the limits.
     """
-    from llava_ray.report import Findings, write_report
+    from llava_ray.report import write_report
 
-    decision = decide(scorecards, failures, config)
+    findings = decide(scorecards, failures, config)
     store = ArtifactStore(config.storage.uri)
     settings = {
         **config.choose.model_dump(mode="json"),
@@ -33,20 +33,12 @@ def run(
     with store.build(ChosenVariant, name, settings=settings, parents=parents) as build:
         if build.found:
             return build.found
-        findings = Findings(
-            config=config,
-            scorecards=tuple(scorecards),
-            failures=tuple(failures),
-            winner=decision.winner.slug,
-            reasons=decision.reasons,
-            against=decision.against,
-        )
         write_report(build.folder, findings)
         return build.finish(
             ChosenVariant,
-            device=decision.winner.device,
-            slug=decision.winner.slug,
-            variant_uri=decision.winner.variant_uri,
-            reasons=decision.reasons,
-            against=decision.against,
+            device=findings.winner.device,
+            slug=findings.winner.slug,
+            variant_uri=findings.winner.variant_uri,
+            reasons=findings.reasons,
+            against=findings.against,
         )

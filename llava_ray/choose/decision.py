@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from llava_ray.artifacts.records import Scorecard, VariantFailure
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
+from llava_ray.report.findings import Findings
 
 _ORDER = {
     "speed": ("speed", "size", "fidelity"),
@@ -16,18 +16,9 @@ _ORDER = {
 """By choose.prefer: the measures that decide, each where those before it are equal."""
 
 
-@dataclass(frozen=True)
-class Decision:
-    """The winner and why; `against` has a reason for every other variant, the failed included."""
-
-    winner: Scorecard
-    reasons: tuple[str, ...]
-    against: dict[str, str]
-
-
 def decide(
     scorecards: Sequence[Scorecard], failures: Sequence[VariantFailure], config: RunConfig
-) -> Decision:
+) -> Findings:
     """Pick the best by the preference among those within all limits.
 
     Equals in what is preferred are ordered by the other two measures, then by slug, so the
@@ -52,7 +43,14 @@ def decide(
     for card in fitting:
         if card.slug != winner.slug:
             against[card.slug] = _lost(card, winner, prefer)
-    return Decision(winner, _reasons(winner, len(fitting), config), dict(sorted(against.items())))
+    return Findings(
+        config=config,
+        scorecards=tuple(scorecards),
+        failures=tuple(failures),
+        winner=winner,
+        reasons=_reasons(winner, len(fitting), config),
+        against=dict(sorted(against.items())),
+    )
 
 
 def _check_device(scorecards: Sequence[Scorecard]) -> None:

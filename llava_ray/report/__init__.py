@@ -8,8 +8,6 @@ from llava_ray.artifacts.storage import Storage
 from llava_ray.artifacts.store import CARD
 from llava_ray.report.findings import Findings
 
-__all__ = ["Findings", "write_report"]
-
 
 def write_report(folder: Path, findings: Findings) -> None:
     """Write report.html, report.md with its pictures, report.json, config.yaml and cards/.
@@ -33,7 +31,7 @@ def write_report(folder: Path, findings: Findings) -> None:
         "report.json": json.dumps(
             {
                 "code_digest": code_digest("report"),
-                "winner": findings.winner,
+                "winner": findings.winner.slug,
                 "reasons": findings.reasons,
                 "rows": [row.model_dump(mode="json") for row in content.rows],
                 "conditions": dict(content.conditions),

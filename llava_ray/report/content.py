@@ -43,7 +43,7 @@ def make_content(findings: Findings, origins: Origins) -> Content:
             {failure.slug: failure.reason for failure in findings.failures},
             len(findings.scorecards) + len(findings.failures),
         ),
-        winner=findings.winner,
+        winner=findings.winner.slug,
         reasons=findings.reasons,
         facts=_facts(findings),
         limits=_limits(findings),
@@ -58,7 +58,7 @@ def make_content(findings: Findings, origins: Origins) -> Content:
 
 
 def _facts(findings: Findings) -> tuple[tuple[str, str, str], ...]:
-    best, base = findings.best, findings.baseline
+    best, base = findings.winner, findings.baseline
     rate, kl = best.decode_tokens_per_s.median, best.kl_divergence
     size_note, rate_note, read_note = "", "", ""
     if base and base.slug != best.slug:

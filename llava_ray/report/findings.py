@@ -12,36 +12,27 @@ from llava_ray.artifacts.records import (
 )
 from llava_ray.artifacts.store import ArtifactStore, read_record
 from llava_ray.benchmark.fidelity import SampleFidelity
-from llava_ray.benchmark.measure import read_fidelity
 from llava_ray.config.run import RunConfig
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Measurements and the choice."""
+    """Measurements, the choice and why."""
 
     config: RunConfig
     scorecards: tuple[Scorecard, ...]
     failures: tuple[VariantFailure, ...]
-    winner: str
-    """Slug."""
+    winner: Scorecard
     reasons: tuple[str, ...]
+    """Why the winner won."""
     against: dict[str, str]
+    """By slug of every other variant, the failed included: why not."""
 
     @property
     def baseline(self) -> Scorecard | None:
         """Return the baseline's scorecard; None where it could not be measured."""
-        return self._card(self.config.benchmark.baseline)
-
-    @property
-    def best(self) -> Scorecard:
-        """Return the winner's scorecard."""
-        card = self._card(self.winner)
-        assert card is not None
-        return card
-
-    def _card(self, slug: str) -> Scorecard | None:
-        return next((card for card in self.scorecards if card.slug == slug), None)
+        baseline = self.config.benchmark.baseline
+        return next((card for card in self.scorecards if card.slug == baseline), None)
 
 
 @dataclass(frozen=True)
@@ -63,14 +54,17 @@ def find_origins(findings: Findings) -> Origins:
 
     Raises ArtifactError when one that a scorecard names is gone.
     """
+    # Imported here: it knows large libraries, and the choice needs none of them.
+    from llava_ray.benchmark.measure import read_fidelity
+
     cards = findings.scorecards
     variants = {card.slug: read_record(Variant, card.variant_uri) for card in cards}
     store = ArtifactStore(findings.config.storage.uri)
-    parents = variants[findings.winner].parents
+    parents = variants[findings.winner.slug].parents
     merged = (store.find(MergedModel, name) for name in parents if name.startswith("merged-"))
     runs = [run for run in store.latest(QuantizationRun) if set(run.parents) & set(parents)]
     return Origins(
-        dataset=read_record(DatasetRecord, findings.best.dataset_uri),
+        dataset=read_record(DatasetRecord, findings.winner.dataset_uri),
         variants=variants,
         fidelity={card.slug: read_fidelity(card) for card in cards},
         merged=next(merged, None),

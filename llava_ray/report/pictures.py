@@ -30,12 +30,12 @@ class Shown:
 
 def show(findings: Findings, origins: Origins) -> list[Shown]:
     """Return the images that the baseline (or the winner) was shown, with all variants' answers."""
-    lead = findings.baseline or findings.best
+    lead = findings.baseline or findings.winner
     images = local_folder(origins.dataset) / "images"
     limit = findings.config.data.max_image_pixels
     order = sorted(
         findings.scorecards,
-        key=lambda card: (card.slug != lead.slug, card.slug != findings.winner, card.variant_bytes),
+        key=lambda card: (card is not lead, card is not findings.winner, card.variant_bytes),
     )
     shown = []
     for index, generation in enumerate(lead.generations):

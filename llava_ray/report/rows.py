@@ -94,11 +94,11 @@ def _measured(card: Scorecard, findings: Findings, origins: Origins, front: set[
     status, reason = "measured", findings.against.get(card.slug, "")
     if card.slug == findings.config.benchmark.baseline:
         status = "baseline"
-    if card.slug == findings.winner:
+    if card.slug == findings.winner.slug:
         status, reason = "winner", "; ".join(findings.reasons)
     variant, fidelity, difference = origins.variants[card.slug], origins.fidelity, None
-    if card.slug != findings.winner:
-        difference = paired_difference(fidelity[card.slug], fidelity[findings.winner])
+    if card.slug != findings.winner.slug:
+        difference = paired_difference(fidelity[card.slug], fidelity[findings.winner.slug])
     return _row(
         findings,
         card.slug,
