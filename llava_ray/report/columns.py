@@ -32,50 +32,45 @@ def make_columns(rows: Sequence[Row]) -> list[Column]:
                lambda r: _beside(r.size_bytes, 1 / size, "est.", r.estimated_bytes),
                lambda r: r.size_bytes),
         Column("Size", "bits", "Bits per quantized weight, scales and zeros counted in.",
-               lambda r: _number(r.bits_per_weight)),
+               lambda r: number(r.bits_per_weight)),
         Column("Size", f"memory {memory_name}",
                "Peak of a process of its own: resident with its libraries, or allocated on a GPU.",
-               lambda r: _number(r.memory_bytes, 1 / memory)),
+               lambda r: number(r.memory_bytes, 1 / memory)),
         Column("Speed", "tok/s", "Decoded tokens per second, one sequence: median (low–high).",
-               lambda r: _ranged(r.decode_tokens_per_s),
+               lambda r: ranged(r.decode_tokens_per_s),
                lambda r: r.decode_tokens_per_s.median if r.decode_tokens_per_s else None),
         Column("Speed", "bandwidth",
                "Share of the device's measured copy bandwidth that reading the weights takes.",
                lambda r: _percent(r.bandwidth_share)),
         Column("Speed", "prefill ms", "Image and question to the first token: median (low–high).",
-               lambda r: _ranged(r.prefill_s, 1000)),
+               lambda r: ranged(r.prefill_s, 1000)),
         Column("Speed", "load s", "Opening the variant in a new process.",
-               lambda r: _number(r.load_s)),
+               lambda r: number(r.load_s)),
         Column("Fidelity", "KL nats",
                "Mean KL(baseline || variant) over the same caption tokens and pixels: "
                "mean (95% interval).",
-               lambda r: _ranged(r.kl_divergence)),
+               lambda r: ranged(r.kl_divergence)),
         Column("Fidelity", "top-1", "Share of those tokens with the baseline's argmax.",
                lambda r: _percent(r.top1_agreement)),
         Column("Fidelity", "perplexity", "Of the reference captions.",
-               lambda r: _number(r.perplexity)),
+               lambda r: number(r.perplexity)),
         Column("Captions", "words read", "Share of the quoted words in the reference it repeats.",
                lambda r: _percent(r.scores.get("word_recall"))),
         Column("Captions", "char errors", "Edits per character of those words.",
                lambda r: _percent(r.scores.get("character_error_rate"))),
         Column("Captions", "ROUGE\u2011L", "F-measure against the reference caption.",
-               lambda r: _number(r.scores.get("rouge_l"))),
-        Column("Captions", "CIDEr\u2011D", "0 to 10.", lambda r: _number(r.scores.get("cider_d"))),
+               lambda r: number(r.scores.get("rouge_l"))),
+        Column("Captions", "CIDEr\u2011D", "0 to 10.", lambda r: number(r.scores.get("cider_d"))),
         Column("Making", "seconds", "Quantizing, as a Ray task.",
-               lambda r: _number(r.quantize_s)),
+               lambda r: number(r.quantize_s)),
         Column("Making", f"peak {memory_name}",
                "Most memory of that task: resident, or allocated on a GPU.",
-               lambda r: _number(r.quantize_peak_memory_bytes, 1 / memory)),
+               lambda r: number(r.quantize_peak_memory_bytes, 1 / memory)),
         Column("Article*", "GB", "The article's figure, on another device and model.",
-               lambda r: _number(r.article_size_gb)),
+               lambda r: number(r.article_size_gb)),
         Column("Article*", "tok/s", "The article's figure, on another device and model.",
-               lambda r: _number(r.article_tokens_per_s)),
+               lambda r: number(r.article_tokens_per_s)),
     ]  # fmt: skip
-
-
-def difference(row: Row) -> str:
-    """Write by how much the divergence is above the winner's."""
-    return _ranged(row.kl_minus_winner, signed=True)
 
 
 def bar_share(column: Column, row: Row, rows: Sequence[Row]) -> float | None:
@@ -90,7 +85,7 @@ def bar_share(column: Column, row: Row, rows: Sequence[Row]) -> float | None:
 def size_text(size_bytes: float) -> str:
     """Write a size with the unit that suits it."""
     unit, name = _unit([size_bytes]) if size_bytes >= 1e5 else (1e3, "kB")
-    return f"{_number(size_bytes, 1 / unit)} {name}"
+    return f"{number(size_bytes, 1 / unit)} {name}"
 
 
 def _unit(sizes: Sequence[float | None]) -> tuple[float, str]:
@@ -98,8 +93,11 @@ def _unit(sizes: Sequence[float | None]) -> tuple[float, str]:
     return (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
 
 
-def number(value: float) -> str:
-    """Write three significant digits, without an exponent where that is readable."""
+def number(value: float | None, scale: float = 1) -> str:
+    """Write three significant digits of the product, without an exponent where that is readable."""
+    if value is None:
+        return MISSING
+    value *= scale
     if not math.isfinite(value):
         return str(value)
     if value == 0:
@@ -110,26 +108,23 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
-def _number(value: float | None, scale: float = 1.0) -> str:
-    return MISSING if value is None else number(value * scale)
-
-
 def _beside(value: float | None, scale: float, name: str, other: float | None) -> str:
     """Write a value, and another in the same unit behind it where there is one."""
-    text = _number(value, scale)
-    return text if other is None else f"{text} ({name} {_number(other, scale)})"
+    text = number(value, scale)
+    return text if other is None else f"{text} ({name} {number(other, scale)})"
 
 
 def _percent(value: float | None) -> str:
     return MISSING if value is None else f"{100 * value:.1f}%"
 
 
-def _ranged(spread: Spread | None, scale: float = 1.0, *, signed: bool = False) -> str:
+def ranged(spread: Spread | None, scale: float = 1, *, signed: bool = False) -> str:
+    """Write the middle with its range; `signed` is for differences, whose plus sign is shown."""
     if spread is None:
         return MISSING
-    values = [value * scale for value in (spread.median, spread.low, spread.high)]
     median, low, high = (
-        f"{'+' if signed and value > 0 else ''}{number(value)}" for value in values
+        f"{'+' if signed and value > 0 else ''}{number(value, scale)}"
+        for value in (spread.median, spread.low, spread.high)
     )
     joint = " to " if signed else "–"
     return median if low == high == median else f"{median} ({low}{joint}{high})"

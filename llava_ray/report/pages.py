@@ -71,6 +71,7 @@ def _templates() -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cell": escape, "number": texts.number, "size": texts.size_text}
-    environment.globals["difference"] = texts.difference
+    environment.filters |= {
+        "cell": escape, "number": texts.number, "size": texts.size_text, "ranged": texts.ranged,
+    }  # fmt: skip
     return environment
