@@ -23,7 +23,7 @@ def write_report(folder: Path, findings: Findings) -> None:
 
     origins = find_origins(findings)
     content = make_content(findings, origins)
-    for plot in content.plots:
+    for plot in content["plots"]:
         (folder / plot.file_name).write_bytes(plot.png)
     texts = {
         "report.html": write_html(content),
@@ -33,12 +33,12 @@ def write_report(folder: Path, findings: Findings) -> None:
                 "code_digest": code_digest("report"),
                 "winner": findings.winner.slug,
                 "reasons": findings.reasons,
-                "rows": [row.model_dump(mode="json") for row in content.rows],
-                "conditions": dict(content.conditions),
+                "rows": [row.model_dump(mode="json") for row in content["rows"]],
+                "conditions": dict(content["conditions"]),
             },
             indent=1,
         ),
-        "config.yaml": content.config_yaml,
+        "config.yaml": content["config_yaml"],
     }
     for card in findings.scorecards:
         variant = origins.variants[card.slug]

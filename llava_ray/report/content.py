@@ -1,63 +1,42 @@
 """Everything the report says, before it is laid out as HTML, Markdown or JSON."""
 
-from dataclasses import dataclass
+from typing import Any
 
 from llava_ray.artifacts.records import missing_line
 from llava_ray.config.run import to_yaml
 from llava_ray.report import article
 from llava_ray.report.columns import number, size_text
 from llava_ray.report.findings import Findings, Origins
-from llava_ray.report.pictures import Shown, show
-from llava_ray.report.plots import Plot, make_plots
-from llava_ray.report.rows import Row, make_rows
+from llava_ray.report.pictures import show
+from llava_ray.report.plots import make_plots
+from llava_ray.report.rows import make_rows
 
 
-@dataclass(frozen=True)
-class Content:
-    """The report's parts."""
-
-    title: str
-    missing: str
-    """Which variants failed; empty where none did."""
-    winner: str
-    reasons: tuple[str, ...]
-    facts: tuple[tuple[str, str, str], ...]
-    """Figures of the summary: label, value and note."""
-    limits: tuple[str, ...]
-    rows: tuple[Row, ...]
-    plots: tuple[Plot, ...]
-    shown: tuple[Shown, ...]
-    notes: tuple[str, ...]
-    conditions: tuple[tuple[str, str], ...]
-    """Device, versions, data and hashes, by name."""
-    article: str
-    config_yaml: str
-
-
-def make_content(findings: Findings, origins: Origins) -> Content:
-    """Gather all parts."""
-    rows, model = tuple(make_rows(findings, origins)), findings.config.model.path
-    return Content(
-        title=f"Quantized variants of {'the embedded model' if model == 'embedded' else model}",
-        missing=missing_line(
+def make_content(findings: Findings, origins: Origins) -> dict[str, Any]:
+    """Gather all parts, by the names that the templates know them under."""
+    rows, model = make_rows(findings, origins), findings.config.model.path
+    return {
+        "title": f"Quantized variants of {'the embedded model' if model == 'embedded' else model}",
+        "missing": missing_line(
             {failure.slug: failure.reason for failure in findings.failures},
             len(findings.scorecards) + len(findings.failures),
         ),
-        winner=findings.winner.slug,
-        reasons=findings.reasons,
-        facts=_facts(findings),
-        limits=_limits(findings),
-        rows=rows,
-        plots=tuple(make_plots(rows)),
-        shown=tuple(show(findings, origins)),
-        notes=_notes(findings, origins),
-        conditions=_conditions(findings, origins),
-        article=article.CONDITIONS,
-        config_yaml=to_yaml(findings.config),
-    )
+        "winner": findings.winner.slug,
+        "reasons": findings.reasons,
+        "facts": _facts(findings),
+        "limits": _limits(findings),
+        "rows": rows,
+        "plots": make_plots(rows),
+        "pictures": show(findings, origins),
+        "notes": _notes(findings, origins),
+        "conditions": _conditions(findings, origins),
+        "article": article.CONDITIONS,
+        "config_yaml": to_yaml(findings.config),
+    }
 
 
-def _facts(findings: Findings) -> tuple[tuple[str, str, str], ...]:
+def _facts(findings: Findings) -> list[tuple[str, str, str]]:
+    """Return the figures of the summary: label, value and note."""
     best, base = findings.winner, findings.baseline
     rate, kl = best.decode_tokens_per_s.median, best.kl_divergence
     size_note, rate_note, read_note = "", "", ""
@@ -75,10 +54,10 @@ def _facts(findings: Findings) -> tuple[tuple[str, str, str], ...]:
     ]
     if "word_recall" in best.scores:
         facts.append(("words read", f"{best.scores['word_recall']:.1%}", read_note))
-    return tuple(facts)
+    return facts
 
 
-def _limits(findings: Findings) -> tuple[str, ...]:
+def _limits(findings: Findings) -> list[str]:
     choose = findings.config.choose
     limits = []
     if choose.max_kl_divergence is not None:
@@ -90,10 +69,10 @@ def _limits(findings: Findings) -> tuple[str, ...]:
     if not choose.may_choose_baseline:
         limits.append(f"not the baseline {findings.config.benchmark.baseline} itself")
     wanted = {"speed": "the fastest", "size": "the smallest", "fidelity": "the closest"}
-    return (*limits, f"among those, {wanted[choose.prefer]} (choose.prefer={choose.prefer})")
+    return [*limits, f"among those, {wanted[choose.prefer]} (choose.prefer={choose.prefer})"]
 
 
-def _notes(findings: Findings, origins: Origins) -> tuple[str, ...]:
+def _notes(findings: Findings, origins: Origins) -> list[str]:
     cards = findings.scorecards
     tested = min(findings.config.benchmark.caption_samples, origins.dataset.num_test)
     notes = [
@@ -112,10 +91,11 @@ def _notes(findings: Findings, origins: Origins) -> tuple[str, ...]:
             f"Making {len(made.variant_wall_s)} variants in parallel took {number(made.wall_s)} s; "
             f"one after the other they take {number(made.sum_s)} s."
         )
-    return tuple(notes)
+    return notes
 
 
-def _conditions(findings: Findings, origins: Origins) -> tuple[tuple[str, str], ...]:
+def _conditions(findings: Findings, origins: Origins) -> list[tuple[str, str]]:
+    """Return device, versions, data and hashes, by name."""
     cards, dataset = findings.scorecards, origins.dataset
     versions = {name: v for card in cards for name, v in card.versions.items()}
     rates = [card.copy_bytes_per_s / 1e9 for card in cards]
@@ -139,4 +119,4 @@ def _conditions(findings: Findings, origins: Origins) -> tuple[tuple[str, str], 
         ("measured", f"{min(card.created for card in cards)} to "
                      f"{max(card.created for card in cards)}"),
     ]  # fmt: skip
-    return tuple(conditions)
+    return conditions

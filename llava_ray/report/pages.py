@@ -4,11 +4,10 @@ import re
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava_ray.artifacts.records import Scorecard, Variant
 from llava_ray.report import columns as texts
-from llava_ray.report.content import Content
 from llava_ray.report.findings import Origins
 
 if TYPE_CHECKING:
@@ -17,25 +16,24 @@ if TYPE_CHECKING:
 LIBRARIES = {"none": "transformers", "bnb": "transformers", "awq": "transformers", "gguf": "gguf"}
 
 
-def write_html(content: Content) -> str:
+def write_html(content: dict[str, Any]) -> str:
     """Render the page; whatever comes from captions, models and configs is escaped."""
-    columns = texts.make_columns(content.rows)
+    columns = texts.make_columns(content["rows"])
     groups = {name: len(list(of)) for name, of in groupby(column.group for column in columns)}
     template = _templates().get_template("report.html.j2")
     return template.render(
-        content=content,
+        **content,
         columns=columns,
         groups=groups,
-        starts={[column.group for column in columns].index(name) for name in groups},
-        bar_share=lambda column, row: texts.bar_share(column, row, content.rows),
+        bar_share=lambda column, row: texts.bar_share(column, row, content["rows"]),
     )
 
 
-def write_markdown(content: Content) -> str:
+def write_markdown(content: dict[str, Any]) -> str:
     """Render the same as Markdown; what comes from captions and models cannot break its tables."""
-    columns = texts.make_columns(content.rows)
+    columns = texts.make_columns(content["rows"])
     template = _templates().get_template("report.md.j2")
-    return template.render(content=content, columns=columns) + "\n"
+    return template.render(**content, columns=columns) + "\n"
 
 
 def write_card(card: Scorecard, variant: Variant, origins: Origins) -> str:
