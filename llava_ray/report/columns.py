@@ -24,8 +24,8 @@ class Column:
 
 def make_columns(rows: Sequence[Row]) -> list[Column]:
     """Return the columns; sizes are in GB for models of that size, else in MB."""
-    size, size_name = _unit([row.size_bytes for row in rows])
-    memory, memory_name = _unit([row.memory_bytes for row in rows])
+    size, size_name = unit_of([row.size_bytes for row in rows])
+    memory, memory_name = unit_of([row.memory_bytes for row in rows])
     return [
         Column("Size", size_name,
                "Files of the variant on disk (as estimated from the model's shapes before).",
@@ -84,11 +84,12 @@ def bar_share(column: Column, row: Row, rows: Sequence[Row]) -> float | None:
 
 def size_text(size_bytes: float) -> str:
     """Write a size with the unit that suits it."""
-    unit, name = _unit([size_bytes]) if size_bytes >= 1e5 else (1e3, "kB")
+    unit, name = unit_of([size_bytes]) if size_bytes >= 1e5 else (1e3, "kB")
     return f"{number(size_bytes, 1 / unit)} {name}"
 
 
-def _unit(sizes: Sequence[float | None]) -> tuple[float, str]:
+def unit_of(sizes: Sequence[float | None]) -> tuple[float, str]:
+    """Return the unit that suits the largest size, and its name."""
     largest = max((size for size in sizes if size is not None), default=0)
     return (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
 
