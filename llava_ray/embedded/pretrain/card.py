@@ -22,24 +22,13 @@ def write_card(folder: Path, scores: Path, embedded: Path) -> Path:
         raise ConfigError(f"the card needs {folder / LOG}, which is missing")
     own, held_out = (_read(path, weights_sha256(folder)) for path in (scores, embedded))
     rows = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
-    trained = PretrainSettings()
-    paced = [row for row in rows if "trained_per_s" in row]
-    text = (
-        Path(__file__)
-        .with_name("card.md")
-        .read_text(encoding="utf-8")
-        .format(
-            steps=rows[-1]["step"],
-            batch_size=trained.batch_size,
-            trained_per_s=paced[-1]["trained_per_s"],
-            rendered_per_s=paced[-1]["rendered_per_s"],
-            seed=trained.seed,
-            question=own["question"],
-            held_out_images=held_out["held_out_samples"],
-            held_out=held_out["base"],
-            train_images=own["images"],
-            train=own["train"],
-        )
+    template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    text = template.format(
+        settings=PretrainSettings(),
+        last=rows[-1],
+        paced=[row for row in rows if "trained_per_s" in row][-1],
+        own=own,
+        held_out=held_out,
     )
     path = folder / CARD
     path.write_text(text, encoding="utf-8")
