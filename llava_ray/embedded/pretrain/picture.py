@@ -15,14 +15,12 @@ WIDTH = 44
 
 def draw_readings(folder: Path, out: Path, assets: Path | None = None) -> Path:
     """Write a PNG of scenes in a grid, each with the model's greedy answer."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     loaded = load_assets("held_out", assets)
     images = [dataset_picture(loaded, SEED, index)[0] for index in range(ROWS * COLUMNS)]
     answers = describe(*load_model(folder), images)
     figure = Figure(figsize=(4 * COLUMNS, 4.3 * ROWS), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(ROWS, COLUMNS).flat
     for axis, image, answer in zip(axes, images, answers, strict=True):
         axis.imshow(image)
