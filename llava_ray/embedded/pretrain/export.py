@@ -11,15 +11,15 @@ from llava_ray.embedded.scene_text import dataset_scene, load_assets
 from llava_ray.models.folder import EMBEDDED
 from llava_ray.models.tensors import copy_sidecars
 
-TOKENIZER_SCENES = 3000
+TOKENIZER_SCENES, TOKENIZER_SEED = 3000, 5
 
 
-def write_tokenizer(folder: Path, seed: int = 5) -> Path:
+def write_tokenizer(folder: Path) -> Path:
     """Choose the tokens from captions of generated scenes; write tokenizer and processor."""
     assets = load_assets("train")
     texts: list[str] = []
     for index in range(TOKENIZER_SCENES):
-        scene, rng = dataset_scene(assets, seed, index)
+        scene, rng = dataset_scene(assets, TOKENIZER_SEED, index)
         texts.append(captions.condensed(scene, rng))
         for question, answer in captions.exchanges(scene, rng):
             texts += [f"USER: {question} ASSISTANT:", answer]
