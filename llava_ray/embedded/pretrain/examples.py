@@ -50,13 +50,12 @@ class Encoder:
 
     def prefix(self) -> list[int]:
         """Return the ids before the image: <s> USER: and a space."""
-        ids: list[int] = self.tokenizer.encode("USER: <image>").ids
+        ids = list(self.tokenizer.encode("USER: <image>").ids)
         return ids[: ids.index(IMAGE_ID)]
 
     def question(self, text: str) -> list[int]:
         """Return the ids from after the image to ASSISTANT:."""
-        ids: list[int] = self.tokenizer.encode(f"\n{text} ASSISTANT:", add_special_tokens=False).ids
-        return ids
+        return list(self.tokenizer.encode(f"\n{text} ASSISTANT:", add_special_tokens=False).ids)
 
     def answer(self, text: str) -> list[int]:
         """Return an answer's ids with </s>."""
@@ -105,11 +104,11 @@ class Examples(IterableDataset[Example]):
 
     BACKGROUNDS = 160
 
-    def __init__(self, assets: Assets, encoder: Encoder, seed: int = 0) -> None:
-        """`seed` counts outside of a DataLoader, whose workers have seeds of their own."""
+    def __init__(self, assets: Assets, encoder: Encoder) -> None:
         self.assets = assets
         self.encoder = encoder
-        self.rng = random.Random(seed)
+        # A DataLoader's workers have seeds of their own.
+        self.rng = random.Random(0)
         # Shared with the worker processes.
         self._progress = multiprocessing.Value("d", 0.0)
         self._backgrounds: dict[tuple[str, int], Image.Image] = {}
@@ -156,10 +155,7 @@ class Examples(IterableDataset[Example]):
         text = scene.signs[-1].text
         transcribing = progress < STAGE_1_SHARE or self.rng.random() < 0.35
         pairs.sort(key=lambda pair: not (text in pair[1] and transcribing == (pair[1][0] == '"')))
-        unique: dict[str, str] = {}
-        for question, answer in pairs:
-            unique.setdefault(question, answer)
-        return list(unique.items())
+        return list(dict.fromkeys(pairs))
 
 
 def _glyph_rows(scene: Scene, glyphs: list[Glyph], offset: tuple[int, int]) -> NDArray[np.uint8]:
