@@ -8,13 +8,6 @@ from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
 from llava_ray.report.findings import Findings
 
-_ORDER = {
-    "speed": ("speed", "size", "fidelity"),
-    "size": ("size", "speed", "fidelity"),
-    "fidelity": ("fidelity", "speed", "size"),
-}
-"""By choose.prefer: the measures that decide, each where those before it are equal."""
-
 
 def decide(
     scorecards: Sequence[Scorecard], failures: Sequence[VariantFailure], config: RunConfig
@@ -39,7 +32,7 @@ def decide(
             raise ConfigError(f"no variant to choose from beside the baseline: {listed}")
         raise ConfigError(f"no variant keeps the limits of choose, loosen one: {listed}")
     prefer = config.choose.prefer
-    winner = min(fitting, key=lambda card: _rank(card, prefer))
+    winner = min(fitting, key=lambda card: (*_ranks(card, prefer).values(), card.slug))
     for card in fitting:
         if card.slug != winner.slug:
             against[card.slug] = _lost(card, winner, prefer)
@@ -84,13 +77,14 @@ def violations(card: Scorecard, config: RunConfig) -> list[str]:
     return found
 
 
-def _rank(card: Scorecard, prefer: str) -> tuple[float | str, ...]:
-    values = {
+def _ranks(card: Scorecard, prefer: str) -> dict[str, float]:
+    """Return what decides, lowest first: each measure where those before it are equal."""
+    ranks = {
         "speed": -card.decode_tokens_per_s.median,
         "size": card.variant_bytes,
         "fidelity": card.kl_divergence.median,
     }
-    return (*(values[measure] for measure in _ORDER[prefer]), card.slug)
+    return {prefer: ranks[prefer]} | ranks
 
 
 def describe(card: Scorecard, prefer: str) -> str:
@@ -103,9 +97,9 @@ def describe(card: Scorecard, prefer: str) -> str:
 
 
 def _lost(card: Scorecard, winner: Scorecard, prefer: str) -> str:
-    ranks = zip(_rank(card, prefer), _rank(winner, prefer), strict=True)
-    for (own, best), measure in zip(ranks, _ORDER[prefer], strict=False):
-        if own != best:
+    best = _ranks(winner, prefer)
+    for measure, rank in _ranks(card, prefer).items():
+        if rank != best[measure]:
             equals = "" if measure == prefer else f" and equals in {prefer}"
             return (
                 f"keeps the limits{equals}, but {describe(card, measure)} "
