@@ -78,19 +78,17 @@ def dataset_picture(
     return degrade(draw(scene)[0], rng), scene, rng
 
 
-def write_scene_text(
-    folder: Path, count: int, seed: int, split: Split = "held_out", assets: Path | None = None
-) -> Path:
+def write_scene_text(folder: Path, count: int, seed: int) -> Path:
     """Render `count` scenes; return the jsonl of `filename`, `caption_condensed` and `words`.
 
     Images are JPEGs in folder/images; file names in the jsonl are relative to that folder.
     Raises ConfigError where word list or fonts are not installed.
     """
-    loaded = load_assets(split, assets)
+    assets = load_assets("held_out")
     (folder / IMAGES).mkdir(parents=True, exist_ok=True)
     rows = []
     for index in range(count):
-        image, scene, rng = dataset_picture(loaded, seed, index)
+        image, scene, rng = dataset_picture(assets, seed, index)
         name = f"scene_{index:05d}.jpg"
         image.save(folder / IMAGES / name, quality=JPEG_QUALITY)
         caption = condensed(scene, rng)
