@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_ray.embedded.captions import DESCRIBE
-from llava_ray.embedded.pretrain.augment import IGNORE, patch_targets, random_affine, warp
+from llava_ray.embedded.pretrain.augment import patch_targets, random_affine, warp
 from llava_ray.embedded.pretrain.checkpoint import save_checkpoint
 from llava_ray.embedded.pretrain.examples import Encoder, Examples
 from llava_ray.embedded.pretrain.export import export_model
@@ -18,6 +18,7 @@ from llava_ray.embedded.pretrain.scores import describe
 from llava_ray.embedded.pretrain.settings import PretrainSettings, parse_settings
 from llava_ray.embedded.scene_text import load_assets
 from llava_ray.errors import ConfigError
+from llava_ray.models.conversation import IGNORE_INDEX
 from llava_ray.models.folder import EMBEDDED
 
 
@@ -74,7 +75,7 @@ def test_patch_targets_follow_the_moved_letters() -> None:
         assert int((targets[:, :3] > 0).sum()) == 2
     plain = patch_targets(glyphs, torch.eye(2, 3)[None], size=224, patch=16)[0]
     assert plain[3 * 14 + 6].tolist() == [34, 35, 0, 0, 1, 2, 3]
-    assert plain[0].tolist() == [0, 0, 0] + [IGNORE] * 4
+    assert plain[0].tolist() == [0, 0, 0] + [IGNORE_INDEX] * 4
 
 
 def test_learns_fixed_pictures_by_heart(examples: Examples) -> None:

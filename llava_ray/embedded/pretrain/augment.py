@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_ray.embedded.pretrain.examples import LETTERS_PER_PATCH
+from llava_ray.models.conversation import IGNORE_INDEX
 from llava_ray.models.images import CLIP_MEAN, CLIP_STD
-
-IGNORE = -100
 
 
 def random_affine(count: int, device: torch.device, generator: torch.Generator) -> Tensor:
@@ -70,7 +69,7 @@ def patch_targets(glyphs: Tensor, maps: Tensor, *, size: int, patch: int) -> Ten
 
     glyphs: uint8 [b, g, 7] as in examples.Example. Returns [b, patches, 7] class ids: three
     letters in reading order (0 for none), then position, sign and the two colours of the first
-    (IGNORE where there is none).
+    (IGNORE_INDEX where there is none).
     """
     count, side = len(glyphs), size // patch
     values = glyphs.long()
@@ -83,7 +82,7 @@ def patch_targets(glyphs: Tensor, maps: Tensor, *, size: int, patch: int) -> Ten
     before = (index[:, :, None] == index[:, None, :]).tril(-1)
     rank = before.sum(-1)
     # One row more than there are patches, for letters that are written nowhere.
-    targets = torch.full((count, side * side + 1, 7), IGNORE, device=glyphs.device)
+    targets = torch.full((count, side * side + 1, 7), IGNORE_INDEX, device=glyphs.device)
     targets[..., :LETTERS_PER_PATCH] = 0
     rows = torch.arange(count, device=glyphs.device)[:, None].expand_as(index)
     spare = torch.full_like(index, side * side)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from llava_ray.embedded.pretrain.augment import IGNORE
 from llava_ray.embedded.pretrain.examples import PROBE_CLASSES, Encoder
+from llava_ray.models.conversation import IGNORE_INDEX
 from llava_ray.models.folder import EMBEDDED
 
 PROBE_SCALES = (1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5)
@@ -131,6 +131,6 @@ def probe_loss(guesses: Tensor, targets: Tensor) -> Tensor:
     total = torch.zeros((), device=guesses.device)
     parts = torch.split(guesses.float(), list(PROBE_CLASSES), dim=-1)
     for scale, part, wanted in zip(PROBE_SCALES, parts, targets.unbind(-1), strict=True):
-        each = F.cross_entropy(part.mT, wanted, ignore_index=IGNORE, reduction="none")
+        each = F.cross_entropy(part.mT, wanted, ignore_index=IGNORE_INDEX, reduction="none")
         total = total + scale * (each * balance).sum()
     return total
