@@ -31,9 +31,6 @@ MATPLOTLIB_FACES = (
 )
 """The others hold mathematical symbols."""
 
-CAPITALS_ONLY = ("AmaticSC",)
-"""Families whose small letters look like capitals, so case cannot be read."""
-
 REFERENCE_SIZE = 64
 
 
@@ -55,8 +52,8 @@ class Face:
 
     @property
     def capitals_only(self) -> bool:
-        """Whether small letters look like capitals."""
-        return self.family in CAPITALS_ONLY
+        """Whether small letters look like capitals, so that case cannot be read."""
+        return self.family == "AmaticSC"
 
     def width(self, text: str, size: float) -> float:
         """Return the width of a line in pixels, kerning left out."""
