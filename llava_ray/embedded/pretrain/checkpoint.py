@@ -1,6 +1,5 @@
 """The checkpoint from which a run goes on, or from which the model is exported."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any]) -> Path:
     path = folder / CHECKPOINT
     temporary = path.with_suffix(".part")
     torch.save({"step": step, **state}, temporary)
-    os.replace(temporary, path)
-    return path
+    return temporary.replace(path)
 
 
 def load_checkpoint(folder: Path, parts: Mapping[str, Any]) -> int:
