@@ -83,10 +83,8 @@ def run(argv: Sequence[str]) -> int:
 
 def _unfinished(client: "JobSubmissionClient", entrypoint: str) -> str | None:
     """Return the job with that entrypoint that waits or runs, if there is one."""
-    for job in client.list_jobs():
-        if job.entrypoint == entrypoint and not job.status.is_terminal():
-            return job.submission_id
-    return None
+    jobs = (job for job in client.list_jobs() if job.entrypoint == entrypoint)
+    return next((job.submission_id for job in jobs if not job.status.is_terminal()), None)
 
 
 async def _follow(client: "JobSubmissionClient", job: str) -> None:
