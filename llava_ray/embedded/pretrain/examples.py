@@ -109,19 +109,15 @@ class Examples(IterableDataset[Example]):
         self.encoder = encoder
         # A DataLoader's workers have seeds of their own.
         self.rng = random.Random(0)
-        # Shared with the worker processes.
-        self._progress = multiprocessing.Value("d", 0.0)
+        # How far the run is, which sets how hard scenes are. Shared with the worker processes.
+        self.progress = multiprocessing.Value("d", 0.0)
         self._backgrounds: dict[tuple[str, int], Image.Image] = {}
-
-    def set_progress(self, share: float) -> None:
-        """Set how far the run is, which sets how hard scenes are, in all workers."""
-        self._progress.value = share
 
     def __iter__(self) -> Iterator[Example]:
         if worker := get_worker_info():
             self.rng = random.Random(worker.seed)
         while True:
-            yield self.make(self._progress.value)
+            yield self.make(self.progress.value)
 
     def make(self, progress: float) -> Example:
         """Render one example."""

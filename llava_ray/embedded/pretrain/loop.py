@@ -124,7 +124,7 @@ class _Run:
             )
         )
         while True:
-            self.examples.set_progress(self.share)
+            self.examples.progress.value = self.share
             batch = [next(chunks) for _ in range(settings.batch_size // chunk)]
             gathered = {
                 name: torch.cat([part[name].to(self.device, non_blocking=True) for part in batch])
