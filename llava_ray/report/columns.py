@@ -18,7 +18,7 @@ class Column:
     title: str
     meaning: str
     cell: Callable[[Row], str]
-    bar: Callable[[Row], float | None] | None = None
+    bar: Callable[[Row], float] | None = None
     """A value from 0 up that is drawn behind the cell, if any."""
 
 
@@ -30,7 +30,7 @@ def make_columns(rows: Sequence[Row]) -> list[Column]:
         Column("Size", size_name,
                "Files of the variant on disk (as estimated from the model's shapes before).",
                lambda r: _beside(r.size_bytes, 1 / size, "est.", r.estimated_bytes),
-               lambda r: r.size_bytes),
+               lambda r: r.size_bytes or 0),
         Column("Size", "bits", "Bits per quantized weight, scales and zeros counted in.",
                lambda r: number(r.bits_per_weight)),
         Column("Size", f"memory {memory_name}",
@@ -38,7 +38,7 @@ def make_columns(rows: Sequence[Row]) -> list[Column]:
                lambda r: number(r.memory_bytes, 1 / memory)),
         Column("Speed", "tok/s", "Decoded tokens per second, one sequence: median (low–high).",
                lambda r: ranged(r.decode_tokens_per_s),
-               lambda r: r.decode_tokens_per_s.median if r.decode_tokens_per_s else None),
+               lambda r: r.decode_tokens_per_s.median if r.decode_tokens_per_s else 0),
         Column("Speed", "bandwidth",
                "Share of the device's measured copy bandwidth that reading the weights takes.",
                lambda r: _percent(r.bandwidth_share)),
@@ -77,9 +77,7 @@ def bar_share(column: Column, row: Row, rows: Sequence[Row]) -> float | None:
     """Return a cell's value as a share of the column's largest."""
     if column.bar is None:
         return None
-    value = column.bar(row)
-    largest = max((column.bar(other) or 0.0 for other in rows), default=0.0)
-    return None if value is None or not largest else value / largest
+    return column.bar(row) / max(map(column.bar, rows))
 
 
 def size_text(size_bytes: float) -> str:
