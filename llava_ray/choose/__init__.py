@@ -7,6 +7,7 @@ from llava_ray.artifacts.records import ChosenVariant, Scorecard, VariantFailure
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.choose.decision import decide
 from llava_ray.config.run import RunConfig
+from llava_ray.report import write_report
 
 
 def run(
@@ -16,8 +17,6 @@ def run(
 
     Raises ConfigError with every variant's reason when none keeps the limits.
     """
-    from llava_ray.report import write_report
-
     findings = decide(scorecards, failures, config)
     store = ArtifactStore(config.storage.uri)
     settings = {

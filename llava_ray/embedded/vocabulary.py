@@ -10,7 +10,9 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from llava_ray.models.folder import EMBEDDED
 
@@ -53,10 +55,8 @@ def choose_pieces(words: Mapping[str, int]) -> list[str]:
     return sorted(pieces[:room], key=len)
 
 
-def train(words: Mapping[str, int]) -> Any:
-    """Return the shipped tokenizers.Tokenizer with its multi-character tokens chosen anew."""
-    from tokenizers.models import BPE
-
+def train(words: Mapping[str, int]) -> Tokenizer:
+    """Return the shipped tokenizer with its multi-character tokens chosen anew."""
     pieces = choose_pieces(words)
     tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *CHARACTERS, *pieces]
     tokenizer = load()
@@ -71,10 +71,8 @@ def train(words: Mapping[str, int]) -> Any:
     return tokenizer
 
 
-def load() -> Any:
-    """Load the shipped tokenizer without transformers: a tokenizers.Tokenizer."""
-    from tokenizers import Tokenizer
-
+def load() -> Tokenizer:
+    """Load the shipped tokenizer without transformers."""
     return Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
 
 

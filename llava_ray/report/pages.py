@@ -4,14 +4,13 @@ import re
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llava_ray.artifacts.records import Scorecard, Variant
 from llava_ray.report import columns as texts
 from llava_ray.report.findings import Origins
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
 
 LIBRARIES = {"none": "transformers", "bnb": "transformers", "awq": "transformers", "gguf": "gguf"}
 
@@ -59,9 +58,7 @@ def escape(text: str) -> str:
 
 
 @cache
-def _templates() -> "Environment":
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+def _templates() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=lambda name: str(name).endswith(".html.j2"),

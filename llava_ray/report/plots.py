@@ -3,15 +3,16 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from llava_ray.artifacts.records import Spread
 from llava_ray.report.columns import unit_of
 from llava_ray.report.rows import Row
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from matplotlib.transforms import Bbox
 
 Points = Sequence[tuple[Row, float, Spread]]
 """Rows with their size, in the axis' unit, and what is drawn over it."""
@@ -72,8 +73,6 @@ def make_plots(rows: Sequence[Row]) -> list[Plot]:
 
 
 def _plot(title: str, unit: str, label: str, points: Points, *, log: bool = False) -> Plot:
-    import matplotlib
-
     style: dict[Any, Any] = {
         "font.size": 11, "svg.fonttype": "none", "svg.hashsalt": title.split()[0].lower(),
         "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
@@ -87,9 +86,7 @@ def _plot(title: str, unit: str, label: str, points: Points, *, log: bool = Fals
     return Plot(title, _themed(svg.getvalue(), title), png.getvalue())
 
 
-def _draw(points: Points, unit: str, label: str, log: bool) -> "Figure":
-    from matplotlib.figure import Figure
-
+def _draw(points: Points, unit: str, label: str, log: bool) -> Figure:
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.add_subplot()
     for row, size, spread in points:
@@ -117,11 +114,8 @@ def _draw(points: Points, unit: str, label: str, log: bool) -> "Figure":
     return figure
 
 
-def _label(figure: "Figure", axes: Any, points: Points) -> None:
+def _label(figure: Figure, axes: Any, points: Points) -> None:
     """Write each slug where it covers neither another label nor a point."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.transforms import Bbox
-
     FigureCanvasAgg(figure)
     figure.draw_without_rendering()
     inside = axes.bbox.expanded(1.04, 1.02)
@@ -143,7 +137,7 @@ def _label(figure: "Figure", axes: Any, points: Points) -> None:
         taken.append(_moved(text, away, *_PLACES[clashes.index(min(clashes))]))
 
 
-def _moved(text: Any, away: float, dx: float, dy: float) -> "Bbox":
+def _moved(text: Any, away: float, dx: float, dy: float) -> Bbox:
     """Put an annotation so many points from its point, on that side of it; return its box."""
     side = "left" if dx > 0 else "right" if dx < 0 else "center"
     text.set(position=(away * dx, away * dy), ha=side)

@@ -3,6 +3,8 @@
 import textwrap
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from llava_ray.embedded.pretrain.scores import describe, load_model
 from llava_ray.embedded.scene_text import dataset_picture, load_assets
 
@@ -15,8 +17,6 @@ WIDTH = 44
 
 def draw_readings(folder: Path, out: Path, assets: Path | None = None) -> Path:
     """Write a PNG of scenes in a grid, each with the model's greedy answer."""
-    from matplotlib.figure import Figure
-
     loaded = load_assets("held_out", assets)
     images = [dataset_picture(loaded, SEED, index)[0] for index in range(ROWS * COLUMNS)]
     answers = describe(*load_model(folder), images)
