@@ -23,7 +23,7 @@ def run(action: str, settings: PretrainSettings) -> Path:
 
     Raises ConfigError for what the action needs and does not find.
     """
-    # Each branch imports for itself: most actions need no torch.
+    # Each branch imports for itself: card and pack need no torch.
     match action:
         case "pack":
             from llava_ray.embedded.scene_text import pack_assets
