@@ -20,15 +20,8 @@ import llava_ray
 from llava_ray.artifacts.storage import cache_folder
 from llava_ray.errors import VariantError
 
-_SIGNALS = {
-    "Segmentation fault": signal.SIGSEGV,
-    "Aborted": signal.SIGABRT,
-    "Illegal instruction": signal.SIGILL,
-    "Bus error": signal.SIGBUS,
-    "Floating-point exception": signal.SIGFPE,
-    "Floating point exception": signal.SIGFPE,
-}
-"""Signals by the words that faulthandler has for them."""
+_FAULTS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGBUS, signal.SIGFPE)
+"""Signals by which the system ends a process for what its own code did."""
 _FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 _COMPILE = (
     f"'{sys.executable} -m pip install --no-cache-dir --force-reinstall --no-deps llama-cpp-python'"
@@ -57,7 +50,7 @@ class Crash:
     @property
     def is_fault(self) -> bool:
         """Whether the process's own code is to blame, not one who ended it or a lack of memory."""
-        return self.signal in {number.name for number in _SIGNALS.values()}
+        return self.signal in {number.name for number in _FAULTS}
 
     def _cure(self) -> str:
         if self.signal == "SIGKILL":
@@ -90,7 +83,7 @@ def crash_recorded(name: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     faulthandler.disable()  # Else it would not put its own handlers over those below again.
     if threading.current_thread() is threading.main_thread():
-        for number in set(_SIGNALS.values()):
+        for number in _FAULTS:
             signal.signal(number, signal.SIG_DFL)
     with path.open("w", encoding="utf-8") as stack:
         faulthandler.enable(stack)
@@ -101,14 +94,15 @@ def crash_recorded(name: str) -> Iterator[None]:
     path.unlink(missing_ok=True)
 
 
-def read_crash(path: Path, number: int | None = None) -> Crash | None:
-    """Read what a dead process left; None where it left nothing and no signal number is known."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    words = re.search(r"^Fatal Python error: (.+)$", text, re.MULTILINE)
-    if number is None:
-        number = _SIGNALS.get(words[1].strip()) if words else None
-    if number is None:
+def read_crash(path: Path, exit_code: int) -> Crash | None:
+    """Read what a dead process left; None where no signal ended it.
+
+    exit_code: as subprocess has it, -N where signal N did.
+    """
+    if exit_code >= 0:
         return None
+    number = -exit_code
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     threads = re.split(r"^(?=Thread |Current thread )", text, flags=re.MULTILINE)
     current = next((part for part in threads if part.startswith("Current")), "")
     # A thread of native code's own has no Python frame; the main thread, listed last, does.
@@ -148,8 +142,8 @@ def run_child(
         stdout = subprocess.PIPE if capture else None
         done = subprocess.run(command, stdout=stdout, stderr=stderr, env=environment, text=True)
     printed = done.stdout or ""
-    if done.returncode < 0:
-        return printed, read_crash(path, -done.returncode)
+    if crash := read_crash(path, done.returncode):
+        return printed, crash
     said = last_line(path.read_text(encoding="utf-8", errors="replace"))
     path.unlink()
     if done.returncode:

@@ -78,7 +78,7 @@ class Forked(Generic[T]):
 
     def _death(self) -> str:
         code = self._process.exitcode or 0
-        crash = read_crash(crash_file(self._name), -code) if code < 0 else None
+        crash = read_crash(crash_file(self._name), code)
         return crash.describe() if crash else f"its process ended with exit code {code}"
 
 

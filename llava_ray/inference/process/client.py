@@ -240,7 +240,7 @@ class _Life:
         if self._end:
             return self._end
         path = crash_file(f"{self._name}-{self.process.pid}")
-        crash = read_crash(path, -code) if code < 0 else None
+        crash = read_crash(path, code)
         if not crash or not crash.is_fault:
             path.unlink(missing_ok=True)
         return crash.describe() if crash else f"its process ended with exit code {code}"
