@@ -99,17 +99,10 @@ class ArtifactStore:
         text = self.storage.read_text(f"{record_type.kind}/{artifact_id}/{MANIFEST}")
         return None if text is None else _parse(record_type, text, artifact_id)
 
-    def find_all(self, record_type: type[R], prefix: str) -> list[R]:
-        """Return the finished artifacts whose ids go on after `<prefix>-`; raises as `find`."""
+    def find_all(self, record_type: type[R], prefix: str = "") -> list[R]:
+        """Return the finished artifacts of a kind whose ids begin so, newest last; as `find`."""
         names = self.storage.list_folders(record_type.kind)
-        found = (self.find(record_type, n) for n in names if n.startswith(f"{prefix}-"))
-        return [record for record in found if record is not None]
-
-    def latest(self, record_type: type[R]) -> list[R]:
-        """Return all finished artifacts of a kind, newest last; for people, never for stages."""
-        found = (
-            self.find(record_type, name) for name in self.storage.list_folders(record_type.kind)
-        )
+        found = (self.find(record_type, name) for name in names if name.startswith(prefix))
         return sorted((r for r in found if r is not None), key=lambda r: r.created)
 
     def everything(self) -> list[Record]:

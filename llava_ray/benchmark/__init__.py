@@ -54,9 +54,9 @@ def run(
     for variant in variants:
         if isinstance(variant, VariantFailure):
             results[variant.slug] = variant
-        elif card := _found(
-            plan, store.find_all(Scorecard, scorecard_prefix(plan, variant, baseline, dataset))
-        ):
+            continue
+        prefix = scorecard_prefix(plan, variant, baseline, dataset)
+        if card := _found(plan, store.find_all(Scorecard, f"{prefix}-")):
             results[variant.slug] = card
         else:
             missing.append(variant)

@@ -62,7 +62,7 @@ def find_origins(findings: Findings) -> Origins:
     store = ArtifactStore(findings.config.storage.uri)
     parents = variants[findings.winner.slug].parents
     merged = (store.find(MergedModel, name) for name in parents if name.startswith("merged-"))
-    runs = [run for run in store.latest(QuantizationRun) if set(run.parents) & set(parents)]
+    runs = [run for run in store.find_all(QuantizationRun) if set(run.parents) & set(parents)]
     return Origins(
         dataset=read_record(DatasetRecord, findings.winner.dataset_uri),
         variants=variants,

@@ -61,7 +61,7 @@ def collect(uris: Sequence[str], out: Path, note: str = "", kept_ids: Collection
     report: dict[str, Any] = {}
     for store in map(ArtifactStore, uris):
         for record_type, (stage, fields) in _STAGES.items():
-            for record in store.latest(record_type):
+            for record in store.find_all(record_type):
                 rows.append(_row(stage, record, fields))
                 if isinstance(record, ChosenVariant):
                     text = store.storage.read_text(f"{record.kind}/{record.id}/report.json")

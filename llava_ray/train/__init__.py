@@ -109,7 +109,7 @@ def _resumed(
     return next(
         (
             record
-            for record in store.latest(AdapterCheckpoint)
+            for record in store.find_all(AdapterCheckpoint)
             if record.parents == (dataset.id,)
             and record.code_revision == REVISIONS[AdapterCheckpoint.kind]
             and rest(record.settings) == rest(settings)

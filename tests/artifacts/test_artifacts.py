@@ -45,7 +45,7 @@ def test_a_finished_artifact_is_found_again(store: ArtifactStore) -> None:
     record = make(store)
     assert store.find(DatasetRecord, "dataset-1") == record
     assert read_record(DatasetRecord, record.uri) == record
-    assert store.latest(DatasetRecord) == [record]
+    assert store.find_all(DatasetRecord) == [record]
     assert record.size_bytes == 5
     assert (local_folder(record) / "images" / "a.txt").read_text() == "hello"
 

@@ -284,11 +284,11 @@ def _failed_parts(storage: Path) -> tuple[str, ...]:
     store = ArtifactStore(str(storage))
     failed = [
         f"trial {trial.number}: {trial.error}"
-        for sweep in store.latest(SweepResult)
+        for sweep in store.find_all(SweepResult)
         for trial in sweep.trials
         if trial.status == "failed"
     ]
-    for quantization in store.latest(QuantizationRun)[-1:]:
+    for quantization in store.find_all(QuantizationRun)[-1:]:
         failed += [f"{failure.slug}: {failure.reason}" for failure in quantization.failures]
     return tuple(failed)
 

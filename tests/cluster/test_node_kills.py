@@ -113,7 +113,7 @@ def test_a_lost_node_is_replaced_and_the_line_goes_on(
     for record in store.everything():
         verify(record, Path(record.uri))
     if job == "pipeline":
-        assert len(store.latest(Variant)) == len(store.latest(Scorecard)) == 2
+        assert len(store.find_all(Variant)) == len(store.find_all(Scorecard)) == 2
         command = "LLAVA_RAY_SLOW=1 python -m pytest -n 0 tests/cluster/test_node_kills.py"
         tree = {"command": command, "node_comes_after_s": COMES_AFTER_S, "pipeline_s": wall_s}
         tree["kills"] = kills

@@ -88,7 +88,7 @@ def test_variants_are_made_once_and_timed(
         assert 0 < record.quantize_s <= record.wall_s
         assert record.peak_memory_bytes > 50e6
     assert "3 variants in" in caplog.text
-    (timing,) = store.latest(QuantizationRun)
+    (timing,) = store.find_all(QuantizationRun)
     assert timing.variant_wall_s == {record.slug: record.wall_s for record in made}
     assert timing.sum_s == pytest.approx(sum(record.wall_s for record in made))
     assert run("bnb-nf4", "hqq-w4-g64") == made
@@ -105,7 +105,7 @@ def test_failures_are_recorded_and_tried_again(
         good, bad = run("bnb-nf4")
     assert isinstance(good, Variant)
     assert bad == VariantFailure(slug="bnb-nf4", reason="variant 'bnb-nf4': shapes do not fit")
-    (timing,) = store.latest(QuantizationRun)
+    (timing,) = store.find_all(QuantizationRun)
     assert timing.failures == (bad,)
     assert not list((Path(store.storage.uri) / ".staging").iterdir())
     same, now_good = run("bnb-nf4")

@@ -145,7 +145,7 @@ def test_a_second_call_finds_the_first(storage: Path, chosen: ChosenVariant) -> 
     from llava_ray.artifacts.records import Scorecard
     from llava_ray.artifacts.store import ArtifactStore
 
-    cards = ArtifactStore(str(storage)).latest(Scorecard)
+    cards = ArtifactStore(str(storage)).find_all(Scorecard)
     assert choose.run(make_config(storage), cards, list(FAILURES)) == chosen
 
 

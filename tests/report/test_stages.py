@@ -23,7 +23,7 @@ def test_stages_and_the_report_are_gathered(tmp_path: Path) -> None:
     assert tree["winner"] == chosen.slug
     assert tree["code_digest"] == code_digest("llava_7b_h100")
     variants = {row["id"]: row for row in tree["stages"] if row["stage"] == "variant"}
-    records = ArtifactStore(str(storage)).latest(Variant)
+    records = ArtifactStore(str(storage)).find_all(Variant)
     assert {row.id for row in records} == set(variants)
     for record in records:
         assert variants[record.id]["size_bytes"] == record.size_bytes

@@ -66,7 +66,7 @@ def in_own_process(root: Path, seed: int, *overrides: str) -> "subprocess.Popen[
 
 
 def last_result(root: Path) -> SweepResult:
-    return ArtifactStore(str(root / "store")).latest(SweepResult)[-1]
+    return ArtifactStore(str(root / "store")).find_all(SweepResult)[-1]
 
 
 def finished_trials(root: Path) -> list[str]:
