@@ -6,7 +6,7 @@ python jobs/artifacts.py --unneeded --delete --dry-run
 python jobs/artifacts.py --unneeded --delete
 """
 
-from llava_ray.artifacts.inventory import delete, describe, unneeded
+from llava_ray.artifacts.inventory import describe, unneeded
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.cli import argument_parser
 from llava_ray.config.run import load_config
@@ -26,6 +26,6 @@ if __name__ == "__main__":
             records = unneeded(records)
         print("\n".join(describe(records)) or f"nothing at {store.storage.uri}")
         if arguments.delete and not arguments.dry_run:
-            print(f"{delete(store, records) / 1e6:.1f} MB deleted")
+            print(f"{store.delete(records) / 1e6:.1f} MB deleted")
     except LlavaRayError as error:
         fail(error)

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from llava_ray import benchmark, choose, deploy, merge, prepare, quantize, sweep, train
-from llava_ray.artifacts.inventory import delete, made_from
+from llava_ray.artifacts.inventory import made_from
 from llava_ray.artifacts.records import (
     AdapterCheckpoint,
     ChosenVariant,
@@ -106,5 +106,5 @@ def _delete_older(config: RunConfig, result: object) -> list[Record]:
         store = ArtifactStore(config.storage.uri)
         older = made_from(store.everything(), older)
         logger.info("storage.force: deletes %s", ", ".join(record.id for record in older))
-        delete(store, older)
+        store.delete(older)
     return older

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llava_ray.artifacts.records import ChosenVariant, Record, SweepResult
-from llava_ray.artifacts.store import ArtifactStore
 
 _SHOWN = 60
 """Characters of a value that are shown."""
@@ -82,10 +81,3 @@ def made_from(records: Sequence[Record], roots: Sequence[Record]) -> list[Record
         if not found.keys().isdisjoint(record.parents):
             found[record.id] = record
     return list(found.values())
-
-
-def delete(store: ArtifactStore, records: Sequence[Record]) -> int:
-    """Delete artifacts, those first that were made last; return their bytes."""
-    for record in reversed(records):
-        store.delete(record)
-    return sum(record.size_bytes for record in records)

@@ -118,11 +118,14 @@ class ArtifactStore:
                 found += [record] if record else []
         return sorted(found, key=lambda record: record.created)
 
-    def delete(self, record: Record) -> None:
-        """Delete an artifact; its manifest goes first, so that nobody finds the rest."""
-        folder = f"{record.kind}/{record.id}"
-        self.storage.remove(f"{folder}/{MANIFEST}")
-        self.storage.remove(folder)
+    def delete(self, records: Sequence[Record]) -> int:
+        """Delete artifacts, those first that were made last; return their bytes."""
+        for record in reversed(records):
+            folder = f"{record.kind}/{record.id}"
+            # The manifest goes first, so that nobody finds the rest.
+            self.storage.remove(f"{folder}/{MANIFEST}")
+            self.storage.remove(folder)
+        return sum(record.size_bytes for record in records)
 
     @contextmanager
     def build(

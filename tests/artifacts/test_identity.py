@@ -11,7 +11,7 @@ import pytest
 from llava_ray import pipeline
 from llava_ray.artifacts import identity
 from llava_ray.artifacts.identity import DIGESTS, artifact_id, today, versions
-from llava_ray.artifacts.inventory import delete, describe, differences, unneeded
+from llava_ray.artifacts.inventory import describe, differences, unneeded
 from llava_ray.artifacts.records import AdapterCheckpoint, ChosenVariant, MergedModel, Record
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import RunConfig, changed
@@ -176,6 +176,6 @@ def test_the_inventory_says_why_and_what_can_go(tmp_path: Path) -> None:
     assert gone == first
     # Where nothing was chosen yet, a line is under way.
     assert not unneeded([record for record in records if record.kind != "chosen"])
-    assert delete(store, [gone]) == 1000
+    assert store.delete([gone]) == 1000
     assert store.find(MergedModel, first.id) is None and store.find(MergedModel, second.id)
     assert not (tmp_path / "merged" / first.id).exists()

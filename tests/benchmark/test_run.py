@@ -106,7 +106,7 @@ def test_another_device_measures_anew_and_a_name_decides_among_several(
     ):
         run()
     # Where it is not known which node will come, what there is counts; else today's is measured.
-    store.delete(ours)
+    store.delete([ours])
     assert run() == other
     anew = run(node_types="up")
     assert anew.id == ours.id and anew.created >= ours.created
