@@ -13,11 +13,12 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from llava_ray.artifacts.faults import disk_errors
 from llava_ray.artifacts.storage import cache_folder, check_writable
@@ -237,16 +238,11 @@ def _answer(head: Head) -> int | None:
     """Return the HTTP status of the head's job API asked with its token, None for no answer."""
     try:
         token = Path(head.token_path).read_text(encoding="utf-8").strip()
-        request = urllib.request.Request(
-            f"{head.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token}"}
-        )
-        # Without proxies: a proxy of the environment does not know this machine's loopback.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=5) as response:
-            return int(response.status)
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError:
+        # Not by urllib: a proxy of the environment does not know this machine's loopback.
+        with closing(HTTPConnection(urlsplit(head.dashboard).netloc, timeout=5)) as connection:
+            connection.request("GET", "/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+            return connection.getresponse().status
+    except (OSError, HTTPException):
         return None
 
 
