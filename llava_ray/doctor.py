@@ -87,7 +87,7 @@ def _serving(config: RunConfig) -> Iterator[str]:
 
 
 def _authentication(cluster: Cluster) -> Iterator[str]:
-    if cluster.kuberay:
+    if cluster.spec is not None:
         mode = (cluster.spec.get("authOptions") or {}).get("mode")
         if mode != "token":
             yield f"authOptions.mode is {mode!r}: set it to token"
@@ -101,7 +101,7 @@ def _authentication(cluster: Cluster) -> Iterator[str]:
 
 
 def _open_ports(cluster: Cluster) -> Iterator[str]:
-    if cluster.kuberay:
+    if cluster.spec is not None:
         head = cluster.spec["headGroupSpec"]
         kind = head.get("serviceType", "ClusterIP")
         if kind != "ClusterIP":
@@ -141,7 +141,7 @@ def _versions(cluster: Cluster) -> Iterator[str]:
             image = re.fullmatch(rf"(?:\S+/)?{re.escape(name)}:(\S+)", text)
             if image and image[1].partition("-")[0] != wanted:
                 yield f"image {text}: this environment has {name.rpartition('/')[2]} {wanted}"
-    if cluster.kuberay and cluster.spec.get("rayVersion") != ray.__version__:
+    if cluster.spec is not None and cluster.spec.get("rayVersion") != ray.__version__:
         yield f"rayVersion {cluster.spec.get('rayVersion')!r}: this environment has " + (
             ray.__version__
         )
@@ -213,7 +213,7 @@ def _env_vars(tree: Any) -> Iterator[str]:
 
 def _secret_means(cluster: Cluster, config: RunConfig) -> Iterator[str]:
     key = config.serve.api_key_env
-    if cluster.kuberay:
+    if cluster.spec is not None:
         yield (
             f"{key} and HF_TOKEN reach pods from the Secret llava-ray-env: kubectl create secret "
             f"generic llava-ray-env --from-literal={key}=... --from-literal=HF_TOKEN=..."

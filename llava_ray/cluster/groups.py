@@ -1,7 +1,7 @@
 """Node groups of a cluster YAML: what a node of each has, how many there can be, on what market."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,15 +33,11 @@ class Cluster:
     """A cluster YAML, of Ray's launcher or of KubeRay."""
 
     tree: Tree
-    kuberay: bool
+    spec: Tree | None
+    """The RayCluster's spec, for KubeRay."""
     head: NodeGroup | None
     """None where Ray finds out by itself what the head has (provider local)."""
     workers: tuple[NodeGroup, ...]
-
-    @property
-    def spec(self) -> Tree:
-        """The RayCluster's spec, for KubeRay."""
-        return ray_cluster_spec(self.tree)
 
 
 def read_groups(path: Path) -> Cluster:
@@ -59,12 +55,13 @@ def read_groups(path: Path) -> Cluster:
 def _read_groups(path: Path) -> Cluster:
     tree = _read_manifest(path)
     if tree is not None:
-        groups = [_pod_group(g) for g in ray_cluster_spec(tree).get("workerGroupSpecs") or ()]
-        head = _pod_group({"groupName": "head", **ray_cluster_spec(tree)["headGroupSpec"]})
-        return Cluster(tree, True, head, tuple(groups))
+        spec = ray_cluster_spec(tree)
+        groups = [_pod_group(group) for group in spec.get("workerGroupSpecs") or ()]
+        head = _pod_group({"groupName": "head", **spec["headGroupSpec"]})
+        return Cluster(tree, spec, head, tuple(groups))
     tree = read_cluster(path)
     if tree["provider"]["type"] == "local":
-        return Cluster(tree, False, None, ())
+        return Cluster(tree, None, None, ())
     types = tree.get("available_node_types") or {}
     head_name = str(tree.get("head_node_type"))
     if head_name not in types:
@@ -76,7 +73,7 @@ def _read_groups(path: Path) -> Cluster:
         _node_group(name, node, max_workers) for name, node in types.items() if name != head_name
     ]
     head = _node_group(head_name, types[head_name], 1)
-    return Cluster(tree, False, head, tuple(groups))
+    return Cluster(tree, None, head, tuple(groups))
 
 
 def node_types(cluster: Cluster) -> Literal["up"] | tuple[NodeTypeConfig, ...]:
@@ -90,13 +87,7 @@ def node_types(cluster: Cluster) -> Literal["up"] | tuple[NodeTypeConfig, ...]:
     for group in sorted(cluster.workers, key=lambda group: group.type.max_count):
         most[group.type.each] = group.type
     return tuple(
-        NodeTypeConfig(
-            name=found.name,
-            num_cpus=each.num_cpus,
-            num_gpus=each.num_gpus,
-            memory_bytes=each.memory_bytes,
-            max_count=found.max_count,
-        )
+        NodeTypeConfig(name=found.name, max_count=found.max_count, **asdict(each))
         for each, found in most.items()
         if found.max_count
     )
