@@ -17,16 +17,15 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
+
+import psutil
 
 from llava_ray.artifacts.faults import disk_errors
 from llava_ray.artifacts.storage import cache_folder, check_writable
 from llava_ray.cluster.schema import read_cluster
 from llava_ray.errors import ConfigError, ResourceError
-
-if TYPE_CHECKING:
-    import psutil
 
 logger = logging.getLogger(__name__)
 
@@ -129,19 +128,14 @@ def running(path: Path) -> Head | None:
     return head if _answer(head) == 200 else None
 
 
-def processes_of(cluster_id: str) -> list["psutil.Process"]:
+def processes_of(cluster_id: str) -> list[psutil.Process]:
     """Return the live processes that a head started, itself included."""
-    import psutil
-
-    found = []
-    for process in psutil.process_iter():
-        try:
-            alive = process.status() != psutil.STATUS_ZOMBIE
-            if alive and process.environ().get(MARK) == cluster_id:
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
+    return [
+        process
+        for process in psutil.process_iter(["status", "environ"])
+        if process.info["status"] != psutil.STATUS_ZOMBIE
+        and (process.info["environ"] or {}).get(MARK) == cluster_id
+    ]
 
 
 def _commands(path: Path, tree: dict[str, Any]) -> list[str]:
@@ -248,8 +242,6 @@ def _answer(head: Head) -> int | None:
 
 def stop(head: Head) -> int:
     """End all processes that carry the head's mark; return how many that were."""
-    import psutil
-
     stopped: set[int] = set()
     deadline = time.monotonic() + STOP_TIMEOUT_S
     # Again until none is left: a raylet may start a worker while it is being stopped.
