@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from llava_ray import benchmark, merge, quantize
 from llava_ray.artifacts.records import DatasetRecord, VariantFailure
 from llava_ray.artifacts.storage import Storage
-from llava_ray.config.run import RunConfig
+from llava_ray.config.run import RunConfig, changed
 from llava_ray.errors import DataError, VariantError
 from llava_ray.quantize.registry import spec_for
 from llava_ray.sweep.objective import Objective
@@ -34,12 +34,8 @@ def score_trial(config: RunConfig, dataset: DatasetRecord, checkpoint: str, step
     # In the sweep's own folder, with which it goes where this process is killed.
     sweep = checkpoint.rpartition("/trials/")[0].rpartition("/")[2] or "scores"
     storage = Storage(f"{config.storage.uri.rstrip('/')}/work/{sweep}/score-{name}")
-    apart = config.model_copy(
-        update={
-            "storage": config.storage.model_copy(update={"uri": storage.uri}),
-            "quantize": config.quantize.model_copy(update={"variants": (slug,)}),
-        }
-    )
+    variants, baseline = {"variants": (slug,)}, {"baseline": slug}
+    apart = changed(config, storage={"uri": storage.uri}, quantize=variants, benchmark=baseline)
     try:
         adapter = seal_midway(apart, dataset, checkpoint, step)
         (variant,) = quantize.run(apart, merge.run(apart, adapter), dataset)
