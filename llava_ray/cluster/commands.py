@@ -24,15 +24,15 @@ COMMANDS = {
 
 def main(argv: Sequence[str]) -> None:
     """Run one of COMMANDS; an expected failure is one line on stderr and exit code 2."""
-    if argv[0] == "submit":
-        _submit(argv[1:])
     parser = argparse.ArgumentParser(prog=f"llava-ray {argv[0]}", description=COMMANDS[argv[0]])
     parser.add_argument(
         "yaml", type=Path, nargs="?", default=shipped("cluster/local.yaml"),
         help="a cluster YAML whose head is this machine; default: %(default)s",
     )  # fmt: skip
-    path = parser.parse_args(argv[1:]).yaml
     try:
+        if argv[0] == "submit":
+            _submit(argv[1:])
+        path = parser.parse_args(argv[1:]).yaml
         {"up": _up, "down": _down, "status": _status, "env": _env}[argv[0]](path)
     except LlavaRayError as error:
         fail(error)
@@ -51,10 +51,7 @@ def _submit(argv: Sequence[str]) -> NoReturn:
     # Imported here: the other commands need none of what it knows.
     from llava_ray.doctor import check_job
 
-    try:
-        check_job(given.working_dir.absolute(), given.runtime_env)
-    except LlavaRayError as error:
-        fail(error)
+    check_job(given.working_dir.absolute(), given.runtime_env)
     ray = Path(sys.executable).with_name("ray")
     travels = ["--working-dir", given.working_dir, "--runtime-env", given.runtime_env]
     os.execv(ray, [str(part) for part in (ray, "job", "submit", *travels, "--", *given.entrypoint)])
