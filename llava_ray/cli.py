@@ -40,11 +40,9 @@ _ON_THIS_MACHINE = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command of `llava-ray`; an expected failure is one line and exit code 2."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    scripts = _scripts("jobs")
     if name == "bench":
-        benches = _scripts("jobs/bench")
         bench, *rest = rest or ["--help"]
-        _run_script(f"bench {bench}", benches.get(bench), rest, benches)
+        _run_script("bench", bench, rest)
     elif name == "quickstart":
         from llava_ray.quickstart import run
 
@@ -55,24 +53,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif name in commands.COMMANDS:
         commands.main([name, *rest])
     else:
-        _run_script(name, scripts.get(name), rest, scripts)
+        _run_script("", name, rest)
 
 
-def _scripts(folder: str) -> dict[str, Path]:
-    return {path.stem: path for path in sorted(shipped(folder).glob("*.py"))}
-
-
-def _run_script(
-    name: str, script: Path | None, arguments: Sequence[str], scripts: dict[str, Path]
-) -> None:
+def _run_script(group: str, command: str, arguments: Sequence[str]) -> None:
     """Run a script of jobs/ as if by its path; without one, list those that there are."""
-    if script is not None:
+    scripts = {path.stem: path for path in sorted(shipped(f"jobs/{group}").glob("*.py"))}
+    name = f"{group} {command}".lstrip()
+    if script := scripts.get(command):
         sys.argv = [f"llava-ray {name}", *arguments]
         # Not by runpy, which would put the script's path in the place of the command's name.
         code = compile(script.read_text("utf-8"), str(script), "exec")
         exec(code, {"__name__": "__main__", "__file__": str(script)})
         return
-    group, _, command = name.rpartition(" ")
     known = {
         key: (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
         for key, path in scripts.items()
