@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -260,13 +260,10 @@ def stop(head: Head) -> int:
 def token_file(folder: Path) -> Path:
     """Return the file with the cluster's token, made once and readable by its owner alone."""
     path = folder / "auth_token"
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        path.chmod(0o600)
-        return path
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(secrets.token_hex(32))
+    with suppress(FileExistsError):
+        path.touch(0o600, exist_ok=False)
+        path.write_text(secrets.token_hex(32), encoding="utf-8")
+    path.chmod(0o600)
     return path
 
 
