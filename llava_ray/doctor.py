@@ -141,10 +141,8 @@ def _versions(cluster: Cluster) -> Iterator[str]:
             image = re.fullmatch(rf"(?:\S+/)?{re.escape(name)}:(\S+)", text)
             if image and image[1].partition("-")[0] != wanted:
                 yield f"image {text}: this environment has {name.rpartition('/')[2]} {wanted}"
-    if cluster.spec is not None and cluster.spec.get("rayVersion") != ray.__version__:
-        yield f"rayVersion {cluster.spec.get('rayVersion')!r}: this environment has " + (
-            ray.__version__
-        )
+    if cluster.spec is not None and (named := cluster.spec.get("rayVersion")) != ray.__version__:
+        yield f"rayVersion {named!r}: this environment has {ray.__version__}"
 
 
 def _driver(cluster: Cluster) -> Iterator[str]:
