@@ -106,15 +106,13 @@ def _source(config: RunConfig) -> str:
 
 
 def _part(source: str) -> str:
-    if "://" in source:
-        return f"size unknown: {source} is read when the stage starts"
     if source == SCENE_TEXT:
         return "scenes are drawn on it, nothing is downloaded"
     path = Path(source).expanduser()
     if path.is_file():
         size = path.stat().st_size / 1e6
         return f"{path} has {size:,.1f} MB, and the size of its images is unknown"
-    if path.suffix in readers():
+    if path.suffix in readers() and "://" not in source:
         return f"size unknown: {path} is not on this machine"
     return f"size unknown: {source} is read when the stage starts"
 
