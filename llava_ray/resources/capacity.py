@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -178,9 +179,8 @@ def _warn_of_waiting(key: str) -> None:
     )
 
 
-def _taken_by_replicas() -> list[tuple[str, dict[str, float]]]:
-    """Return the node and the resources of each replica of Ray Serve."""
-    found = []
+def _taken_by_replicas() -> Iterator[tuple[str | None, dict[str, float]]]:
+    """Yield the resources of each replica of Ray Serve, and its node where it has one."""
     for application in serve_details().get("applications", {}).values():
         for deployment in application["deployments"].values():
             options = deployment["deployment_config"]["ray_actor_options"]
@@ -189,12 +189,8 @@ def _taken_by_replicas() -> list[tuple[str, dict[str, float]]]:
                 "GPU": float(options.get("num_gpus") or 0),
                 "memory": float(options.get("memory") or 0),
             }
-            found += [
-                (replica["node_id"], resources)
-                for replica in deployment["replicas"]
-                if replica["node_id"]
-            ]
-    return found
+            for replica in deployment["replicas"]:
+                yield replica["node_id"], resources
 
 
 def serve_details() -> dict[str, Any]:
