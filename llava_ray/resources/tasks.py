@@ -36,11 +36,10 @@ class Task(Generic[T]):
         """Hand it to Ray; return a generator that gives a _Runs once it runs, then its result."""
         import ray
 
-        options: Any = {
-            **self.resources.options(), "name": self.name, "max_retries": 1,
-            "num_returns": "streaming",
-        }  # fmt: skip
-        remote: Any = ray.remote(_announced).options(**options)
+        remote: Any = ray.remote(_announced)
+        remote = remote.options(
+            **self.resources.options(), name=self.name, max_retries=1, num_returns="streaming"
+        )
         name = f"{self.name} {secrets.token_hex(4)}"
         return remote.remote(self.entry, name, self.work, *self.arguments)
 
