@@ -14,14 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from llava_ray.config.section import Count as Count
-from llava_ray.config.section import Integer as Integer
-from llava_ray.config.section import Natural as Natural
-from llava_ray.config.section import NotNegative as NotNegative
-from llava_ray.config.section import Number as Number
-from llava_ray.config.section import Positive as Positive
-from llava_ray.config.section import Section as Section
-from llava_ray.config.section import Share as Share
+from llava_ray.config.section import Count, Integer, Natural, NotNegative, Positive, Section, Share
 from llava_ray.config.train import TrainConfig as TrainConfig
 from llava_ray.errors import ConfigError
 from llava_ray.shipped import or_shipped
@@ -215,7 +208,7 @@ class EndpointConfig(Section):
     """Requests that wait in a replica; more are refused with 429."""
     max_new_tokens: Count = Field(default=1024)
     request_timeout_s: Positive = Field(default=120)
-    step_timeout_s: Number = Field(default=120, ge=1)
+    step_timeout_s: Positive = Field(default=120, ge=1)
     """An engine that takes no step for so long is started again."""
     max_images: Count = Field(default=8)
     """Of one request, as far as the context goes."""

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llava_ray.config.run import Count, EndpointConfig, Natural, NotNegative, Section, Share
+from llava_ray.config.run import EndpointConfig
+from llava_ray.config.section import Count, Natural, NotNegative, Section, Share
 
 
 class ModelArgs(Section):
