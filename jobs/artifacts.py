@@ -10,8 +10,7 @@ from llava_ray.artifacts.inventory import describe, unneeded
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.cli import argument_parser
 from llava_ray.config.run import load_config
-from llava_ray.console import fail, set_up_logging
-from llava_ray.errors import LlavaRayError
+from llava_ray.console import errors_in_one_line, set_up_logging
 
 if __name__ == "__main__":
     parser = argument_parser(__doc__)
@@ -19,7 +18,7 @@ if __name__ == "__main__":
     parser.add_argument("--delete", action="store_true", help="delete what --unneeded lists")
     arguments = parser.parse_intermixed_args()
     set_up_logging()
-    try:
+    with errors_in_one_line():
         store = ArtifactStore(load_config(arguments.config, arguments.overrides).storage.uri)
         records = store.everything()
         if arguments.unneeded or arguments.delete:
@@ -27,5 +26,3 @@ if __name__ == "__main__":
         print("\n".join(describe(records)) or f"nothing at {store.storage.uri}")
         if arguments.delete and not arguments.dry_run:
             print(f"{store.delete(records) / 1e6:.1f} MB deleted")
-    except LlavaRayError as error:
-        fail(error)

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_ray.config.run import load_config
-from llava_ray.console import EXIT_USER_ERROR, fail
+from llava_ray.console import EXIT_USER_ERROR, errors_in_one_line
 from llava_ray.doctor import examine
-from llava_ray.errors import LlavaRayError
 from llava_ray.shipped import shipped
 
 
@@ -20,11 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runtime-env", type=Path, default=shipped("jobs/runtime_env.yaml"))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
-    try:
+    with errors_in_one_line():
         config = load_config(args.config, args.overrides)
         findings = examine(args.cluster, config, args.working_dir.absolute(), args.runtime_env)
-    except LlavaRayError as error:
-        fail(error)
     for finding in findings:
         print(f"{'ok ' if not finding.problems else 'BAD'} {finding.check}")
         for line in (*finding.problems, *finding.notes):

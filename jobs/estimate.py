@@ -7,8 +7,7 @@ import argparse
 from pathlib import Path
 
 from llava_ray.config.run import load_config
-from llava_ray.console import fail
-from llava_ray.errors import LlavaRayError
+from llava_ray.console import errors_in_one_line
 from llava_ray.train.estimate import run
 
 if __name__ == "__main__":
@@ -18,9 +17,7 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, help="of a sample; default: a caption of 160")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
-    try:
+    with errors_in_one_line():
         config = load_config(arguments.config, arguments.overrides)
         workers = arguments.workers or config.train.num_workers or 1
         print(run(config, workers=workers, tokens=arguments.tokens))
-    except LlavaRayError as error:
-        fail(error)

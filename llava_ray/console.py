@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from llava_ray.errors import LlavaRayError
@@ -19,6 +21,15 @@ def fail(error: LlavaRayError) -> NoReturn:
     cause = getattr(error, "cause", None) or error
     print(f"error: {' '.join(str(cause).split())}", file=sys.stderr, flush=True)
     sys.exit(EXIT_USER_ERROR)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """End the process by `fail` where the block raises a LlavaRayError."""
+    try:
+        yield
+    except LlavaRayError as error:
+        fail(error)
 
 
 def set_up_logging() -> None:

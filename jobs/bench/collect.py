@@ -7,8 +7,7 @@ STORAGE is a run's storage.uri. Of what OUT.json has already, the rows of these 
 import argparse
 from pathlib import Path
 
-from llava_ray.console import fail
-from llava_ray.errors import LlavaRayError
+from llava_ray.console import errors_in_one_line
 from llava_ray.report.stages import collect
 
 if __name__ == "__main__":
@@ -20,7 +19,5 @@ if __name__ == "__main__":
     parser.add_argument("--note", default="", help="conditions that the records do not hold")
     parser.add_argument("--keep", nargs="*", default=[], metavar="ID", help="rows to keep")
     arguments = parser.parse_args()
-    try:
+    with errors_in_one_line():
         print(collect(arguments.storage, arguments.out, arguments.note, arguments.keep))
-    except LlavaRayError as error:
-        fail(error)

@@ -9,14 +9,11 @@ import sys
 from pathlib import Path
 
 from llava_ray.bench.measure import measure
-from llava_ray.console import fail
-from llava_ray.errors import LlavaRayError
+from llava_ray.console import errors_in_one_line
 
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    try:
+    with errors_in_one_line():
         print(measure(Path(sys.argv[1]), sys.argv[2:]))
-    except LlavaRayError as error:
-        fail(error)

@@ -12,8 +12,7 @@ import logging
 from pathlib import Path
 
 from llava_ray.bench.serving import run
-from llava_ray.console import fail
-from llava_ray.errors import LlavaRayError
+from llava_ray.console import errors_in_one_line
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
@@ -27,8 +26,6 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, help="of each side, at each load; default: 9, 9, 5")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    try:
+    with errors_in_one_line():
         run(**vars(arguments))
-    except LlavaRayError as error:
-        fail(error)
     print(arguments.out)

@@ -15,8 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llava_ray.bench.readme import table
 from llava_ray.bench.train import run
-from llava_ray.console import fail
-from llava_ray.errors import LlavaRayError
+from llava_ray.console import errors_in_one_line
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -29,9 +28,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     only = [name for name in arguments.only.split(",") if name]
     gpus = [int(number) for number in arguments.gpus.split(",")]
-    try:
+    with errors_in_one_line():
         run(arguments.out, only=only, minutes=arguments.minutes, gpus=gpus, tiny=arguments.tiny)
         print(table("train", arguments.out))
-    except LlavaRayError as error:
-        fail(error)
     print(arguments.out)
