@@ -14,6 +14,4 @@ if __name__ == "__main__":
     if len(sys.argv) < 4:
         sys.exit(__doc__)
     first, second, out = sys.argv[1:4]
-    path = run_job(__doc__, lambda config: compare(config, first, second, Path(out)), sys.argv[4:])
-    if path is not None:
-        print(path)
+    run_job(__doc__, lambda config: print(compare(config, first, second, Path(out))), sys.argv[4:])

@@ -13,6 +13,4 @@ from llava_ray.cli import run_job
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    path = run_job(__doc__, lambda config: score(config, Path(sys.argv[1])), sys.argv[2:])
-    if path is not None:
-        print(path)
+    run_job(__doc__, lambda config: print(score(config, Path(sys.argv[1]))), sys.argv[2:])
