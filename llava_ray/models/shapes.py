@@ -9,10 +9,6 @@ if TYPE_CHECKING:
 LLAVA_7B: Mapping[str, Any] = {
     "model_type": "llava",
     "image_token_index": 32000,
-    "projector_hidden_act": "gelu",
-    "multimodal_projector_bias": True,
-    "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default",
     "text_config": {
         "model_type": "llama",
         "vocab_size": 32064,
@@ -20,11 +16,8 @@ LLAVA_7B: Mapping[str, Any] = {
         "intermediate_size": 11008,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
-        "num_key_value_heads": 32,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
     },
     "vision_config": {
         "model_type": "clip_vision_model",
@@ -37,7 +30,7 @@ LLAVA_7B: Mapping[str, Any] = {
         "projection_dim": 768,
     },
 }
-"""config.json of llava-hf/llava-1.5-7b-hf, its defaults written out."""
+"""config.json of llava-hf/llava-1.5-7b-hf, with the sizes that it leaves to transformers."""
 
 TINY: Mapping[str, Any] = {
     **LLAVA_7B,
@@ -45,7 +38,7 @@ TINY: Mapping[str, Any] = {
     "text_config": {
         **LLAVA_7B["text_config"],
         "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "num_hidden_layers": 2, "num_attention_heads": 4,
     },
     "vision_config": {
         **LLAVA_7B["vision_config"],
