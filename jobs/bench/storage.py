@@ -20,9 +20,6 @@ if __name__ == "__main__":
     parser.add_argument("--delay-s", type=float, default=0.1, help="the server's, for the record")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    run(
-        arguments.out, arguments.uri, files=arguments.files, one_by_one=arguments.one_by_one,
-        delay_s=arguments.delay_s,
-    )  # fmt: skip
+    run(**vars(arguments))
     print(table("storage", arguments.out))
     print(arguments.out)

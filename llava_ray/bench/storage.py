@@ -6,9 +6,9 @@ told per file.
 
 import logging
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from timeit import timeit
 from typing import Any
 
 from llava_ray.artifacts.storage import Storage
@@ -34,13 +34,13 @@ def run(out: Path, uri: str, *, files: int, one_by_one: int, delay_s: float) -> 
         names = [f"{index:06d}" for index in range(files)]
         storage, single = Storage(uri), Storage(uri)
         storage.read_text("warm-up")
-        bulk_s = _timed(lambda: storage.put_folder(many, "many", last=_MANIFEST))
-        single_s = _timed(lambda: _put(single, few, one_by_one))
+        bulk_s = timeit(lambda: storage.put_folder(many, "many", last=_MANIFEST), number=1)
+        single_s = timeit(lambda: _put(single, few, one_by_one), number=1)
         rows.append(_row("up", bulk_s / files, single_s / one_by_one))
         back = Path(name) / "back"
-        bulk_s = _timed(lambda: storage.get_files("many", names, back))
+        bulk_s = timeit(lambda: storage.get_files("many", names, back), number=1)
         assert len(list(back.iterdir())) == files
-        single_s = _timed(lambda: _get(single, names[:one_by_one], back))
+        single_s = timeit(lambda: _get(single, names[:one_by_one], back), number=1)
         rows.append(_row("down", bulk_s / files, single_s / one_by_one))
     tree = {
         "files": files, "one_by_one": one_by_one, "file_bytes": _FILE_BYTES, "delay_s": delay_s,
@@ -65,12 +65,6 @@ def _fill(folder: Path, count: int) -> None:
     for index in range(count):
         (folder / f"{index:06d}").write_text("x" * _FILE_BYTES, encoding="utf-8")
     (folder / _MANIFEST).write_text("{}", encoding="utf-8")
-
-
-def _timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def _row(direction: str, bulk_s: float, single_s: float) -> dict[str, Any]:
