@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import aiohttp
 import numpy as np
@@ -48,20 +48,16 @@ from llava_ray.server.settings import AppArgs, EngineArgs, ModelArgs
 
 logger = logging.getLogger(__name__)
 
-CLIENTS = (1, 8, 64)
 Proxy = Literal["python", "haproxy"]
-PROXIES: tuple[Proxy, ...] = ("python", "haproxy")
 
 _SLUG = "none-fp32"
 _QUESTION = "What does the sign say?"
 _TOKENS = 64
 """Per answer."""
-_ROUNDS = {1: 9, 8: 9, 64: 5}
-"""By clients; short rounds are noisy."""
-_REQUESTS = {1: 8, 8: 24, 64: 128}
-"""Per round, by clients."""
+_LOADS = {1: (9, 8), 8: (9, 24), 64: (5, 128)}
+"""By clients: rounds, and requests of each; short rounds are noisy."""
 _TIMEOUT_S = 600.0
-_SLOTS = max(CLIENTS)
+_SLOTS = max(_LOADS)
 
 
 class Timeline(NamedTuple):
@@ -98,7 +94,7 @@ def run(
         slug = read_record(Variant, uri).slug
         loads = {
             f"Ray Serve, {kind} proxy": _behind(kind, _app_args(uri, gpus), port, rounds)
-            for kind in PROXIES
+            for kind in get_args(Proxy)
         }
     about = {
         "device": f"{device_name('cuda' if gpus else 'cpu')}, {os.cpu_count()} CPUs",
@@ -257,12 +253,12 @@ def _body(index: int) -> bytes:
 
 
 def _measure(bare: Any, url: str, rounds: int | None) -> dict[str, Any]:
-    bodies = [_body(i) for i in range(max(_REQUESTS.values()))]
+    bodies = [_body(i) for i in range(max(count for _, count in _LOADS.values()))]
     drive(url, bodies[:2], clients=2, tokens=_TOKENS)
     ray.get(bare.load.remote(2, 2))
     loads: dict[str, Any] = {}
-    for clients in CLIENTS:
-        count, repeats = _REQUESTS[clients], rounds or _ROUNDS[clients]
+    for clients, (usual, count) in _LOADS.items():
+        repeats = rounds or usual
         sides: dict[str, list[list[Timeline]]] = {"bare": [], "served": []}
         for number in range(repeats):
             # Who goes first changes, so that neither profits from a machine that slows down.
