@@ -24,12 +24,12 @@ from llava_ray.config.run import TrainConfig
 from llava_ray.models.conversation import IGNORE_INDEX
 from llava_ray.models.shapes import LLAVA_7B, TINY, random_model
 from llava_ray.models.sizes import Sizes
+from llava_ray.models.tensors import wait_for
 from llava_ray.train import adapt, zero
 from llava_ray.train.batches import Batch
+from llava_ray.train.estimate import QUESTION_TOKENS
 from llava_ray.train.replica import ReplicaEngine
 
-QUESTION_TOKENS = 20
-"""Between the image and the caption; with 576 image tokens the caption has 160 of 756."""
 WARM_UP_STEPS, STEPS, CHECK_STEPS = 3, 8, 3
 LORA_R = 48
 EngineName = Literal["plain", "replica", "zero2", "zero3"]
@@ -219,8 +219,7 @@ def measure(row: Row, engine: Plain | Product, task: Task, device: str) -> None:
     for _ in range(WARM_UP_STEPS + STEPS):
         start = time.perf_counter()
         engine.step(batch)
-        if device == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
         times.append(time.perf_counter() - start)
     row.warm_up_s = sum(times[:WARM_UP_STEPS])
     rates = [row.batch * row.gpus / seconds for seconds in times[WARM_UP_STEPS:]]
@@ -237,8 +236,7 @@ def run(task: Task, out: Path) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if int(os.environ["WORLD_SIZE"]) > 1:
-        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     engine: Plain | Product | None = None
     losses: list[float] = []
     norm: float | None = None
@@ -263,8 +261,7 @@ def run(task: Task, out: Path) -> None:
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
