@@ -16,6 +16,7 @@ import torch
 from triton.testing import do_bench_cudagraph
 
 from llava_ray.bench import results
+from llava_ray.bench.model import Layout, rounded
 from llava_ray.benchmark.timing import copy_bytes_per_s
 from llava_ray.inference.torch.kernels.launch import (
     MAX_BATCH,
@@ -25,7 +26,7 @@ from llava_ray.inference.torch.kernels.launch import (
     Scratch,
     Squares,
 )
-from llava_ray.inference.torch.kernels.weights import Format, Weight, placed, unpack
+from llava_ray.inference.torch.kernels.weights import Weight, pack, placed, unpack
 from llava_ray.models.shapes import LLAVA_7B
 
 logger = logging.getLogger(__name__)
@@ -41,32 +42,24 @@ SHAPES: dict[str, tuple[int, int, Epilogue]] = {
     "down": (HIDDEN, INNER, "residual"),
     "lm_head": (_TEXT["vocab_size"], HIDDEN, "plain"),
 }
-FORMATS: list[tuple[Format, int]] = [("dense", 0), ("int8", 0), ("int4", 64), ("int4", 128)]
-"""With the columns of a group."""
+LAYOUTS: tuple[Layout, ...] = ("fp16", "int8", "hqq-g64", "awq-g128")
 ROTATED_BYTES = 400 * 10**6
 
 
-def random_weight(format_: Format, rows: int, columns: int, group: int) -> Weight:
+def random_weight(layout: Layout, rows: int, columns: int) -> Weight:
     """Draw a weight in a kernel's layout."""
-    if format_ == "dense":
-        data = torch.randn(rows, columns, device="cuda", dtype=torch.float16)
-        return Weight("dense", rows, columns, data)
-    words = columns // (4 if format_ == "int8" else 8)
-    data = torch.randint(-(2**31), 2**31, (rows, words), device="cuda").to(torch.int32)
-    if format_ == "int8":
-        scale = torch.rand(rows, device="cuda").half() * 0.01 + 0.001
-        return Weight("int8", rows, columns, data, scale, columns)
-    scale = torch.rand(rows, columns // group, 2, device="cuda").half()
-    scale = scale * torch.tensor([0.05, 15.0], device="cuda").half()
-    return Weight("int4", rows, columns, data, scale, group)
+    matrix = torch.randn(rows, columns, device="cuda")
+    if layout == "fp16":
+        return Weight("dense", rows, columns, matrix.half())
+    return pack(rounded(matrix, layout))
 
 
-def product_rows(name: str, format_: Format, group: int, batch: int) -> Iterator[dict[str, Any]]:
+def product_rows(name: str, layout: Layout, batch: int) -> Iterator[dict[str, Any]]:
     """Measure one product on many weights, beside PyTorch's own where they are dense."""
     rows, columns, epilogue = SHAPES[name]
-    first = random_weight(format_, rows, columns, group)
+    first = random_weight(layout, rows, columns)
     count = min(48, -(-ROTATED_BYTES // first.bytes()))
-    weights = [first, *(random_weight(format_, rows, columns, group) for _ in range(count - 1))]
+    weights = [first, *(random_weight(layout, rows, columns) for _ in range(count - 1))]
     gain = torch.rand(rows, device="cuda").half()
     x = torch.randn(batch, columns, device="cuda").half()
     out = torch.zeros(batch, rows // 2 if epilogue == "swiglu" else rows, device="cuda").half()
@@ -83,14 +76,15 @@ def product_rows(name: str, format_: Format, group: int, batch: int) -> Iterator
         seconds = _seconds(lambda: [run(weight) for weight in weights])
         return sum(weight.bytes() for weight in weights) / seconds / 1e9
 
-    launch(first, placed(x, format_) if batch > 1 else x)
+    launch(first, placed(x, first.format) if batch > 1 else x)
     plain = x.float() @ unpack(first, torch.float32).T
     if epilogue == "swiglu":
         plain = torch.nn.functional.silu(plain[:, 0::2]) * plain[:, 1::2]
     error = float((out.float() - plain).norm() / plain.norm())
-    row = {"kernel": format_, "group": group, "shape": name, "batch": batch}
+    group = first.group if first.format == "int4" else 0
+    row = {"kernel": first.format, "group": group, "shape": name, "batch": batch}
     yield row | {"error": error, "gb_per_s": gb_per_s(lambda weight: launch(weight, x))}
-    if format_ == "dense":
+    if layout == "fp16":
         linear = gb_per_s(lambda weight: torch.nn.functional.linear(x, weight.data))
         yield row | {"kernel": "cuBLAS", "gb_per_s": linear}
 
@@ -128,10 +122,10 @@ def measure() -> Iterator[dict[str, Any]]:
         for length in (728, 2000):
             row = {"kernel": "attention", "batch": batch, "length": length}
             yield row | {"gb_per_s": attention_gb_per_s(batch, length)}
-        for (format_, group), name in itertools.product(FORMATS, SHAPES):
-            if name == "lm_head" and format_ != "dense":
+        for layout, name in itertools.product(LAYOUTS, SHAPES):
+            if name == "lm_head" and layout != "fp16":
                 continue
-            yield from product_rows(name, format_, group, batch)
+            yield from product_rows(name, layout, batch)
 
 
 def main(out: Path) -> None:
