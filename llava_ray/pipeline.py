@@ -24,7 +24,7 @@ from llava_ray.artifacts.records import (
     VariantFailure,
 )
 from llava_ray.artifacts.store import ArtifactStore
-from llava_ray.config.run import RunConfig
+from llava_ray.config.run import RunConfig, changed
 from llava_ray.errors import ConfigError
 from llava_ray.trial_score import scorer_for
 
@@ -56,7 +56,7 @@ def run_train(config: RunConfig) -> AdapterCheckpoint:
     """Fine-tune, with the sweep's best settings if a sweep is asked for."""
     dataset = run_prepare(config)
     if config.sweep.space:
-        config = sweep.best_config(config, run_sweep(config))
+        config = changed(config, train=run_sweep(config).best)
     return _stage("train", train.run, config, dataset)
 
 

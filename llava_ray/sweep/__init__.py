@@ -11,7 +11,7 @@ from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
 from llava_ray.sweep.objective import Objective
-from llava_ray.sweep.space import check_space, with_settings
+from llava_ray.sweep.space import check_space
 from llava_ray.train import shaping_settings
 
 if TYPE_CHECKING:
@@ -84,11 +84,6 @@ def _score_settings(config: RunConfig) -> dict[str, Any]:
         "caption_samples": config.benchmark.caption_samples,
         "max_new_tokens": config.benchmark.max_new_tokens,
     }
-
-
-def best_config(config: RunConfig, result: SweepResult) -> RunConfig:
-    """Return the config with the best trial's settings in its train section."""
-    return config.model_copy(update={"train": with_settings(config.train, result.best)})
 
 
 def best_trial(trials: tuple[Trial, ...]) -> Trial:

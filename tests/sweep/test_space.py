@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from llava_ray.artifacts.records import SweepResult, Trial
-from llava_ray.config.run import RunConfig, TrainConfig, load_config
+from llava_ray.config.run import RunConfig, TrainConfig, changed, load_config
 from llava_ray.errors import ConfigError
 from llava_ray.resources.capacity import Fleet, NodeType, Resources
-from llava_ray.sweep import best_config, best_trial
+from llava_ray.sweep import best_trial
 from llava_ray.sweep.pictures import write_report
 from llava_ray.sweep.search import Search, concurrent_trials, total_steps
 from llava_ray.sweep.space import check_space, domains, num_samples
@@ -111,7 +111,7 @@ def test_best_settings_flow_into_the_train_section() -> None:
         steps=1, steps_without_early_stop=1, trials=TRIALS,
     )  # fmt: skip
     config = load_config(None, ["train.epochs=3"])
-    best = best_config(config, result)
+    best = changed(config, train=result.best)
     expected = config.train.model_dump() | {"learning_rate": 3e-4, "lora_r": 8}
     assert best.train.model_dump() == expected
     assert best.merge == config.merge
