@@ -55,14 +55,6 @@ class ReplicaEngine:
         loss: torch.Tensor = self.module(**batch)
         return loss
 
-    def train(self) -> None:
-        """Turn dropout on."""
-        self.module.train()
-
-    def eval(self) -> None:
-        """Turn dropout off."""
-        self.module.eval()
-
     def backward(self, loss: torch.Tensor) -> None:
         """Add a micro-batch's share to the gradients."""
         (loss / self._accumulation).backward()  # type: ignore[no-untyped-call]

@@ -329,7 +329,7 @@ class Loop:
         if not len(self.held_out):
             return {}
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self.engine.eval()
+        self.engine.module.eval()
         with torch.no_grad():
             for batch in eval_batches(
                 self.held_out, batch_size=self.train.eval_batch_size, rank=self.rank,
@@ -337,7 +337,7 @@ class Loop:
             ):  # fmt: skip
                 sums[0] += self.engine(**self._to_device(batch)).double()
                 sums[1] += _supervised(batch)
-        self.engine.train()
+        self.engine.module.train()
         torch.distributed.all_reduce(sums)
         values = {"eval_loss": float(sums[0] / sums[1].clamp(min=1))}
         if not math.isfinite(values["eval_loss"]):
