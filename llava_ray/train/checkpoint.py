@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llava_ray.artifacts.records import AdapterCheckpoint
@@ -97,15 +96,13 @@ def load_state(engine: Any, folder: Path, state: TrainState) -> None:
     parameters = trained_parameters(engine.module)
     seen: set[str] = set()
     for path in sorted(folder.glob("state_*.safetensors")):
-        with safe_open(path, framework="pt") as tensors, torch.no_grad():
-            kinds: dict[str, list[str]] = {}
-            for key in tensors.keys():  # noqa: SIM118 (safe_open gives no iterator)
-                kind, _, name = key.partition("/")
-                kinds.setdefault(name, []).append(kind)
-            for name, found in kinds.items():
-                values = {kind: tensors.get_tensor(f"{kind}/{name}") for kind in found}
-                _write(engine, parameters[name], values, state.step)
-            seen |= kinds.keys()
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for key, value in load_file(path).items():
+            kind, _, name = key.partition("/")
+            found.setdefault(name, {})[kind] = value
+        for name, values in found.items():
+            _write(engine, parameters[name], values, state.step)
+        seen |= found.keys()
     assert seen == parameters.keys(), f"checkpoint lacks {sorted(parameters.keys() - seen)[:3]}"
     if not isinstance(engine, ReplicaEngine):
         set_adam_step(engine, state.step)
