@@ -5,16 +5,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ray.train
 from ray.exceptions import RayActorError
-from ray.train import (
-    CheckpointConfig,
-    ControllerError,
-    FailureConfig,
-    Result,
-    ScalingConfig,
-    TrainingFailedError,
-)
-from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from llava_ray.artifacts.faults import disk_fault, is_gone
@@ -65,27 +57,27 @@ def make_trainer(
         # Ray hands the worker function its config as it is; only the type hints say dict.
         train_worker,  # type: ignore[arg-type]
         train_loop_config=task,  # type: ignore[arg-type]
-        scaling_config=ScalingConfig(
+        scaling_config=ray.train.ScalingConfig(
             num_workers=plan.num_workers,
             use_gpu=plan.each.num_gpus > 0,
             resources_per_worker=plan.resources(),
         ),
         torch_config=TorchConfig(backend="nccl" if plan.each.num_gpus else "gloo"),
-        run_config=RayRunConfig(
+        run_config=ray.train.RunConfig(
             # The same name again makes Ray Train find the checkpoints of a run that was cut off.
             name=CHECKPOINTS,
             storage_path=work.uri,
-            failure_config=FailureConfig(
+            failure_config=ray.train.FailureConfig(
                 max_failures=config.train.max_failures,
                 controller_failure_limit=0,  # type: ignore[call-arg]
             ),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.train.checkpoints_kept),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.train.checkpoints_kept),
             callbacks=list(callbacks),
         ),
     )
 
 
-def fit(make: Callable[[], TorchTrainer], train: TrainConfig) -> Result:
+def fit(make: Callable[[], TorchTrainer], train: TrainConfig) -> ray.train.Result:
     """Run a trainer to its end, anew from its last checkpoint where its storage was gone meanwhile.
 
     Raises the worker's own error where the user can fix it, StorageError for a full disk or a
@@ -98,7 +90,7 @@ def fit(make: Callable[[], TorchTrainer], train: TrainConfig) -> Result:
         try:
             result = trainer.fit()
             break
-        except (TrainingFailedError, OSError, RayActorError) as error:
+        except (ray.train.TrainingFailedError, OSError, RayActorError) as error:
             where = str(trainer.run_config.storage_path)
             failures = _failures(error)
             each = trainer.scaling_config.resources_per_worker
@@ -106,7 +98,7 @@ def fit(make: Callable[[], TorchTrainer], train: TrainConfig) -> Result:
                 if fault := _fault(failure, where, each):
                     raise fault from error
             # What is no failure of training is the controller's own end, as where it cannot start.
-            controller = isinstance(error, ControllerError | RayActorError)
+            controller = isinstance(error, ray.train.ControllerError | RayActorError)
             gone = any(map(is_gone, failures))
             lost = any(isinstance(failure, RayActorError) for failure in failures)
             if lost and not (controller or gone):
