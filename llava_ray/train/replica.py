@@ -127,17 +127,15 @@ class ReplicaEngine:
         group = next(
             g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"])
         )
-        projector = GaLoreProjector(
-            group["rank"], update_proj_gap=group["update_proj_gap"], scale=group["scale"],
-            proj_type=group["proj_type"],
-        )  # fmt: skip
+        names = ("rank", "update_proj_gap", "scale", "proj_type")
+        projector = GaLoreProjector(**{name: group[name] for name in names})
         projector.ortho_matrix = basis
         return projector
 
 
 def _average_gradients(parameters: list[nn.Parameter]) -> None:
     """Average gradients over all workers in one message."""
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    world = torch.distributed.get_world_size()
     gradients = [p.grad for p in parameters if p.grad is not None]
     if world > 1 and gradients:
         flat = parameters_to_vector(gradients)
@@ -154,8 +152,7 @@ def _optimizer(
     if train.optimizer == "adamw8bit":
         from bitsandbytes.optim.adamw import AdamW8bit
 
-        eight_bit: torch.optim.Optimizer = AdamW8bit(groups)  # type: ignore[no-untyped-call]
-        return eight_bit
+        return AdamW8bit(groups)  # type: ignore[no-untyped-call]
     from galore_torch import GaLoreAdamW
 
     galore: torch.optim.Optimizer = GaLoreAdamW(
