@@ -98,18 +98,10 @@ class Sizes:
         return count
 
 
-@dataclass(frozen=True)
-class AccelerateRow:
-    """A line of `accelerate estimate-memory`, in bytes."""
-
-    largest_layer: float
-    total: float
-    training: float
-
-
-def accelerate_estimate(sizes: Sizes, bits: int) -> AccelerateRow:
+def accelerate_estimate(sizes: Sizes, bits: int) -> tuple[float, float, float]:
     """Return what `accelerate estimate-memory` of early 2024 says of the language model alone.
 
+    In bytes: the largest layer, all, and a training.
     It counts no head, since it opens the model without one, and each layer's cosines and sines
     of all positions, which transformers kept then; training is four times the weights (Adam).
     """
@@ -117,4 +109,4 @@ def accelerate_estimate(sizes: Sizes, bits: int) -> AccelerateRow:
     layer = (sizes.layer() + rotary) * bits / 8
     rest = (sizes.vocabulary + 1) * sizes.hidden * bits / 8
     total = sizes.layers * layer + rest
-    return AccelerateRow(layer, total, 4 * total)
+    return layer, total, 4 * total

@@ -219,9 +219,8 @@ def run(config: RunConfig, *, workers: int, tokens: int | None = None) -> str:
         lines.append(f"{name:26}" + "".join(f"{part / 1e9:9.2f}" for part in parts))
     lines.append("accelerate estimate-memory, language model: largest layer / total / Adam")
     for kind, bits in (("fp32", 32), ("fp16", 16), ("int8", 8), ("int4", 4)):
-        row = accelerate_estimate(sizes, bits)
+        layer, total, training = accelerate_estimate(sizes, bits)
         lines.append(
-            f"{kind}: {row.largest_layer / 2**20:.2f} MiB, {row.total / 2**30:.2f} GiB, "
-            f"{row.training / 2**30:.2f} GiB"
+            f"{kind}: {layer / 2**20:.2f} MiB, {total / 2**30:.2f} GiB, {training / 2**30:.2f} GiB"
         )
     return "\n".join(lines)
