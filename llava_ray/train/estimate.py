@@ -12,6 +12,7 @@ from typing import Any
 
 from llava_ray.config.run import ModelConfig, RunConfig, TrainConfig
 from llava_ray.errors import ConfigError
+from llava_ray.models.folder import EMBEDDED
 from llava_ray.models.shapes import LLAVA_7B
 from llava_ray.models.sizes import Sizes, accelerate_estimate
 
@@ -56,12 +57,10 @@ def shapes_of(model: ModelConfig) -> Mapping[str, Any]:
 
     Raises ConfigError for another model that is not on this machine.
     """
-    from llava_ray.models.folder import EMBEDDED
-
     folder = EMBEDDED if model.path == "embedded" else Path(model.path).expanduser()
-    if (folder / "config.json").is_file():
-        tree: Mapping[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return tree
+    path = folder / "config.json"
+    if path.is_file():
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     if model.path == "llava-hf/llava-1.5-7b-hf":
         return LLAVA_7B
     raise ConfigError(
