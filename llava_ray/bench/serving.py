@@ -50,7 +50,6 @@ logger = logging.getLogger(__name__)
 
 Proxy = Literal["python", "haproxy"]
 
-_SLUG = "none-fp32"
 _QUESTION = "What does the sign say?"
 _TOKENS = 64
 """Per answer."""
@@ -90,7 +89,7 @@ def run(
         if shapes_7b:
             base = write_model(Path(folder, "base"), "cuda")
             variant_uri = base_variant(store, shapes_7b, base, "cuda").uri
-        uri = variant_uri or base_variant(store, _SLUG).uri
+        uri = variant_uri or base_variant(store, "none-fp32").uri
         slug = read_record(Variant, uri).slug
         loads = {
             f"Ray Serve, {kind} proxy": _behind(kind, _app_args(uri, gpus), port, rounds)

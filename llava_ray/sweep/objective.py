@@ -9,8 +9,6 @@ from llava_ray.errors import ConfigError
 BEST_SCORES = {"rouge_l": 1.0, "cider_d": 10.0, "word_recall": 1.0, "character_error_rate": 0.0}
 """The value that perfect captions have in each score."""
 
-_EVAL_LOSS = "eval_loss"
-
 
 @dataclass(frozen=True)
 class Objective:
@@ -28,9 +26,9 @@ class Objective:
         Raises ConfigError that names the nearest score.
         """
         measure, after, slug = (part.strip() for part in text.partition(" after "))
-        if text == _EVAL_LOSS or (measure in BEST_SCORES and bool(slug) == bool(after)):
+        if text == "eval_loss" or (measure in BEST_SCORES and bool(slug) == bool(after)):
             return cls(measure, slug or None)
-        near = difflib.get_close_matches(measure, [_EVAL_LOSS, *BEST_SCORES], n=1, cutoff=0.5)
+        near = difflib.get_close_matches(measure, ["eval_loss", *BEST_SCORES], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near and near[0] != measure else ""
         raise ConfigError(
             f"sweep.objective {text!r}: {hint}use eval_loss, or one of {', '.join(BEST_SCORES)}, "

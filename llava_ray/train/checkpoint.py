@@ -19,7 +19,6 @@ from llava_ray.train.replica import ReplicaEngine
 from llava_ray.train.zero import full_weight, set_adam_step
 
 STATE = "state.json"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TrainState(BaseModel):
@@ -81,7 +80,7 @@ def _read(engine: Any, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     whole = {"weight": full_weight(engine, parameter)}
-    for moment in _MOMENTS:
+    for moment in ("exp_avg", "exp_avg_sq"):
         whole[moment] = safe_get_full_optimizer_state(parameter, moment).detach().cpu().clone()
     return whole
 
