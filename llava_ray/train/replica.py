@@ -93,10 +93,9 @@ class ReplicaEngine:
         """Return a weight and its optimizer's state by kind, on the CPU."""
         state = self.optimizer.state.get(self._masters[id(parameter)], {})
         found = {kind: value for kind, value in state.items() if isinstance(value, torch.Tensor)}
-        basis = getattr(state.get("projector"), _BASIS, None)
-        if basis is not None:
-            found[_BASIS] = basis
         found.pop("step", None)
+        if "projector" in state:
+            found[_BASIS] = state["projector"].ortho_matrix
         found["weight"] = self.weight(parameter)
         return {kind: value.detach().cpu().clone().contiguous() for kind, value in found.items()}
 
