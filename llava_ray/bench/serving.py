@@ -44,7 +44,7 @@ from llava_ray.inference.scheduler import Item, Scheduler
 from llava_ray.resources.devices import device_name
 from llava_ray.server.application import build
 from llava_ray.server.loading import open_variant
-from llava_ray.server.settings import AppArgs, EngineArgs, ModelArgs
+from llava_ray.server.settings import AppArgs, ModelArgs
 
 logger = logging.getLogger(__name__)
 
@@ -135,16 +135,7 @@ class BareEngine:
     """The served scheduler and its engine, in a process of their own: no HTTP, no text."""
 
     def __init__(self, args: AppArgs) -> None:
-        self._engine = open_variant(
-            EngineArgs(
-                name="bare",
-                variant_uri=args.models[0].variant_uri,
-                device="cuda" if args.gpus_per_replica else "cpu",
-                slots=_SLOTS,
-                context=args.context,
-                kept_prefixes=args.kept_prefixes,
-            )
-        )
+        self._engine = open_variant(args.engine_args(args.models[0], "bare", _SLOTS))
         self._scheduler = Scheduler(self._engine)
         self._scheduler.start()
 

@@ -12,7 +12,7 @@ from llava_ray.server import loading
 from llava_ray.server.backend import Backend, make_card
 from llava_ray.server.memory import slots_that_fit
 from llava_ray.server.metrics import Recorder
-from llava_ray.server.settings import AppArgs, EngineArgs, ModelArgs
+from llava_ray.server.settings import AppArgs, ModelArgs
 
 
 class Replica:
@@ -45,14 +45,7 @@ class Replica:
         variant, folder = await asyncio.to_thread(loading.find_variant, model.variant_uri)
         name = model.name or variant.slug
         recorder = Recorder(name)
-        engine_args = EngineArgs(
-            name=f"engine {name}",
-            variant_uri=model.variant_uri,
-            device="cuda" if args.gpus_per_replica > 0 else "cpu",
-            slots=slots,
-            context=args.context,
-            kept_prefixes=args.kept_prefixes,
-        )
+        engine_args = args.engine_args(model, f"engine {name}", slots)
         command = Command(engine_args.name, loading.__name__, (engine_args.model_dump_json(),))
         engine = EngineProcess(
             command,

@@ -93,6 +93,17 @@ class AppArgs(EndpointConfig):
         """What a request's body may have: its images as base64, and text."""
         return self.max_images * (self.max_image_bytes * 4 // 3 + 1024) + 1_000_000
 
+    def engine_args(self, model: ModelArgs, name: str, slots: int) -> EngineArgs:
+        """Return what the process of one model's engine opens, with the slots that fit."""
+        return EngineArgs(
+            name=name,
+            variant_uri=model.variant_uri,
+            device="cuda" if self.gpus_per_replica else "cpu",
+            slots=slots,
+            context=self.context,
+            kept_prefixes=self.kept_prefixes,
+        )
+
 
 def is_loopback(host: str) -> bool:
     """Say whether a host name or address never leaves this machine."""
