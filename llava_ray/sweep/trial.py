@@ -148,10 +148,9 @@ class TrialRun(tune.Trainable):
         remote: Any = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(score)
         task = remote.remote(self._run_config, self._task.dataset, path, step)
         try:
-            value: float = ray.get(task)
+            return float(ray.get(task))
         except ray.exceptions.RayTaskError as error:
             raise getattr(error, "cause", None) or error from None
-        return value
 
     def _next_report(self) -> tuple[dict[str, Any], str | None, Any]:
         assert self._thread is not None

@@ -16,8 +16,6 @@ from llava_ray.config.run import TrainConfig
 from llava_ray.train.estimate import BUCKET
 from llava_ray.train.replica import ReplicaEngine
 
-logger = logging.getLogger(__name__)
-
 Precision = Literal["bf16", "fp16", "fp32"]
 
 _KEPT_WHOLE = 1_000_000
