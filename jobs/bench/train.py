@@ -7,11 +7,7 @@ python jobs/bench/train.py --out train.json --gpus 1,2 --only zero2-b8,replica-b
 
 import argparse
 import logging
-import sys
 from pathlib import Path
-
-# The repository, so that a machine without the package installed can run this file.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llava_ray.bench.readme import table
 from llava_ray.bench.train import run
