@@ -17,7 +17,8 @@ from llava_ray.bench import results
 logger = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
-_FILE_BYTES = 2048
+_TEXT = "x" * 2048
+"""Of each file."""
 
 
 def run(out: Path, uri: str, *, files: int, one_by_one: int, delay_s: float) -> Path:
@@ -27,44 +28,36 @@ def run(out: Path, uri: str, *, files: int, one_by_one: int, delay_s: float) -> 
     before each answer, for the record.
     """
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name:
-        many, few = Path(name) / "many", Path(name) / "few"
-        for folder, count in ((many, files), (few, one_by_one)):
-            _fill(folder, count)
-        names = [f"{index:06d}" for index in range(files)]
+    names = [f"{index:06d}" for index in range(files)]
+    with tempfile.TemporaryDirectory() as folder:
+        many, back = Path(folder) / "many", Path(folder) / "back"
+        many.mkdir()
+        for name in (*names, _MANIFEST):
+            (many / name).write_text(_TEXT, encoding="utf-8")
         storage, single = Storage(uri), Storage(uri)
         storage.read_text("warm-up")
         bulk_s = timeit(lambda: storage.put_folder(many, "many", last=_MANIFEST), number=1)
-        single_s = timeit(lambda: _put(single, few, one_by_one), number=1)
+        single_s = timeit(lambda: _put(single, names[:one_by_one]), number=1)
         rows.append(_row("up", bulk_s / files, single_s / one_by_one))
-        back = Path(name) / "back"
         bulk_s = timeit(lambda: storage.get_files("many", names, back), number=1)
         assert len(list(back.iterdir())) == files
         single_s = timeit(lambda: _get(single, names[:one_by_one], back), number=1)
         rows.append(_row("down", bulk_s / files, single_s / one_by_one))
     tree = {
-        "files": files, "one_by_one": one_by_one, "file_bytes": _FILE_BYTES, "delay_s": delay_s,
+        "files": files, "one_by_one": one_by_one, "file_bytes": len(_TEXT), "delay_s": delay_s,
         "rows": rows,
     }  # fmt: skip
     return results.write(out, "storage", tree)
 
 
-def _put(storage: Storage, folder: Path, count: int) -> None:
-    for index in range(count):
-        name = f"{index:06d}"
-        storage.write_text(f"few/{name}", (folder / name).read_text("utf-8"))
+def _put(storage: Storage, names: Sequence[str]) -> None:
+    for name in names:
+        storage.write_text(f"few/{name}", _TEXT)
 
 
 def _get(storage: Storage, names: Sequence[str], target: Path) -> None:
     for name in names:
         storage.get_files("many", [name], target)
-
-
-def _fill(folder: Path, count: int) -> None:
-    folder.mkdir()
-    for index in range(count):
-        (folder / f"{index:06d}").write_text("x" * _FILE_BYTES, encoding="utf-8")
-    (folder / _MANIFEST).write_text("{}", encoding="utf-8")
 
 
 def _row(direction: str, bulk_s: float, single_s: float) -> dict[str, Any]:
