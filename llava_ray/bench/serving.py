@@ -7,8 +7,6 @@ the medians of those count.
 """
 
 import asyncio
-import base64
-import io
 import json
 import logging
 import os
@@ -41,6 +39,7 @@ from llava_ray.inference.prompts import make_prompt
 from llava_ray.inference.request_errors import ApiError
 from llava_ray.inference.sampling import SamplingParams, Step
 from llava_ray.inference.scheduler import Item, Scheduler
+from llava_ray.models.images import jpeg_url
 from llava_ray.resources.devices import device_name
 from llava_ray.server.application import build
 from llava_ray.server.loading import open_variant
@@ -225,10 +224,7 @@ def _image(index: int) -> Image.Image:
 
 
 def _body(index: int) -> bytes:
-    stream = io.BytesIO()
-    _image(index).save(stream, "JPEG", quality=90)
-    url = f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
-    image = {"type": "image_url", "image_url": {"url": url}}
+    image = {"type": "image_url", "image_url": {"url": jpeg_url(_image(index), quality=90)}}
     content = [image, {"type": "text", "text": _QUESTION}]
     body = {
         "model": "bench",

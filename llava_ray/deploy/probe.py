@@ -1,8 +1,6 @@
 """One real question about a held-out image: proof of a deployment, and its user's first command."""
 
-import base64
 import http.client
-import io
 import json
 import shlex
 import urllib.error
@@ -14,6 +12,7 @@ from llava_ray.artifacts.records import ChosenVariant, DatasetRecord, Scorecard
 from llava_ray.artifacts.store import ArtifactStore, local_folder
 from llava_ray.errors import ArtifactError, ResourceError
 from llava_ray.models.conversation import read_samples
+from llava_ray.models.images import jpeg_url
 from llava_ray.models.rgb import open_image
 
 _SIDE = 336
@@ -39,9 +38,7 @@ def probe_request(
     if images:
         small = open_image(folder / "images" / images[0], max_pixels=10**9)
         small.thumbnail((_SIDE, _SIDE))
-        stream = io.BytesIO()
-        small.save(stream, "JPEG", quality=90)
-        url = f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+        url = jpeg_url(small, quality=90)
         content.insert(0, {"type": "image_url", "image_url": {"url": url}})
     body = {
         "model": model_name,

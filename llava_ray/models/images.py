@@ -4,6 +4,8 @@ Three preprocessings of LLaVA exist; this is that of LLaVA's trainer (image_aspe
 pad to a square with CLIP's mean colour, then resize. Training, benchmark and serving share it.
 """
 
+import base64
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,3 +76,10 @@ def normalize(
     values = torch.from_numpy(np.array(pixels)).to(device).float() / 255
     middle, spread = (torch.tensor(row, device=device) for row in (mean, std))
     return ((values - middle) / spread).movedim(-1, -3)
+
+
+def jpeg_url(image: Image.Image, quality: int) -> str:
+    """Return a data URL of the image as a JPEG."""
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=quality)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -1,12 +1,11 @@
 """Held-out images beside what each variant says about them."""
 
-import base64
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 from llava_ray.artifacts.store import local_folder
 from llava_ray.benchmark.caption_scores import quoted_words, words
+from llava_ray.models.images import jpeg_url
 from llava_ray.models.rgb import open_image
 from llava_ray.report.findings import Findings, Origins
 
@@ -52,9 +51,7 @@ def show(findings: Findings, origins: Origins) -> list[Shown]:
 def _thumbnail(path: Path, max_pixels: int) -> str:
     image = open_image(path, max_pixels=max_pixels)
     image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+    return jpeg_url(image, quality=82)
 
 
 def mark(text: str, reference: str) -> Parts:
