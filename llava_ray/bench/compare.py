@@ -61,11 +61,10 @@ def base_variant(
     """Return a base model's folder, not fine-tuned, as a variant without calibration."""
     settings = {"slug": slug, "base": weights_sha256(base)}
     name = artifact_id(Variant.kind, settings)
-    found = store.find(Variant, name)
-    if found is not None:
-        return found
     spec = spec_for(slug)
     with store.build(Variant, name, settings=settings) as build:
+        if build.found:
+            return build.found
         spec.quantize(base, build.folder, Calibration(build.folder, 0), device)
         return build.finish(
             Variant, device=device, slug=slug, method=spec.method,
