@@ -29,7 +29,6 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "awq_calibration": ("llava_ray.bench.compare", *_MEASURED),
     "costs": ("llava_ray.bench.measure", "llava_ray.cluster.local", *_LINE),
     "decode_h100": ("llava_ray.bench.decode",),
-    "decode_kernels_h100": ("llava_ray.bench.kernels",),
     "drill": ("llava_ray.sweep", *_LINE),
     "embedded": ("llava_ray.bench.embedded", *_MEASURED),
     "families_h100": ("llava_ray.inference.torch.engine",),
