@@ -14,7 +14,7 @@ from local_engine import LocalEngine
 from PIL import Image
 
 from llava_ray.inference.engine import Engine
-from llava_ray.server.backend import Backend, ModelCard
+from llava_ray.server.backend import Backend
 from llava_ray.server.endpoint import Endpoint
 from llava_ray.server.guard import key_digest
 from llava_ray.server.metrics import Recorder
@@ -28,18 +28,23 @@ class Running:
     engines: tuple[LocalEngine, ...]
 
 
-def card_for(engine: Engine, name: str) -> ModelCard:
-    return ModelCard(
+def backend_for(local: LocalEngine, name: str) -> Backend:
+    engine = local.scheduler.engine
+    return Backend(
         name=name,
         slug=name,
         digest="sha256:" + "0" * 64,
         created=0,
         image_size=engine.image_size,
+        image_mean=engine.image_mean,
         tokens_per_image=engine.tokens_per_image,
         eos_token_id=engine.eos_token_id,
         context=engine.context,
         slots=engine.slots,
         scorecard={"perplexity": 2.5},
+        tokenizer=engine.tokenizer,
+        engine=local,
+        recorder=Recorder(name),
     )
 
 
@@ -55,10 +60,7 @@ def serving(
     """Serve engines until the block ends."""
     args = app_args(tuple(engines), **changes)
     local = tuple(map(LocalEngine, engines.values()))
-    backends = [
-        Backend(card_for(engine, name), engine.tokenizer, answering, Recorder(name))
-        for (name, engine), answering in zip(engines.items(), local, strict=True)
-    ]
+    backends = list(map(backend_for, local, engines))
     endpoint = Endpoint(backends, args)
     app = endpoint.app([key_digest(key)] if key else [])
     # With the protocol named, asyncio turns Nagle's algorithm off on what is accepted.

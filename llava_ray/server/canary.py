@@ -27,7 +27,7 @@ class Canary:
     """Compare answers of a newcomer with those that were given."""
 
     def __init__(self, backend: Backend, share: float) -> None:
-        self.name = backend.card.name
+        self.name = backend.name
         self._backend = backend
         self._share = share
         self._random = random.Random()

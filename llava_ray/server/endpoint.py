@@ -69,14 +69,14 @@ class Endpoint:
 
     def __init__(self, backends: Sequence[Backend], args: AppArgs) -> None:
         self.args = args
-        self._backends: Mapping[str, Backend] = {b.card.name: b for b in backends}
+        self._backends: Mapping[str, Backend] = {b.name: b for b in backends}
         self._fetch = ImageFetcher(args.image_hosts, args.max_image_bytes)
         self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
         self._schemas = Schemas()
         self._bodies = Bodies(args.max_body_bytes, together=_BODIES * args.max_body_bytes)
         self._canary = _make_canary(backends, args)
         self._under_way = 0
-        slots = sum(backend.card.slots for backend in backends)
+        slots = sum(backend.slots for backend in backends)
         self._capacity = slots + args.max_queued_requests
 
     def app(self, key_digests: Sequence[str]) -> FastAPI:
@@ -181,7 +181,7 @@ class Endpoint:
     ) -> Response:
         prompt = await self._prompt(parsed, backend)
         usage = parsed.stream_options is not None and parsed.stream_options.include_usage
-        reply = Reply(backend.card, len(prompt.input_ids), include_usage=usage)
+        reply = Reply(backend, len(prompt.input_ids), include_usage=usage)
         choices = [Choice(backend.tokenizer, sampling) for sampling in samplings]
         timeout_s = deadline - time.monotonic()
         streams = [
@@ -252,7 +252,7 @@ class Endpoint:
         return canary if canary.wants() else None
 
     def _model_object(self, backend: Backend) -> dict[str, Any]:
-        return model_object(backend.card, deployment_id=self.args.deployment_id)
+        return model_object(backend, deployment_id=self.args.deployment_id)
 
 
 def _make_canary(backends: Sequence[Backend], args: AppArgs) -> Canary | None:
@@ -262,21 +262,21 @@ def _make_canary(backends: Sequence[Backend], args: AppArgs) -> Canary | None:
     """
     if args.canary is None:
         return None
-    canary = next(b for b in backends if b.card.name == args.canary.model)
-    ours, theirs = backends[0].card, canary.card
+    ours = backends[0]
+    theirs = next(b for b in backends if b.name == args.canary.model)
     for name in ("image_size", "image_mean", "tokens_per_image", "eos_token_id"):
         if getattr(ours, name) != getattr(theirs, name):
             raise ConfigError(
                 f"canary {theirs.name!r} has {name}={getattr(theirs, name)}, and {ours.name!r} has "
                 f"{getattr(ours, name)}: only variants of one base model compare"
             )
-    return Canary(canary, args.canary.share)
+    return Canary(theirs, args.canary.share)
 
 
 def _check_length(tokens: int, backend: Backend) -> None:
-    if tokens >= backend.card.context:
+    if tokens >= backend.context:
         raise BadRequest(
-            f"This model's maximum context length is {backend.card.context} tokens, and the "
+            f"This model's maximum context length is {backend.context} tokens, and the "
             f"messages have {tokens}",
             "messages",
             "context_length_exceeded",

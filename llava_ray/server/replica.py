@@ -2,14 +2,17 @@
 
 import asyncio
 from collections.abc import Sequence
+from datetime import datetime
 from importlib import import_module
 from typing import Any
+
+import msgspec
 
 from llava_ray.artifacts.records import Scorecard
 from llava_ray.artifacts.store import read_record
 from llava_ray.inference.process.client import Command, EngineProcess
 from llava_ray.server import loading
-from llava_ray.server.backend import Backend, make_card
+from llava_ray.server.backend import Backend, variant_digest
 from llava_ray.server.memory import slots_that_fit
 from llava_ray.server.metrics import Recorder
 from llava_ray.server.settings import AppArgs, ModelArgs
@@ -60,10 +63,24 @@ class Replica:
             asyncio.to_thread(import_module, "transformers.models.auto.tokenization_auto"),
         )
         card_uri = model.scorecard_uri
-        scorecard = read_record(Scorecard, card_uri, cached=True) if card_uri else None
         return Backend(
-            card=make_card(variant, opened, name=name, scorecard=scorecard),
+            name=name,
+            slug=variant.slug,
+            digest=variant_digest(variant),
+            created=int(datetime.fromisoformat(variant.created).timestamp()),
+            scorecard=_summary(card_uri) if card_uri else None,
+            **msgspec.structs.asdict(opened),
             tokenizer=tokenizers.AutoTokenizer.from_pretrained(folder),
             engine=engine,
             recorder=recorder,
         )
+
+
+def _summary(scorecard_uri: str) -> dict[str, Any]:
+    return read_record(Scorecard, scorecard_uri, cached=True).model_dump(
+        mode="json",
+        include={
+            "device", "variant_bytes", "memory_bytes", "prefill_s", "decode_tokens_per_s",
+            "kl_divergence", "top1_agreement", "perplexity", "scores",
+        },
+    )  # fmt: skip

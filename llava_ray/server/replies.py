@@ -11,7 +11,7 @@ from llava_ray.inference.detokenize import Detokenizer, StopText
 from llava_ray.inference.generate import FinishReason
 from llava_ray.inference.sampling import SamplingParams, Step
 from llava_ray.inference.scheduler import Chunk
-from llava_ray.server.backend import ModelCard
+from llava_ray.server.backend import Backend
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -92,7 +92,7 @@ def token_bytes(tokenizer: Any, token_id: int) -> bytes:
 class Reply:
     """The frame around the choices of one request."""
 
-    card: ModelCard
+    model: Backend
     prompt_tokens: int
     include_usage: bool = False
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
@@ -160,8 +160,8 @@ class Reply:
             "id": self.id,
             "object": kind,
             "created": self.created,
-            "model": self.card.name,
-            "system_fingerprint": self.card.digest.removeprefix("sha256:")[:12],
+            "model": self.model.name,
+            "system_fingerprint": self.model.digest.removeprefix("sha256:")[:12],
         }
 
 
@@ -169,16 +169,16 @@ def _logprobs(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {"content": entries, "refusal": None} if entries else None
 
 
-def model_object(card: ModelCard, *, deployment_id: str) -> dict[str, Any]:
+def model_object(model: Backend, *, deployment_id: str) -> dict[str, Any]:
     """Return what /v1/models says of a model."""
     return {
-        "id": card.name,
+        "id": model.name,
         "object": "model",
-        "created": card.created,
+        "created": model.created,
         "owned_by": "llava_ray",
-        "variant": card.slug,
-        "digest": card.digest,
-        "context": card.context,
+        "variant": model.slug,
+        "digest": model.digest,
+        "context": model.context,
         "deployment": deployment_id,
-        "scorecard": card.scorecard,
+        "scorecard": model.scorecard,
     }
