@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from PIL import Image
@@ -51,8 +51,6 @@ from llava_ray.server.settings import AppArgs
 from llava_ray.server.streams import Bodies, EventStream, merge, until_disconnect
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _DECODERS = 2
 """Images decoded at a time: each may take some 200 MB while it is."""
@@ -166,7 +164,7 @@ class Endpoint:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise UnsupportedMedia("send the body with 'content-type: application/json'")
-        body = await self._bodies.read(request.receive)
+        body = await self._bodies.read(request)
         if len(body) < _SMALL:
             return parse_request(body, self.args)
         return await asyncio.to_thread(parse_request, body, self.args)
@@ -198,7 +196,7 @@ class Endpoint:
             events = _events(reply, choices, merge(streams), done)
             # The first event is awaited before the headers go out, so that a refusal has a status.
             first = await anext(events)
-            return EventStream(_chain(first, events), self._leave, timeout_s=timeout_s + _UNREAD_S)
+            return EventStream(first, events, self._leave, timeout_s=timeout_s + _UNREAD_S)
         async with aclosing(merge(streams)) as items:
             async for _ in items:
                 pass
@@ -311,13 +309,6 @@ async def _events(
     done()
     if reply.include_usage:
         yield [reply.closing(choices)]
-
-
-async def _chain(first: T, rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-    async with aclosing(rest) as items:
-        yield first
-        async for item in items:
-            yield item
 
 
 async def _on_api_error(_: Request, error: Exception) -> Response:

@@ -3,13 +3,12 @@
 import asyncio
 import json
 import logging
-import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from starlette.requests import ClientDisconnect
-from starlette.responses import Response
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from llava_ray.inference.request_errors import ApiError, Overloaded, SlowBody, TooLarge
@@ -96,50 +95,50 @@ class Bodies:
     def __init__(self, limit: int, *, together: int) -> None:
         self._limit, self._together, self._bytes = limit, together, 0
 
-    async def read(self, receive: Receive) -> bytes:
+    async def read(self, request: Request) -> bytes:
         """Read a body.
 
         Raises TooLarge as soon as it exceeds the limit, Overloaded where all do together, SlowBody
         where it hardly comes, ClientDisconnect when the client hangs up.
         """
-        body, start = bytearray(), time.monotonic()
+        body, start = bytearray(), asyncio.get_running_loop().time()
+        may_take_s: float = _BODY_S
         try:
-            while True:
-                may_take_s = _BODY_S + len(body) / _BODY_BYTES_PER_S
-                try:
-                    async with asyncio.timeout(start + may_take_s - time.monotonic()):
-                        message = await receive()
-                except TimeoutError as error:
-                    took = f"{len(body)} bytes of the body within {may_take_s:.0f} s"
-                    raise SlowBody(took) from error
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                body += message.get("body", b"")
-                self._bytes += len(message.get("body", b""))
-                if len(body) > self._limit:
-                    raise TooLarge(f"the body has more than {self._limit} bytes")
-                if self._bytes > self._together:
-                    raise Overloaded("many large requests are on their way in: try again later")
-                if not message.get("more_body", False):
-                    return bytes(body)
+            async with asyncio.timeout_at(start + may_take_s) as deadline:
+                async for part in request.stream():
+                    body += part
+                    self._bytes += len(part)
+                    if len(body) > self._limit:
+                        raise TooLarge(f"the body has more than {self._limit} bytes")
+                    if self._bytes > self._together:
+                        raise Overloaded("many large requests are on their way in: try again later")
+                    may_take_s = _BODY_S + len(body) / _BODY_BYTES_PER_S
+                    deadline.reschedule(start + may_take_s)
+            return bytes(body)
+        except TimeoutError as error:
+            took = f"{len(body)} bytes of the body within {may_take_s:.0f} s"
+            raise SlowBody(took) from error
         finally:
             self._bytes -= len(body)
 
 
-class EventStream(Response):
+class EventStream(StreamingResponse):
     """Server-sent events; a failure in the middle becomes an event with OpenAI's error envelope."""
 
     def __init__(
         self,
-        events: AsyncGenerator[list[dict[str, Any]], None],
+        first: list[dict[str, Any]],
+        rest: AsyncGenerator[list[dict[str, Any]], None],
         done: Callable[[], None],
         *,
         timeout_s: float,
     ) -> None:
-        super().__init__(media_type="text/event-stream", headers={"x-accel-buffering": "no"})
-        # The body's length is not known.
-        del self.headers["content-length"]
-        self._events = events
+        super().__init__(
+            _encoded(first, rest),
+            media_type="text/event-stream",
+            headers={"x-accel-buffering": "no"},
+        )
+        self._rest = rest
         self._done = done
         self._timeout_s = timeout_s
 
@@ -148,32 +147,30 @@ class EventStream(Response):
         try:
             # The engine keeps its own deadline; this one is for a client that does not read.
             async with asyncio.timeout(self._timeout_s):
-                await until_disconnect(receive, self._send_all(send))
+                await super().__call__(scope, receive, send)
         except (ClientDisconnect, TimeoutError, OSError):
             return
         finally:
-            await self._events.aclose()
+            await self._rest.aclose()
             self._done()
 
-    async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        try:
-            async for group in self._events:
-                if group:
-                    await _send(send, b"".join(_event(item) for item in group))
-            await _send(send, b"data: [DONE]\n\n")
-        except ApiError as error:
-            await _send(send, _event(error.envelope()))
-        except Exception:
-            logger.exception("a stream failed")
-            await _send(send, _event(ApiError("the server failed on this stream").envelope()))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+async def _encoded(
+    first: list[dict[str, Any]], rest: AsyncGenerator[list[dict[str, Any]], None]
+) -> AsyncGenerator[bytes, None]:
+    try:
+        yield _events(first)
+        async for group in rest:
+            if group:
+                yield _events(group)
+        yield b"data: [DONE]\n\n"
+    except ApiError as error:
+        yield _events([error.envelope()])
+    except Exception:
+        logger.exception("a stream failed")
+        yield _events([ApiError("the server failed on this stream").envelope()])
 
 
-def _event(item: dict[str, Any]) -> bytes:
-    text = json.dumps(item, ensure_ascii=False, separators=(",", ":"))
-    return b"data: " + text.encode() + b"\n\n"
-
-
-async def _send(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": True})
+def _events(items: Sequence[Mapping[str, Any]]) -> bytes:
+    texts = (json.dumps(item, ensure_ascii=False, separators=(",", ":")) for item in items)
+    return "".join(f"data: {text}\n\n" for text in texts).encode()
