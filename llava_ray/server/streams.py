@@ -33,15 +33,16 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tu
             async for item in only:
                 yield 0, item
         return
-    inbox: asyncio.Queue[tuple[int, T] | BaseException | None] = asyncio.Queue()
+    inbox: asyncio.Queue[tuple[int, T] | asyncio.Task[None]] = asyncio.Queue()
     tasks = [asyncio.create_task(_pump(i, s, inbox)) for i, s in enumerate(streams)]
+    for task in tasks:
+        task.add_done_callback(inbox.put_nowait)
     try:
         left = len(tasks)
         while left:
             found = await inbox.get()
-            if isinstance(found, BaseException):
-                raise found
-            if found is None:
+            if isinstance(found, asyncio.Task):
+                found.result()
                 left -= 1
             else:
                 yield found
@@ -54,16 +55,11 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tu
 async def _pump(
     index: int,
     stream: AsyncGenerator[T, None],
-    inbox: "asyncio.Queue[tuple[int, T] | BaseException | None]",
+    inbox: "asyncio.Queue[tuple[int, T] | asyncio.Task[None]]",
 ) -> None:
-    try:
-        async with aclosing(stream) as items:
-            async for item in items:
-                inbox.put_nowait((index, item))
-    except Exception as error:
-        inbox.put_nowait(error)
-    else:
-        inbox.put_nowait(None)
+    async with aclosing(stream) as items:
+        async for item in items:
+            inbox.put_nowait((index, item))
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
