@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from ray.serve import metrics
 
+from llava_ray.errors import ConfigError
 from llava_ray.inference.engine import Prompt
 from llava_ray.inference.request_errors import ApiError
 from llava_ray.inference.sampling import SamplingParams
@@ -26,9 +27,17 @@ _MAX_UNDER_WAY = 4
 class Canary:
     """Compare answers of a newcomer with those that were given."""
 
-    def __init__(self, backend: Backend, share: float) -> None:
-        self.name = backend.name
-        self._backend = backend
+    def __init__(self, served: Backend, newcomer: Backend, share: float) -> None:
+        """Raise ConfigError where the two do not read the same prompts."""
+        for name in ("image_size", "image_mean", "tokens_per_image", "eos_token_id"):
+            if getattr(served, name) != getattr(newcomer, name):
+                raise ConfigError(
+                    f"canary {newcomer.name!r} has {name}={getattr(newcomer, name)}, and "
+                    f"{served.name!r} has {getattr(served, name)}: only variants of one base model "
+                    "compare"
+                )
+        self.name = newcomer.name
+        self._served, self._newcomer = served, newcomer
         self._share = share
         self._random = random.Random()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -44,9 +53,10 @@ class Canary:
             tag_keys=("model",),
         )
 
-    def wants(self) -> bool:
-        """Draw whether the next request is compared."""
-        return len(self._tasks) < _MAX_UNDER_WAY and self._random.random() < self._share
+    def wants(self, backend: Backend) -> bool:
+        """Draw whether the next request, which is the backend's, is compared."""
+        free = backend is self._served and len(self._tasks) < _MAX_UNDER_WAY
+        return free and self._random.random() < self._share
 
     def compare(
         self,
@@ -61,21 +71,21 @@ class Canary:
 
         `cut` says that a stop string ended the given answer, so only that many tokens compare.
         """
-        limit = len(given) if cut else sampling.max_tokens
-        task = asyncio.create_task(self._compare(prompt, sampling, tuple(given), limit, timeout_s))
+        if cut:
+            sampling = replace(sampling, max_tokens=len(given))
+        task = asyncio.create_task(self._compare(prompt, sampling, tuple(given), timeout_s))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _compare(
-        self,
-        prompt: Prompt,
-        sampling: SamplingParams,
-        given: tuple[int, ...],
-        limit: int,
-        timeout_s: float,
+        self, prompt: Prompt, sampling: SamplingParams, given: tuple[int, ...], timeout_s: float
     ) -> None:
+        answer: list[int] = []
+        stream = self._newcomer.engine.stream(prompt, sampling, timeout_s)
         try:
-            answer = await self._answer(prompt, replace(sampling, max_tokens=limit), timeout_s)
+            async with aclosing(stream) as chunks:
+                async for chunk in chunks:
+                    answer += [step.token_id for step in chunk.steps]
         except ApiError as error:
             logger.warning("canary %s failed: %s", self.name, error)
             self._outcomes.inc(1, {"model": self.name, "outcome": "failed"})
@@ -84,15 +94,6 @@ class Canary:
         outcome = "equal" if agreed == 1 else "different"
         self._outcomes.inc(1, {"model": self.name, "outcome": outcome})
         self._agreement.observe(agreed, {"model": self.name})
-
-    async def _answer(
-        self, prompt: Prompt, sampling: SamplingParams, timeout_s: float
-    ) -> tuple[int, ...]:
-        ids: tuple[int, ...] = ()
-        async with aclosing(self._backend.engine.stream(prompt, sampling, timeout_s)) as chunks:
-            async for chunk in chunks:
-                ids += tuple(step.token_id for step in chunk.steps)
-        return ids
 
 
 def agreement(given: Sequence[int], other: Sequence[int]) -> float:

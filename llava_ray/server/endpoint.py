@@ -15,7 +15,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse
 
-from llava_ray.errors import ConfigError
 from llava_ray.inference.engine import Prompt
 from llava_ray.inference.grammar import Schemas
 from llava_ray.inference.prompts import make_prompt
@@ -72,7 +71,10 @@ class Endpoint:
         self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
         self._schemas = Schemas()
         self._bodies = Bodies(args.max_body_bytes, together=_BODIES * args.max_body_bytes)
-        self._canary = _make_canary(backends, args)
+        self._canary: Canary | None = None
+        if args.canary is not None:
+            newcomer = self._backends[args.canary.model]
+            self._canary = Canary(backends[0], newcomer, args.canary.share)
         self._under_way = 0
         slots = sum(backend.slots for backend in backends)
         self._capacity = slots + args.max_queued_requests
@@ -150,7 +152,7 @@ class Endpoint:
 
     async def _chat(self, request: Request, parsed: ChatRequest, deadline: float) -> Response:
         backend = self._backend(parsed.model)
-        canary = self._canary_for(backend)
+        canary = self._canary if self._canary and self._canary.wants(backend) else None
         if canary is not None and parsed.seed is None:
             # Both models have to draw the same random numbers.
             parsed = parsed.model_copy(update={"seed": random.getrandbits(32)})
@@ -242,33 +244,8 @@ class Endpoint:
             )
         return self._backends[name]
 
-    def _canary_for(self, backend: Backend) -> Canary | None:
-        """Return the canary where this request is to be compared."""
-        canary = self._canary
-        if canary is None or backend is not next(iter(self._backends.values())):
-            return None
-        return canary if canary.wants() else None
-
     def _model_object(self, backend: Backend) -> dict[str, Any]:
         return model_object(backend, deployment_id=self.args.deployment_id)
-
-
-def _make_canary(backends: Sequence[Backend], args: AppArgs) -> Canary | None:
-    """Return what compares the first model with the canary.
-
-    Raises ConfigError when the two do not read the same prompts.
-    """
-    if args.canary is None:
-        return None
-    ours = backends[0]
-    theirs = next(b for b in backends if b.name == args.canary.model)
-    for name in ("image_size", "image_mean", "tokens_per_image", "eos_token_id"):
-        if getattr(ours, name) != getattr(theirs, name):
-            raise ConfigError(
-                f"canary {theirs.name!r} has {name}={getattr(theirs, name)}, and {ours.name!r} has "
-                f"{getattr(ours, name)}: only variants of one base model compare"
-            )
-    return Canary(theirs, args.canary.share)
 
 
 def _check_length(tokens: int, backend: Backend) -> None:
