@@ -1,7 +1,6 @@
 """From an untrusted chat completions request to turns, images and sampling parameters."""
 
 import base64
-import binascii
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -192,15 +191,6 @@ class ImageSource:
         return self.url[:5].lower() == "data:"
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """What a request's messages say."""
-
-    turns: tuple[Turn, ...]
-    system: str | None
-    images: tuple[ImageSource, ...]
-
-
 def parse_request(body: bytes, args: AppArgs) -> ChatRequest:
     """Validate a body.
 
@@ -266,10 +256,13 @@ async def answer_grammar(wanted: ResponseFormat | None, schemas: Schemas) -> str
         raise BadRequest(f"{where}: answers cannot be kept to it: {error}", where) from error
 
 
-def read_conversation(messages: Sequence[Message], args: AppArgs) -> Conversation:
-    """Fold messages into turns: neighbours of one role are joined, system messages come first.
+def read_conversation(
+    messages: Sequence[Message], args: AppArgs
+) -> tuple[list[Turn], list[ImageSource], str]:
+    """Fold messages into turns, with their images and the system's text.
 
-    Raises BadRequest for an order that Vicuna's format cannot hold, and for too many images.
+    Neighbours of one role are joined, system messages come first. Raises BadRequest for an order
+    that Vicuna's format cannot hold, and for too many images.
     """
     system = [m.text() for m in messages if m.role in ("system", "developer")]
     turns: list[Turn] = []
@@ -299,7 +292,7 @@ def read_conversation(messages: Sequence[Message], args: AppArgs) -> Conversatio
             "messages",
             "too_many_images",
         )
-    return Conversation(tuple(turns), "\n".join(system) if system else None, tuple(images))
+    return turns, images, "\n".join(system) if system else args.system_prompt
 
 
 @contextmanager
@@ -331,7 +324,7 @@ def data_url_bytes(url: str, args: AppArgs) -> bytes:
                 letters = letters.replace(f"%{each}".encode(), letter.encode())
         letters = letters.translate(None, b" \t\r\n").rstrip(b"=")
         return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         raise _bad_image(f"an image's base64 is broken: {error}") from error
 
 

@@ -206,17 +206,14 @@ class Endpoint:
         return JSONResponse(reply.whole(choices))
 
     async def _prompt(self, parsed: ChatRequest, backend: Backend) -> Prompt:
-        conversation = read_conversation(parsed.messages, self.args)
-        sources, fetched = conversation.images, {}
+        turns, sources, system = read_conversation(parsed.messages, self.args)
+        fetched = {}
         # Known before any is decoded.
         _check_length(len(sources) * backend.tokens_per_image, backend)
         for source in sources:
             if not source.is_inline:
                 with named(source):
                     fetched[source] = await self._fetch(source.url)
-        system = conversation.system
-        if system is None:
-            system = self.args.system_prompt
 
         def read(source: ImageSource) -> Image.Image:
             with named(source):
@@ -225,9 +222,9 @@ class Endpoint:
 
         def build() -> Prompt:
             images = [read(source) for source in sources]
-            return make_prompt(backend, conversation.turns, images, system)
+            return make_prompt(backend, turns, images, system)
 
-        if not sources and sum(len(turn.text) for turn in conversation.turns) < _SMALL:
+        if not sources and sum(len(turn.text) for turn in turns) < _SMALL:
             prompt = build()
         else:
             loop = asyncio.get_running_loop()
