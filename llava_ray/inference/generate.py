@@ -71,9 +71,7 @@ def generate_text(engine: Engine, prompt: Prompt, sampling: SamplingParams) -> C
         if stop.stopped:
             break
     if not stop.stopped:
-        text += stop.push(detokenizer.flush())
-    if not stop.stopped:
-        text += stop.flush()
+        text += stop.push(detokenizer.flush()) + stop.flush()
     ended = stop.stopped or len(steps) < budget(engine, prompt, sampling)
     return Completion(
         text=text,

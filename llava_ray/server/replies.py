@@ -52,9 +52,7 @@ class Choice:
             if self._stop.stopped:
                 break
         if chunk.finish_reason is not None and not self._stop.stopped:
-            text += self._stop.push(self._detokenizer.flush())
-            if not self._stop.stopped:
-                text += self._stop.flush()
+            text += self._stop.push(self._detokenizer.flush()) + self._stop.flush()
         self.finish_reason = "stop" if self.was_cut else chunk.finish_reason
         self.text += text
         self.logprobs += logprobs
