@@ -9,6 +9,7 @@ import errno
 import ipaddress
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import urljoin, urlsplit
 
@@ -117,17 +118,10 @@ class ImageFetcher:
         name = parts.hostname if own else f"{parts.hostname}:{port}"
         if parts.username is not None or name not in self.hosts:
             raise _refuse(f"images from {parts.hostname!r} are not allowed here: send a data URL")
-        # An address is never resolved.
-        if _is_address(parts.hostname) and not is_public(parts.hostname):
-            raise _refuse(f"image host {parts.hostname!r} is not on the public internet")
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return False
-    return True
+        # An address is never resolved; what is none is left to the resolver.
+        with suppress(ValueError):
+            if not is_public(parts.hostname):
+                raise _refuse(f"image host {parts.hostname!r} is not on the public internet")
 
 
 def _refuse(message: str) -> BadRequest:
