@@ -35,15 +35,6 @@ def main() -> None:
         serve_engine(lambda: open_variant(args), socket.socket(fileno=int(sys.argv[2])))
 
 
-def find_variant(uri: str) -> tuple[Variant, Path]:
-    """Return a variant's record and its folder on this machine.
-
-    Every file was hashed once there. Raises ArtifactError when one differs.
-    """
-    variant = read_record(Variant, uri, cached=True)
-    return variant, local_folder(variant)
-
-
 def open_variant(args: EngineArgs) -> Engine:
     """Check a variant's files against its manifest and load it.
 
@@ -72,7 +63,8 @@ def verified_variant(uri: str) -> tuple[Variant, Path]:
 
     Raises ArtifactError when a file differs, or is of a kind that could run code.
     """
-    variant, folder = find_variant(uri)
+    variant = read_record(Variant, uri, cached=True)
+    folder = local_folder(variant)
     # What the manifest does not name was not checked, so it must not be there to be loaded.
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     extra = sorted(present - set(variant.files) - {MANIFEST, CARD})

@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from llava_ray.artifacts.records import Scorecard
-from llava_ray.artifacts.store import read_record
+from llava_ray.artifacts.records import Scorecard, Variant
+from llava_ray.artifacts.store import local_folder, read_record
 from llava_ray.inference.process.client import Command, EngineProcess
 from llava_ray.server import loading
 from llava_ray.server.backend import Backend, variant_digest
@@ -45,7 +45,9 @@ class Replica:
             await engine.close()
 
     async def _open(self, args: AppArgs, model: ModelArgs, slots: int) -> Backend:
-        variant, folder = await asyncio.to_thread(loading.find_variant, model.variant_uri)
+        variant = read_record(Variant, model.variant_uri, cached=True)
+        # Every file is hashed once on a machine, which takes a while.
+        folder = await asyncio.to_thread(local_folder, variant)
         name = model.name or variant.slug
         recorder = Recorder(name)
         engine_args = args.engine_args(model, f"engine {name}", slots)
