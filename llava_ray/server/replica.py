@@ -10,7 +10,7 @@ import msgspec
 
 from llava_ray.artifacts.records import Scorecard, Variant
 from llava_ray.artifacts.store import local_folder, read_record
-from llava_ray.inference.process.client import Command, EngineProcess
+from llava_ray.inference.process.client import EngineProcess
 from llava_ray.server import loading
 from llava_ray.server.backend import Backend, variant_digest
 from llava_ray.server.memory import slots_that_fit
@@ -51,9 +51,10 @@ class Replica:
         name = model.name or variant.slug
         recorder = Recorder(name)
         engine_args = args.engine_args(model, f"engine {name}", slots)
-        command = Command(engine_args.name, loading.__name__, (engine_args.model_dump_json(),))
         engine = EngineProcess(
-            command,
+            engine_args.name,
+            loading.__name__,
+            engine_args.model_dump_json(),
             step_timeout_s=args.step_timeout_s,
             on_beat=recorder.beat,
             on_loss=recorder.lost,

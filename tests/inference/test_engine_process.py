@@ -20,25 +20,25 @@ from table_engine import TableEngine
 from llava_ray.errors import ResourceError
 from llava_ray.inference.engine import Prompt
 from llava_ray.inference.generate import generate_text
-from llava_ray.inference.process.client import Command, EngineLost, EngineProcess
+from llava_ray.inference.process.client import EngineLost, EngineProcess
 from llava_ray.inference.request_errors import BadRequest, DeadlineExceeded, Unavailable
 from llava_ray.inference.sampling import SamplingParams, Step
 
 T = TypeVar("T")
 
 
-def _command(lives: Path, first: str = "", later: str = "") -> Command:
+def _command(lives: Path, first: str = "", later: str = "") -> tuple[str, ...]:
     script = {"lives": str(lives), "first": first, "later": later}
-    return Command("table", "table_process", (json.dumps(script),))
+    return "table", "table_process", json.dumps(script)
 
 
 def _run(
-    command: Command,
+    command: tuple[str, ...],
     work: Callable[[EngineProcess], Awaitable[T]],
     step_timeout_s: float = 60,
 ) -> T:
     async def main() -> T:
-        engine = EngineProcess(command, step_timeout_s=step_timeout_s)
+        engine = EngineProcess(*command, step_timeout_s=step_timeout_s)
         await engine.start()
         try:
             return await work(engine)
@@ -188,10 +188,10 @@ def test_the_process_ends_with_its_parent(stopped: bool, tmp_path: Path) -> None
     lives = tmp_path / "lives"
     lines = (
         "import asyncio, json",
-        "from llava_ray.inference.process.client import Command, EngineProcess",
+        "from llava_ray.inference.process.client import EngineProcess",
         "async def main():",
         f"    script = json.dumps({{'lives': {str(lives)!r}, 'first': ''}})",
-        "    engine = EngineProcess(Command('t', 'table_process', (script,)), step_timeout_s=9)",
+        "    engine = EngineProcess('t', 'table_process', script, step_timeout_s=9)",
         "    await engine.start()",
         "    print('started', flush=True)",
         "    await asyncio.sleep(1000)",

@@ -11,9 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
 
 from llava_ray.errors import ResourceError
 from llava_ray.inference.engine import Prompt
@@ -51,29 +50,23 @@ class EngineLost(Unavailable):
     code = "engine_lost"
 
 
-@dataclass(frozen=True)
-class Command:
-    """How an engine's process is started: `python -m module arguments... FD`."""
-
-    name: str
-    """What logs and the file of a crash call it."""
-    module: str
-    """Calls `child.serve_engine` with the socket of the file descriptor."""
-    arguments: tuple[str, ...]
-
-
 class EngineProcess:
-    """An engine in a child process, as long as this one lives."""
+    """An engine in a child process, as long as this one lives.
+
+    It is started as `python -m module arguments... FD`, and the module calls `child.serve_engine`
+    with the socket of the file descriptor. Logs and the file of a crash call it by its name.
+    """
 
     def __init__(
         self,
-        command: Command,
-        *,
+        name: str,
+        module: str,
+        *arguments: str,
         step_timeout_s: float,
         on_beat: Callable[[Beat], None] = lambda beat: None,
         on_loss: Callable[[], None] = lambda: None,
     ) -> None:
-        self._command = command
+        self._name, self._command = name, (module, *arguments)
         self._step_timeout_s = step_timeout_s
         self._on_beat, self._on_loss = on_beat, on_loss
         self._life: _Life | None = None
@@ -88,7 +81,7 @@ class EngineProcess:
 
         Raises ResourceError with the engine's own reason, or how its process died.
         """
-        self._life = await self._begin()
+        self._life = await _Life.begin(self._name, self._command, self._on_beat)
         self._supervisor = asyncio.create_task(self._supervise(self._life))
         return self._life.opened
 
@@ -105,14 +98,14 @@ class EngineProcess:
         """Raise Unavailable where requests would have to wait for the engine's process."""
         self.check_alive()
         if self._life is None:
-            raise Unavailable(f"{self._command.name} is being started again")
+            raise Unavailable(f"{self._name} is being started again")
         if self._life.silence_s() > _SILENCE_S:
-            raise Unavailable(f"{self._command.name} does not react")
+            raise Unavailable(f"{self._name} does not react")
 
     def check_alive(self) -> None:
         """Raise Unavailable where the engine could not be started again."""
         if self._broken:
-            raise Unavailable(f"{self._command.name}: {self._broken}")
+            raise Unavailable(f"{self._name}: {self._broken}")
 
     async def stream(
         self, prompt: Prompt, sampling: SamplingParams, timeout_s: float
@@ -152,12 +145,12 @@ class EngineProcess:
             await life.watch(self._step_timeout_s)
             self._set(None)
             self._on_loss()
-            logger.error("%s: %s; it is started again", self._command.name, await life.death())
+            logger.error("%s: %s; it is started again", self._name, await life.death())
             for attempt in range(1, _RESTARTS + 1):
                 try:
-                    life = await self._begin()
+                    life = await _Life.begin(self._name, self._command, self._on_beat)
                 except ResourceError as error:
-                    logger.error("%s: %s", self._command.name, error)
+                    logger.error("%s: %s", self._name, error)
                     if attempt == _RESTARTS:
                         self._set(None, broken=str(error))
                         return
@@ -170,9 +163,6 @@ class EngineProcess:
         self._life, self._broken = life, broken
         self._changed.set()
         self._changed = asyncio.Event()
-
-    async def _begin(self) -> "_Life":
-        return await _Life.begin(self._command, self._on_beat)
 
 
 class _Life:
@@ -194,25 +184,27 @@ class _Life:
         self._listening: asyncio.Task[None]
 
     @classmethod
-    async def begin(cls, command: Command, on_beat: Callable[[Beat], None]) -> "_Life":
+    async def begin(
+        cls, name: str, command: Sequence[str], on_beat: Callable[[Beat], None]
+    ) -> "_Life":
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", command.module, *command.arguments, str(theirs.fileno())],
+                [sys.executable, "-m", *command, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 # Ray may have added to the path of this process alone.
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         reader, writer = await asyncio.open_unix_connection(sock=ours)
-        life = cls(process, writer, command.name)
+        life = cls(process, writer, name)
         try:
             message = await read(reader)
             if isinstance(message, Refused):
                 raise ResourceError(message.reason)
         except EOFError:
             await life.hang_up()
-            raise ResourceError(f"{command.name}: {await life.death()}") from None
+            raise ResourceError(f"{name}: {await life.death()}") from None
         except BaseException:
             process.kill()
             await life.hang_up()
