@@ -12,7 +12,6 @@ class ApiError(LlavaRayError):
     """A request that is answered with an error envelope."""
 
     status = 500
-    type = "server_error"
     code: str | None = "internal_error"
     retry = False
     """Whether the same request may succeed later; the `x-should-retry` header."""
@@ -26,6 +25,13 @@ class ApiError(LlavaRayError):
 
     def __str__(self) -> str:
         return self.message
+
+    @property
+    def type(self) -> str:
+        """OpenAI's kind of error."""
+        if self.status == 429:
+            return "rate_limit_error"
+        return "invalid_request_error" if self.status < 500 else "server_error"
 
     def envelope(self) -> dict[str, dict[str, str | None]]:
         """Return the body that OpenAI clients parse."""
@@ -54,7 +60,6 @@ class BadRequest(ApiError):
     """The request itself is wrong."""
 
     status = 400
-    type = "invalid_request_error"
     code = None
 
 
@@ -62,7 +67,6 @@ class NotAuthenticated(ApiError):
     """The API key is missing or wrong."""
 
     status = 401
-    type = "invalid_request_error"
     code = "invalid_api_key"
 
 
@@ -70,7 +74,6 @@ class Forbidden(ApiError):
     """A browser page of another origin, or a host name that is not this server's."""
 
     status = 403
-    type = "invalid_request_error"
     code = "forbidden"
 
 
@@ -78,7 +81,6 @@ class NotFound(ApiError):
     """No such route or model."""
 
     status = 404
-    type = "invalid_request_error"
     code = "not_found"
 
 
@@ -86,7 +88,6 @@ class MethodNotAllowed(ApiError):
     """The route exists, for another method."""
 
     status = 405
-    type = "invalid_request_error"
     code = "method_not_allowed"
 
 
@@ -94,7 +95,6 @@ class TooLarge(ApiError):
     """A body, an image or its pixels exceed the limit."""
 
     status = 413
-    type = "invalid_request_error"
     code = "request_too_large"
 
     def headers(self) -> dict[str, str]:
@@ -106,7 +106,6 @@ class SlowBody(ApiError):
     """The body comes too slowly."""
 
     status = 408
-    type = "invalid_request_error"
     code = "request_timeout"
     retry = True
 
@@ -115,7 +114,6 @@ class UnsupportedMedia(ApiError):
     """The body is not JSON."""
 
     status = 415
-    type = "invalid_request_error"
     code = "unsupported_media_type"
 
 
@@ -123,7 +121,6 @@ class Overloaded(ApiError):
     """The queue is full."""
 
     status = 429
-    type = "rate_limit_error"
     code = "queue_full"
     retry = True
     retry_after_s = 1
