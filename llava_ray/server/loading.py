@@ -1,29 +1,26 @@
 """From a variant's URI to a loaded engine; what a node has once needs the storage no more."""
 
-import json
 import logging
 import os
 import socket
 import sys
 import time
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from llava_ray.artifacts.node import kept_text
 from llava_ray.artifacts.records import Variant
 from llava_ray.artifacts.store import CARD, MANIFEST, local_folder, read_record
 from llava_ray.console import set_up_logging
 from llava_ray.errors import ArtifactError
 from llava_ray.inference.engine import Engine
 from llava_ray.inference.process.child import serve_engine
+from llava_ray.models.folder import max_positions
 from llava_ray.quantize.registry import spec_for
 from llava_ray.resources.crash import crash_recorded
 from llava_ray.server.settings import EngineArgs
 
 logger = logging.getLogger(__name__)
 
-_TEXT = {".json", ".jinja", ".model", ".txt", ".md"}
-_ALLOWED = {".safetensors", ".gguf", *_TEXT}
+_ALLOWED = {".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".md"}
 """Weights that hold numbers only, and text; no pickle, no code."""
 
 
@@ -46,9 +43,7 @@ def open_variant(args: EngineArgs) -> Engine:
         folder,
         device=args.device,
         slots=args.slots,
-        context=min(
-            args.context, text_config(args.variant_uri).get("max_position_embeddings", 2**31)
-        ),
+        context=min(args.context, max_positions(folder)),
     )
     engine.warm_up()
     if args.kept_prefixes:
@@ -76,11 +71,6 @@ def verified_variant(uri: str) -> tuple[Variant, Path]:
                 f"{variant.id}: {name} is not served: weights are safetensors or GGUF, beside text"
             )
     return variant, folder
-
-
-def text_config(uri: str) -> dict[str, Any]:
-    """Return the language model's part of a variant's config.json, without its weights."""
-    return dict(json.loads(kept_text(uri, "config.json") or "{}")["text_config"])
 
 
 if __name__ == "__main__":

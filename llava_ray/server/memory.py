@@ -4,16 +4,17 @@ The deploy stage computes limits by it before anything starts, and each replica 
 what is free.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llava_ray.artifacts.node import kept_text
 from llava_ray.artifacts.records import Variant
 from llava_ray.artifacts.store import read_record
 from llava_ray.errors import ResourceError
 from llava_ray.inference.llama_cpp import MAX_SEQUENCES
 from llava_ray.resources.memory import memory_bytes
-from llava_ray.server.loading import text_config
 from llava_ray.server.settings import AppArgs
 
 _GIB = 1024**3
@@ -85,7 +86,7 @@ def slots_that_fit(args: AppArgs, there: int | None = None) -> int:
     footprints = []
     for model in args.models:
         variant = read_record(Variant, model.variant_uri, cached=True)
-        text = text_config(model.variant_uri)
+        text = json.loads(kept_text(model.variant_uri, "config.json") or "{}")["text_config"]
         footprints.append(footprint(variant, text, device=device, context=args.context))
     free, total = memory_bytes(device) if there is None else (there, there)
     share = min(1.0, args.gpus_per_replica or 1.0)
