@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-import urllib.request
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+import aiohttp
 import ray
 from ray.serve import metrics
 
@@ -102,18 +102,18 @@ async def scrape() -> bytes:
         for node in nodes
         if node["Alive"] and node.get("MetricsExportPort")
     ]
-    texts = await asyncio.gather(*(asyncio.to_thread(_scrape_node, url) for url in urls))
+    timeout = aiohttp.ClientTimeout(total=_SCRAPE_TIMEOUT_S)
+    async with aiohttp.ClientSession(timeout=timeout, raise_for_status=True) as session:
+        texts = await asyncio.gather(*(_scrape_node(session, url) for url in urls))
     lines = dict.fromkeys(line for text in texts for line in text.splitlines() if _PREFIX in line)
     # The sort is stable: what explains a family comes before its samples, once.
     ordered = sorted(lines, key=lambda line: not line.startswith("#"))
     return "".join(f"{line}\n" for line in ordered).encode()
 
 
-def _scrape_node(url: str) -> str:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+async def _scrape_node(session: aiohttp.ClientSession, url: str) -> str:
     try:
-        with opener.open(url, timeout=_SCRAPE_TIMEOUT_S) as response:
-            text: str = response.read().decode(errors="replace")
-    except OSError:
+        async with session.get(url) as response:
+            return await response.text(errors="replace")
+    except (aiohttp.ClientError, OSError):
         return ""
-    return text
