@@ -185,11 +185,6 @@ class ImageSource:
     where: str
     """The part that it is, such as `messages.0.content.1`."""
 
-    @property
-    def is_inline(self) -> bool:
-        """Whether the URL holds the image itself."""
-        return self.url[:5].lower() == "data:"
-
 
 def parse_request(body: bytes, args: AppArgs) -> ChatRequest:
     """Validate a body.

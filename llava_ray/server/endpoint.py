@@ -211,7 +211,7 @@ class Endpoint:
         # Known before any is decoded.
         _check_length(len(sources) * backend.tokens_per_image, backend)
         for source in sources:
-            if not source.is_inline:
+            if source.url[:5].lower() != "data:":
                 with named(source):
                     fetched[source] = await self._fetch(source.url)
 
@@ -305,5 +305,4 @@ async def _on_disconnect(_: Request, __: Exception) -> Response:
 
 
 async def _on_bug(_: Request, __: Exception) -> Response:
-    failure = ApiError("the server failed on this request; its log says why")
-    return JSONResponse(failure.envelope(), failure.status, failure.headers())
+    return await _on_api_error(_, ApiError("the server failed on this request; its log says why"))
