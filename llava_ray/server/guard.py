@@ -8,6 +8,7 @@ import hashlib
 import hmac
 from base64 import b64decode
 from collections.abc import Sequence
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -83,10 +84,8 @@ def _credentials(header: str) -> tuple[str, str]:
     if scheme.lower() == "bearer":
         return "bearer", value.strip()
     if scheme.lower() == "basic":
-        try:
+        with suppress(ValueError):
             return "basic", b64decode(value, validate=True).decode().partition(":")[2]
-        except ValueError:
-            return "", ""
     return "", ""
 
 
