@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llava_ray.artifacts.records import ChosenVariant, Scorecard
 from llava_ray.artifacts.store import ArtifactStore
-from llava_ray.config.run import RunConfig
+from llava_ray.config.run import EndpointConfig, RunConfig
 from llava_ray.deploy import proxy
 from llava_ray.deploy.probe import fetch
 from llava_ray.deploy.resources import check_room, gpus_per_replica
@@ -79,8 +79,10 @@ def ensure_served(target: Target) -> str:
     if slots < args.max_concurrent_requests:
         logger.info("serve.max_concurrent_requests: there is room for %d", slots)
     application = build(args.model_copy(update={"max_concurrent_requests": slots}))
-    _check_address(target)
-    if not serve.status().proxies:
+    if serve.status().proxies:
+        _check_proxy(target)
+    else:
+        _check_address(target)
         proxy.start(target.config.serve)
     serve.run_many(
         [serve.RunTarget(application, name=APP_NAME, route_prefix="/")],
@@ -124,10 +126,7 @@ def _app_args(target: Target, gpus: float) -> AppArgs:
         system_prompt=target.config.model.system_prompt,
         gpus_per_replica=gpus,
         surge=free.get("CPU", 0) >= endpoint.cpus_per_replica and free.get("GPU", 0) >= gpus,
-        **endpoint.model_dump(
-            include=set(AppArgs.model_fields)
-            & set(type(endpoint).model_fields) - {"canary", "gpus_per_replica"}
-        ),
+        **endpoint.model_dump(include={*EndpointConfig.model_fields, "host"}),
     )
 
 
@@ -161,15 +160,12 @@ def _running_deployment(target: Target) -> str | None:
 
 
 def _check_address(target: Target) -> None:
-    """See that Serve's proxy can listen where it is to, or does already.
+    """See that Serve's proxy can listen where it is to.
 
-    Raises ResourceError when another process has the port, or Serve listens elsewhere or by
-    another proxy, ConfigError for a host that is not this machine's.
+    Raises ResourceError when another process has the port, ConfigError for a host that is not this
+    machine's.
     """
     host, port = target.config.serve.host, target.config.serve.port
-    if serve.status().proxies:
-        _check_proxy(target)
-        return
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -188,7 +184,7 @@ def _check_address(target: Target) -> None:
 
 
 def _check_proxy(target: Target) -> None:
-    """Raise ResourceError where the running proxy is not the one that is asked for."""
+    """Raise ResourceError where Serve listens elsewhere, or by another proxy than asked for."""
     config = target.config.serve
     running = _proxy_at(target.root_url)
     if running is None:
