@@ -25,7 +25,6 @@ from llava_ray.inference.process.messages import (
     Tokens,
     frame,
     receive,
-    to_engine,
 )
 from llava_ray.inference.request_errors import ApiError
 from llava_ray.inference.sampling import Step
@@ -71,7 +70,7 @@ class _Server:
         """Take requests until the other side hangs up; then nobody waits for this process."""
         try:
             while True:
-                message = receive(self._connection, to_engine)
+                message = receive(self._connection)
                 assert self.scheduler is not None, "nothing is asked before Opened"
                 if isinstance(message, Ask):
                     self._ask(self.scheduler, message)

@@ -7,15 +7,13 @@ then on Tokens whenever some have come, and a Beat twice a second. It is sent As
 
 import asyncio
 import socket
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from llava_ray.inference.generate import FinishReason
 from llava_ray.inference.sampling import SamplingParams, Step
 from llava_ray.models.images import CLIP_MEAN, Colour
-
-T = TypeVar("T")
 
 _LENGTH_BYTES = 4
 
@@ -86,8 +84,8 @@ ToEngine = Ask | Cancel
 FromEngine = Opened | Refused | Tokens | Beat
 
 _encoder = msgspec.msgpack.Encoder()
-to_engine = msgspec.msgpack.Decoder(ToEngine)
-from_engine = msgspec.msgpack.Decoder(FromEngine)
+_to_engine: "msgspec.msgpack.Decoder[ToEngine]" = msgspec.msgpack.Decoder(ToEngine)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
 
 
 def frame(message: ToEngine | FromEngine) -> bytes:
@@ -96,13 +94,13 @@ def frame(message: ToEngine | FromEngine) -> bytes:
     return len(body).to_bytes(_LENGTH_BYTES, "big") + body
 
 
-def receive(connection: socket.socket, decoder: "msgspec.msgpack.Decoder[T]") -> T:
-    """Wait for a message.
+def receive(connection: socket.socket) -> ToEngine:
+    """Wait for one of the messages to the engine.
 
     Raises EOFError when the other side has hung up.
     """
     length = int.from_bytes(_exactly(connection, _LENGTH_BYTES), "big")
-    return decoder.decode(_exactly(connection, length))
+    return _to_engine.decode(_exactly(connection, length))
 
 
 async def read(reader: asyncio.StreamReader) -> Any:
@@ -111,7 +109,7 @@ async def read(reader: asyncio.StreamReader) -> Any:
     Raises EOFError when its process has ended.
     """
     length = int.from_bytes(await reader.readexactly(_LENGTH_BYTES), "big")
-    return from_engine.decode(await reader.readexactly(length))
+    return _from_engine.decode(await reader.readexactly(length))
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:
