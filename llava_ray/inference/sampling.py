@@ -177,6 +177,4 @@ def _to_host(
     for part in parts:
         target = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
         host.append(target.copy_(part, non_blocking=True))
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return host, event
+    return host, torch.cuda.current_stream().record_event()
