@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import takewhile
 
 from ray.serve import metrics
 
@@ -99,8 +100,6 @@ class Canary:
 def agreement(given: Sequence[int], other: Sequence[int]) -> float:
     """Return the share of tokens before the first that differs; 1 for two empty answers."""
     longest = max(len(given), len(other))
-    same = next(
-        (i for i, (a, b) in enumerate(zip(given, other, strict=False)) if a != b),
-        min(len(given), len(other)),
-    )
+    pairs = zip(given, other, strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return same / longest if longest else 1.0
