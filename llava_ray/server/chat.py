@@ -272,7 +272,10 @@ def read_conversation(
             turn = Turn(message.text(), num_images=len(found))
             if not turn.text and not found:
                 raise BadRequest("the message is empty", where)
-            turns = [*turns[:-1], _join(turns[-1], turn)] if _open(turns) else [*turns, turn]
+            if _open(turns):
+                last = turns.pop()
+                turn = Turn(f"{last.text}\n{turn.text}", last.num_images + turn.num_images)
+            turns.append(turn)
         elif message.role == "assistant":
             if not turns:
                 raise BadRequest("an assistant's message follows a user's", where)
@@ -342,10 +345,6 @@ def _bad_image(message: str) -> BadRequest:
 
 def _open(turns: Sequence[Turn]) -> bool:
     return bool(turns) and turns[-1].answer is None
-
-
-def _join(first: Turn, second: Turn) -> Turn:
-    return Turn(f"{first.text}\n{second.text}", first.num_images + second.num_images)
 
 
 def _explain(error: ValidationError) -> ApiError:
