@@ -14,7 +14,6 @@ from llava_ray.server.guard import key_digest
 from llava_ray.server.replica import Replica
 from llava_ray.server.settings import AppArgs, is_loopback
 
-DEPLOYMENT = "replica"
 _SPARE_REQUESTS = 1024
 """What Serve lets into a replica beyond its own limit: uploads, refusals, /health, the page."""
 
@@ -25,7 +24,7 @@ def build(args: AppArgs) -> Application:
     Raises ConfigError when the endpoint would be open to others without an API key.
     """
     deployment = serve.deployment(
-        name=DEPLOYMENT,
+        name="replica",
         ray_actor_options={"num_cpus": args.cpus_per_replica, "num_gpus": args.gpus_per_replica},
         # A replica refuses by itself, in OpenAI's words; what waits in it counts for autoscaling.
         max_ongoing_requests=2 * args.capacity + _SPARE_REQUESTS,
