@@ -36,10 +36,10 @@ def test_a_killed_parent_frees_the_gpu_in_5_s(stopped: bool, tmp_path: Path) -> 
     ).model_dump_json()
     lines = (
         "import asyncio",
-        "from llava_ray.inference.process.client import Command, EngineProcess",
+        "from llava_ray.inference.process.client import EngineProcess",
         "async def main():",
-        f"    command = Command('gpu', 'llava_ray.server.loading', ({args!r},))",
-        "    engine = EngineProcess(command, step_timeout_s=60)",
+        f"    words = 'gpu', 'llava_ray.server.loading', {args!r}",
+        "    engine = EngineProcess(*words, step_timeout_s=60)",
         "    await engine.start()",
         "    print(engine._life.process.pid, flush=True)",
         "    await asyncio.sleep(1000)",
