@@ -10,7 +10,8 @@ from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
 from llava_ray.merge import merge_memory_bytes
 from llava_ray.models import tensors as llava_folder
-from llava_ray.models.folder import EMBEDDED, WEIGHTS_INDEX, check_model, vision_shape
+from llava_ray.models.family import family_of
+from llava_ray.models.folder import EMBEDDED, WEIGHTS_INDEX, check_model
 from llava_ray.prepare.readers import readers
 from llava_ray.prepare.sources import SCENE_TEXT
 from llava_ray.quantize.registry import spec_for
@@ -64,7 +65,7 @@ def find_base(config: RunConfig) -> Base:
     if folder is None:
         return Base(None, f"{path} is not on this machine")
     try:
-        vision_shape(folder)
+        family_of(folder)
         return _read_base(folder)
     except ConfigError as error:
         return Base(None, f"it cannot be used: {error}")

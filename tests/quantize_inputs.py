@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pictures import random_picture
 
 from llava_ray.artifacts.records import MergedModel
 from llava_ray.artifacts.store import ArtifactStore
@@ -91,13 +92,12 @@ def probe_logits(model: Any, *, images: bool = True) -> torch.Tensor:
 def engine_logits(engine: Engine) -> torch.Tensor:
     """Return log probabilities of a teacher-forced text behind an image."""
     rng = np.random.default_rng(0)
-    size = engine.image_size
-    pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+    picture = random_picture(engine, rng)
     encode = engine.tokenizer
     before = encode("USER: ")["input_ids"]
     after = encode("\nDescribe this image in detail. ASSISTANT:", add_special_tokens=False)
-    image = [engine.image_token_id] * engine.tokens_per_image
-    prompt = Prompt((*before, *image, *after["input_ids"]), (pixels,))
+    image = [engine.family.vision.image_token_id] * picture.num_tokens
+    prompt = Prompt((*before, *image, *after["input_ids"]), (picture,))
     answer = encode(" A red sign that says OPEN.", add_special_tokens=False)["input_ids"]
     return engine.score(prompt, answer).log_softmax(-1)
 

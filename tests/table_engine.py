@@ -7,6 +7,8 @@ import torch
 
 from llava_ray.errors import DataError, ResourceError
 from llava_ray.inference.engine import Engine, Prompt
+from llava_ray.models.family import VisionShape
+from llava_ray.models.llava import Llava
 
 
 class Letters:
@@ -31,10 +33,8 @@ class TableEngine(Engine):
     """Deterministic, quick, and strict about how it is used."""
 
     vocab_size = 260
-    image_token_id = Letters.image
     eos_token_id = 2
-    image_size = 8
-    tokens_per_image = 4
+    family = Llava(VisionShape(image_size=8, tokens=4, image_token_id=Letters.image))
     device = "cpu"
 
     def __init__(self, slots: int = 4, context: int = 256, letters: str = "abcdefgh ") -> None:
@@ -57,7 +57,7 @@ class TableEngine(Engine):
         self.prefills += 1
         self.held[free[0]] = list(prompt.input_ids)
         # The pixels count, so an answer tells whether they came through.
-        shade = sum(int(image.sum()) for image in prompt.images) % 7
+        shade = sum(int(image.tiles.sum()) for image in prompt.images) % 7
         return free[0], self._table[prompt.input_ids[-1]].roll(0) + self._table[3 + shade]
 
     def decode(self, slots: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:

@@ -89,6 +89,14 @@ def no_processor(folder: Path) -> None:
         (folder / name).unlink()
 
 
+def part(name: str, **changes: object) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        tree = json.loads((folder / "config.json").read_text())
+        edit("config.json", **{name: {**tree[name], **changes}})(folder)
+
+    return change
+
+
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "another image token": (edit("config.json", image_token_index=5, image_token_id=5),
                             "<image> is token 1022 of the tokenizer and 5 in config.json"),
@@ -103,6 +111,16 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         edit("config.json", model_type="llava", mm_vision_tower="openai/clip-vit-large-patch14"),
         "layout of LLaVA's own repository",
     ),
+    "another backbone": (
+        part("text_config", model_type="qwen3"),
+        "text_config.model_type is 'qwen3': only llama, mistral, qwen2 can be run",
+    ),
+    "another activation": (part("text_config", hidden_act="gelu"), "hidden_act is 'gelu'"),
+    "angles that hang on the length": (
+        part("text_config", rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
+        "rope_type is 'dynamic'",
+    ),
+    "another tower": (part("vision_config", model_type="dinov2"), "model_type is 'dinov2'"),
     "a template of nothing": (
         lambda folder: (folder / "chat_template.jinja").write_text("{{ bos_token }}"),
         "chat template shows no question",

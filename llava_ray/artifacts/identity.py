@@ -17,7 +17,7 @@ from llava_ray.shipped import shipped
 
 REVISIONS: Mapping[str, int] = {
     "dataset": 2, "adapter": 2, "sweep": 2, "merged": 1, "variant": 2, "quantization": 2,
-    "reference": 2, "scorecard": 2, "chosen": 1, "deployment": 1,
+    "reference": 3, "scorecard": 2, "chosen": 1, "deployment": 1,
 }  # fmt: skip
 """By kind of artifact. A higher one makes other ids, so that older artifacts are not found."""
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import torch
 
 from llava_ray.bench import results
@@ -103,7 +102,7 @@ def _step(batch: int, weight_bytes: int) -> dict[str, int]:
 
 def _plain_inputs(prompt: Prompt, batch: int) -> dict[str, torch.Tensor]:
     ids = torch.tensor([prompt.input_ids], device="cuda").repeat(batch, 1)
-    pixels = normalize(np.stack(prompt.images), "cuda").half().repeat(batch, 1, 1, 1)
+    pixels = normalize(prompt.images[0].tiles, "cuda").half().repeat(batch, 1, 1, 1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 

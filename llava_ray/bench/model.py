@@ -13,6 +13,7 @@ import torch
 from llava_ray.inference.engine import Prompt
 from llava_ray.inference.torch.kernels.weights import PackedLinear, Unpacked, pack, unpack
 from llava_ray.models.folder import EMBEDDED
+from llava_ray.models.images import ImagePixels
 from llava_ray.models.shapes import LLAVA_7B, random_model
 from llava_ray.models.sizes import Sizes
 from llava_ray.models.tensors import SHARD_BYTES, copy_sidecars
@@ -34,8 +35,10 @@ def make_prompt(tokens: int) -> Prompt:
     rng = np.random.default_rng(0)
     vision, image_tokens = LLAVA_7B["vision_config"], Sizes.of(LLAVA_7B).image_tokens
     text = rng.integers(100, 31000, tokens - image_tokens - 1).tolist()
-    pixels = rng.integers(0, 256, (vision["image_size"], vision["image_size"], 3), dtype=np.uint8)
-    return Prompt((1, *[LLAVA_7B["image_token_index"]] * image_tokens, *text), (pixels,))
+    size = vision["image_size"]
+    tiles = rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)
+    image = ImagePixels(tiles, image_tokens, (size, size))
+    return Prompt((1, *[LLAVA_7B["image_token_index"]] * image_tokens, *text), (image,))
 
 
 def round_linears(model: Any, layout: Layout) -> dict[str, PackedLinear]:

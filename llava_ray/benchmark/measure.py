@@ -33,7 +33,7 @@ from llava_ray.inference.llama_cpp.trial import features
 from llava_ray.inference.prompts import make_prompt
 from llava_ray.inference.sampling import SamplingParams
 from llava_ray.models.conversation import Sample
-from llava_ray.models.folder import vision_shape
+from llava_ray.models.family import family_of
 from llava_ray.models.rgb import open_image
 from llava_ray.quantize.registry import spec_for
 from llava_ray.resources.devices import device_name
@@ -243,11 +243,12 @@ def _context(plan: Plan, baseline_folder: Path, dataset: DatasetRecord) -> int:
     from transformers import AutoTokenizer
 
     config = plan.config
-    samples = held_out(local_folder(dataset), max(config.fidelity_samples, config.caption_samples))
+    source = local_folder(dataset)
+    samples = held_out(source, max(config.fidelity_samples, config.caption_samples))
     tokenizer = AutoTokenizer.from_pretrained(baseline_folder)
-    size = vision_shape(baseline_folder).tokens_per_image
-    encoded = (encode(tokenizer, sample, plan, tokens_per_image=size) for sample in samples)
-    longest = max(len(prompt) + len(caption) for prompt, caption in encoded)
+    family = family_of(baseline_folder)
+    encoded = (encode(tokenizer, sample, plan, source, family) for sample in samples)
+    longest = max(len(prompt.input_ids) + len(caption) for prompt, caption in encoded)
     return longest + max(config.max_new_tokens, config.decode_tokens + 1)
 
 

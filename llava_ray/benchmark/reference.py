@@ -6,6 +6,7 @@ Half precision is enough: normalized again, a stored row is within about 1e-6 na
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,9 @@ from llava_ray.artifacts.store import ArtifactStore, local_folder
 from llava_ray.benchmark.plan import Plan, held_out
 from llava_ray.errors import DataError
 from llava_ray.inference.engine import Engine, Prompt
-from llava_ray.models.conversation import Sample, encode_sample
-from llava_ray.models.images import square_pixels
-from llava_ray.models.rgb import open_image
+from llava_ray.models.conversation import Sample, encode_with_images
+from llava_ray.models.family import Family
+from llava_ray.models.images import ImagePixels, stack_tiles
 
 if TYPE_CHECKING:
     import torch
@@ -47,27 +48,30 @@ def reference_id(plan: Plan, baseline: Variant, dataset: DatasetRecord) -> str:
 
 
 def encode(
-    tokenizer: object, sample: Sample, plan: Plan, *, tokens_per_image: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ids of the prompt and of the last answer.
+    tokenizer: object, sample: Sample, plan: Plan, folder: Path, family: Family
+) -> tuple[Prompt, tuple[int, ...]]:
+    """Return the prompt of a data set's sample, and the ids of its last answer.
 
     Raises DataError where no token of the answer fits into `max_length`.
     """
-    ids, labels = encode_sample(
+    encoded, images = encode_with_images(
         tokenizer,
         sample,
-        tokens_per_image=tokens_per_image,
+        folder,
+        family,
         max_length=plan.run.train.max_length,
+        max_pixels=plan.run.data.max_image_pixels,
         system=plan.run.model.system_prompt,
     )
+    ids = encoded.input_ids
     # Of several answers the last.
-    start = max((i + 1 for i, label in enumerate(labels) if label < 0), default=0)
+    start = max((i + 1 for i, label in enumerate(encoded.labels) if label < 0), default=0)
     if start == len(ids):
         raise DataError(
             f"sample {sample.id}: its prompt fills train.max_length={plan.run.train.max_length} "
             "tokens"
         )
-    return tuple(ids[:start]), tuple(ids[start:])
+    return Prompt(tuple(ids[:start]), tuple(images)), tuple(ids[start:])
 
 
 def write_reference(
@@ -85,32 +89,29 @@ def write_reference(
         for index, sample in enumerate(samples):
             logger.info("%s: baseline scores sample %d of %d", name, index + 1, len(samples))
             tokens += _write_sample(
-                engine, sample, plan, source / "images", build.folder / f"{index:06d}.safetensors"
+                engine, sample, plan, source, build.folder / f"{index:06d}.safetensors"
             )
         return build.finish(
             ReferenceScores, device=device, num_samples=len(samples), num_tokens=tokens
         )
 
 
-def _write_sample(engine: Engine, sample: Sample, plan: Plan, images: Path, path: Path) -> int:
+def _write_sample(engine: Engine, sample: Sample, plan: Plan, folder: Path, path: Path) -> int:
     import torch
     from safetensors.torch import save_file
 
-    prompt_ids, continuation = encode(
-        engine.tokenizer, sample, plan, tokens_per_image=engine.tokens_per_image
-    )
-    limit, size = plan.run.data.max_image_pixels, engine.image_size
-    opened = (open_image(images / name, max_pixels=limit) for name in sample.images)
-    pixels = [square_pixels(image, size, engine.image_mean) for image in opened]
-    prompt = Prompt(prompt_ids, tuple(pixels))
+    prompt, continuation = encode(engine.tokenizer, sample, plan, folder, engine.family)
     log_probs = torch.log_softmax(engine.score(prompt, continuation).float(), dim=-1)
+    size = engine.family.vision.image_size
+    shapes = [[len(i.tiles), i.num_tokens, *i.size] for i in prompt.images]
     save_file(
         {
             "log_probs": log_probs.half(),
             "top1": log_probs.argmax(dim=-1),
-            "prompt_ids": torch.tensor(prompt_ids),
+            "prompt_ids": torch.tensor(prompt.input_ids),
             "continuation": torch.tensor(continuation),
-            "pixels": torch.tensor(np.stack(pixels)) if pixels else torch.empty(0, size, size, 3),
+            "tiles": torch.from_numpy(stack_tiles(prompt.images, size)),
+            "images": torch.tensor(shapes, dtype=torch.int64).reshape(-1, 4),
         },
         path,
     )
@@ -124,8 +125,14 @@ def read_reference(record: ReferenceScores) -> Iterator[ReferenceSample]:
     folder = local_folder(record)
     for name in sorted(record.files):
         tensors = load_file(folder / name)
+        shapes = tensors["images"].tolist()
+        tiles = iter(tensors["tiles"].numpy())
+        images = [
+            ImagePixels(np.stack([*islice(tiles, count)]), tokens, (height, width))
+            for count, tokens, height, width in shapes
+        ]
         yield ReferenceSample(
-            prompt=Prompt(tuple(tensors["prompt_ids"].tolist()), tuple(tensors["pixels"].numpy())),
+            prompt=Prompt(tuple(tensors["prompt_ids"].tolist()), tuple(images)),
             continuation=tuple(tensors["continuation"].tolist()),
             log_probs=tensors["log_probs"],
             top1=tensors["top1"],

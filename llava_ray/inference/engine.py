@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.models.images import CLIP_MEAN, Colour, Pixels
+from llava_ray.models.family import Family
+from llava_ray.models.images import ImagePixels
 
 if TYPE_CHECKING:
     import torch
@@ -20,9 +21,9 @@ class Prompt:
     """Token ids and images, ready for the model."""
 
     input_ids: tuple[int, ...]
-    """Each image is a run of `tokens_per_image` image tokens."""
-    images: tuple[Pixels, ...] = ()
-    """uint8 [image_size, image_size, 3] each, from `images.square_pixels`."""
+    """Each image is a run of its `num_tokens` image tokens."""
+    images: tuple[ImagePixels, ...] = ()
+    """From `Family.pixels`."""
 
 
 class Engine(ABC):
@@ -30,12 +31,8 @@ class Engine(ABC):
 
     tokenizer: Any
     """The Hugging Face tokenizer of the variant's folder."""
-    image_size: int
-    """Pixels along a side of the square that the vision tower sees."""
-    image_mean: Colour = CLIP_MEAN
-    """The colour that pads an image to the square."""
-    tokens_per_image: int
-    image_token_id: int
+    family: Family
+    """How the model sees pictures."""
     eos_token_id: int
     vocab_size: int
     device: str

@@ -32,7 +32,7 @@ def prefix_key(
     end = len(ids) - ids[::-1].index(image_token_id)
     if end > len(ids) - rows:
         return None
-    hashes = (hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in prompt.images)
+    hashes = (hashlib.sha256(image.tiles.tobytes()).hexdigest() for image in prompt.images)
     return PrefixKey(tuple(ids[:end]), tuple(hashes))
 
 

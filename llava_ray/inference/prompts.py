@@ -9,10 +9,10 @@ from llava_ray.errors import DataError
 from llava_ray.inference.engine import Engine, Prompt
 from llava_ray.models.chat_template import TokenizersOwn, Turn, chat_template
 from llava_ray.models.conversation import encode_prompt
-from llava_ray.models.images import Colour, square_pixels
+from llava_ray.models.family import Family
 
 
-class ImageTokens(Protocol):
+class Reads(Protocol):
     """What of an engine shapes a prompt; the web layer has it without having the engine."""
 
     @property
@@ -20,20 +20,12 @@ class ImageTokens(Protocol):
         """The Hugging Face tokenizer."""
 
     @property
-    def image_size(self) -> int:
-        """Pixels on a side."""
-
-    @property
-    def image_mean(self) -> Colour:
-        """The colour that pads an image to the square."""
-
-    @property
-    def tokens_per_image(self) -> int:
-        """Tokens that one image takes."""
+    def family(self) -> Family:
+        """How the model sees pictures."""
 
 
 def make_prompt(
-    engine: ImageTokens,
+    engine: Reads,
     turns: str | Sequence[Turn],
     images: Sequence[Image.Image] = (),
     system: str = "",
@@ -47,10 +39,9 @@ def make_prompt(
     mentioned = sum(turn.num_images for turn in turns)
     if mentioned != len(images):
         raise DataError(f"the turns have {mentioned} images, but {len(images)} were given")
-    ids = encode_prompt(
-        engine.tokenizer, turns, tokens_per_image=engine.tokens_per_image, system=system
-    )
-    pixels = tuple(square_pixels(image, engine.image_size, engine.image_mean) for image in images)
+    pixels = tuple(map(engine.family.pixels, images))
+    tokens = [image.num_tokens for image in pixels]
+    ids = encode_prompt(engine.tokenizer, turns, tokens, system=system)
     return Prompt(input_ids=tuple(ids), images=pixels)
 
 
@@ -66,17 +57,17 @@ def check_prompt(engine: Engine, prompt: Prompt, length: int) -> None:
             f"prompt of {length} tokens: at most {engine.context} fit; shorten it or open the "
             "engine with a larger context"
         )
-    found = prompt.input_ids.count(engine.image_token_id)
-    expected = len(prompt.images) * engine.tokens_per_image
+    vision = engine.family.vision
+    found = prompt.input_ids.count(vision.image_token_id)
+    expected = sum(image.num_tokens for image in prompt.images)
     if found != expected:
         raise DataError(
-            f"{found} image tokens for {len(prompt.images)} images: each image takes "
-            f"{engine.tokens_per_image}"
+            f"{found} image tokens for {len(prompt.images)} images, which take {expected}"
         )
-    wanted = (engine.image_size, engine.image_size, 3)
-    for pixels in prompt.images:
-        if pixels.shape != wanted:
-            raise DataError(f"image of shape {pixels.shape}: {wanted} is needed")
+    wanted = (vision.image_size, vision.image_size, 3)
+    for image in prompt.images:
+        if image.tiles.shape[1:] != wanted:
+            raise DataError(f"image of shape {image.tiles.shape[1:]}: {wanted} is needed")
 
 
 def eos_token_id(tokenizer: Any, *configured: Any) -> int:

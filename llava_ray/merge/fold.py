@@ -15,9 +15,9 @@ from llava_ray.artifacts.store import ArtifactStore, local_folder, read_record
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ArtifactError
 from llava_ray.inference.prompts import eos_token_id
-from llava_ray.models.conversation import encode_sample, read_samples
-from llava_ray.models.folder import model_folder, vision_shape, weights_sha256
-from llava_ray.models.images import tower_input
+from llava_ray.models.conversation import encode_with_images, read_samples
+from llava_ray.models.family import family_of
+from llava_ray.models.folder import model_folder, weights_sha256
 from llava_ray.models.low_bits import fake_quantize_base
 from llava_ray.resources.devices import device_name
 from llava_ray.resources.memory import peak_bytes, reset_peaks
@@ -99,9 +99,9 @@ def adapted_model(
     """
     import torch
     from peft import PeftModel
-    from transformers import LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
-    model: Any = LlavaForConditionalGeneration.from_pretrained(
+    model: Any = AutoModelForImageTextToText.from_pretrained(
         base, dtype=torch.float32, device_map={"": device}
     )
     if hqq is not None:
@@ -142,19 +142,14 @@ def _probe(
     from transformers import AutoTokenizer
 
     samples = read_samples(data / "test.json") or read_samples(data / "train.json")
-    tokenizer, shape = AutoTokenizer.from_pretrained(base), vision_shape(base)
-    limit = config.data.max_image_pixels
+    tokenizer, family = AutoTokenizer.from_pretrained(base), family_of(base)
     for sample in samples[: config.merge.probe_samples]:
-        ids, _ = encode_sample(
-            tokenizer, sample, tokens_per_image=shape.tokens_per_image, max_length=2048,
-            system=config.model.system_prompt,
+        encoded, images = encode_with_images(
+            tokenizer, sample, data, family, max_length=max(2048, 2 * family.max_image_tokens),
+            max_pixels=config.data.max_image_pixels, system=config.model.system_prompt,
         )  # fmt: skip
-        found = {"input_ids": torch.tensor([ids], device=device)}
-        whole = ids.count(shape.image_token_id) // shape.tokens_per_image
-        paths = [data / "images" / name for name in sample.images[:whole]]
-        if paths:
-            found["pixel_values"] = tower_input(paths, shape, limit).to(device)
-        yield found
+        found = {"input_ids": torch.tensor([encoded.input_ids], device=device)}
+        yield found | (family.inputs(images, device) if images else {})
 
 
 def _logits(model: Any, inputs: dict[str, "torch.Tensor"]) -> "torch.Tensor":
@@ -173,7 +168,9 @@ def _differences(
 
 def _carry(base: Path, folder: Path) -> None:
     """Copy what belongs to the base beside its weights."""
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers import AutoImageProcessor
+
+    processor: Any = AutoImageProcessor
 
     written = {"config.json"}
     for pattern in _CARRIED:
@@ -182,7 +179,7 @@ def _carry(base: Path, folder: Path) -> None:
                 shutil.copy(path, folder / path.name)
     if not (folder / "preprocessor_config.json").is_file():
         # transformers 4 and the GGUF and AWQ tools read only this name.
-        CLIPImageProcessorPil.from_pretrained(base).save_pretrained(folder)
+        processor.from_pretrained(base, backend="pil").save_pretrained(folder)
     stop_where_the_template_ends(folder)
 
 

@@ -9,7 +9,8 @@ template places them.
 
 import functools
 import logging
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,8 +48,11 @@ class ChatTemplate(Protocol):
     adds_special_tokens: bool
     """Whether the tokenizer is to put its own, such as `<s>`, around the text."""
 
-    def write(self, turns: Sequence[Turn], system: str, image_tokens: int) -> Written:
-        """Write turns up to where the assistant is to go on, or to the end of the last answer."""
+    def write(self, turns: Sequence[Turn], system: str, image_tokens: Sequence[int]) -> Written:
+        """Write turns up to where the assistant is to go on, or to the end of the last answer.
+
+        image_tokens: of each image, in the order in which turns show them.
+        """
 
 
 @functools.lru_cache(maxsize=16)
@@ -63,7 +67,7 @@ def chat_template(tokenizer: Any) -> ChatTemplate:
         return vicuna
     own = TokenizersOwn(tokenizer)
     probe = [Turn("What is it?", 1, "A sign."), Turn("And there?")]
-    texts = [each.write(probe, "Be kind.", 1).text for each in (vicuna, own)]
+    texts = [each.write(probe, "Be kind.", [1]).text for each in (vicuna, own)]
     same = len({"".join(text.replace(vicuna.stop, "").split()) for text in texts}) == 1
     return vicuna if same else own
 
@@ -98,12 +102,12 @@ class Vicuna(ChatTemplate):
         self._tokenizer = tokenizer
         self.stop = getattr(tokenizer, "eos_token", None) or "</s>"
 
-    def write(self, turns: Sequence[Turn], system: str, image_tokens: int) -> Written:
+    def write(self, turns: Sequence[Turn], system: str, image_tokens: Sequence[int]) -> Written:
         """Write turns up to where the assistant is to go on, or to the end of the last answer."""
         text = f"{protect(system, self._tokenizer)} " if system else ""
-        answers = []
+        answers, counts = [], iter(image_tokens)
         for turn in turns:
-            images = (IMAGE_TOKEN * image_tokens + "\n") * turn.num_images
+            images = _widen(f"{IMAGE_TOKEN}\n" * turn.num_images, counts)
             text += f"USER: {images}{protect(turn.text, self._tokenizer)} ASSISTANT:"
             if turn.answer is not None:
                 start = len(text)
@@ -122,7 +126,7 @@ class TokenizersOwn(ChatTemplate):
         self._typed, self._has_system = self._read_styles()
         self.stop, self._ends = self._read_stop()
 
-    def write(self, turns: Sequence[Turn], system: str, image_tokens: int) -> Written:
+    def write(self, turns: Sequence[Turn], system: str, image_tokens: Sequence[int]) -> Written:
         """Write turns up to where the assistant is to go on, or to the end of the last answer."""
         if system and not self._has_system:
             first = Turn(f"{system}\n\n{turns[0].text}", turns[0].num_images, turns[0].answer)
@@ -138,10 +142,10 @@ class TokenizersOwn(ChatTemplate):
         return self._place(text, asked, turns, image_tokens)
 
     def _place(
-        self, text: str, asked: Sequence[str], turns: Sequence[Turn], image_tokens: int
+        self, text: str, asked: Sequence[str], turns: Sequence[Turn], image_tokens: Sequence[int]
     ) -> Written:
         """Find the answers, end each with the stop token and widen the image tokens."""
-        written, done, answers = "", 0, []
+        written, done, answers, counts = "", 0, [], iter(image_tokens)
         for before, turn in zip(asked, turns, strict=False):
             answer = protect(turn.answer or "", self._tokenizer).strip()
             # A template may write an earlier answer otherwise than the last one.
@@ -149,14 +153,14 @@ class TokenizersOwn(ChatTemplate):
             end = text.index(answer, start) + len(answer)
             if self._ends:
                 end = text.index(self.stop, end) + len(self.stop)
-            written += _widen(text[done:start], image_tokens)
+            written += _widen(text[done:start], counts)
             first = len(written)
             written += text[start:end] + ("" if self._ends else self.stop)
             answers.append((first, len(written)))
             done = end
         # Behind the last answer there is nothing to learn.
         if turns[-1].answer is None:
-            written += _widen(text[done:], image_tokens)
+            written += _widen(text[done:], counts)
         return Written(written, tuple(answers))
 
     def _message(self, role: str, text: str, num_images: int = 0) -> dict[str, Any]:
@@ -214,8 +218,8 @@ class TokenizersOwn(ChatTemplate):
         return str(self._tokenizer.eos_token), False
 
 
-def _widen(text: str, image_tokens: int) -> str:
-    return text.replace(IMAGE_TOKEN, IMAGE_TOKEN * image_tokens)
+def _widen(text: str, counts: Iterator[int]) -> str:
+    return re.sub(re.escape(IMAGE_TOKEN), lambda _: IMAGE_TOKEN * next(counts), text)
 
 
 def inside(offsets: Iterable[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from llava_ray.errors import ConfigError
 from llava_ray.models.chat_template import IMAGE_TOKEN, chat_template
-from llava_ray.models.folder import base_error, check_model, vision_shape
-from llava_ray.models.tensors import is_tied, module_name, weight_shapes
+from llava_ray.models.family import base_error, family_of
+from llava_ray.models.folder import check_model
+from llava_ray.models.tensors import empty_model, is_tied, module_name, weight_shapes
 
 _SHOWN = 3
 
@@ -42,7 +43,7 @@ def check_tokenizer(folder: Path) -> None:
     except Exception as error:  # tokenizers raises a bare Exception.
         reason = " ".join(str(error).split())[:200]
         raise base_error(folder, f"its tokenizer cannot be read ({reason})") from error
-    wanted = vision_shape(folder).image_token_id
+    wanted = family_of(folder).vision.image_token_id
     if found is None:
         raise base_error(
             folder,
@@ -60,13 +61,11 @@ def check_tokenizer(folder: Path) -> None:
 
 def check_shapes(folder: Path) -> None:
     """Raise ConfigError where stored weights are not those that config.json describes."""
-    from accelerate import init_empty_weights
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoConfig
 
     try:
-        config = LlavaConfig.from_pretrained(folder)
-        with init_empty_weights():
-            model = LlavaForConditionalGeneration(config)
+        config = AutoConfig.from_pretrained(folder)
+        model = empty_model(config)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise base_error(folder, f"config.json describes no model ({reason})") from error

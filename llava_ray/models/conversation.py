@@ -3,11 +3,16 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_ray.errors import DataError
 from llava_ray.models.chat_template import IMAGE_TOKEN, Turn, chat_template, inside
+from llava_ray.models.images import ImagePixels, read_pixels
+
+if TYPE_CHECKING:
+    from llava_ray.models.family import Family
 
 IGNORE_INDEX = -100
 """Label of tokens that carry no loss, as in PyTorch's cross entropy."""
@@ -64,6 +69,8 @@ class Sample:
                 text, count = text.removeprefix(shown), count + 1
             turns.append(Turn(text, count, gpt["value"]))
         images = (image,) if isinstance(image, str) else tuple(image)
+        if len(images) != (mentioned := sum(turn.num_images for turn in turns)):
+            raise ValueError(f"row {row['id']!r} names {len(images)} images, shows {mentioned}")
         return cls(str(row["id"]), images, tuple(turns), system)
 
 
@@ -79,34 +86,69 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def encode_prompt(
-    tokenizer: Any, turns: Sequence[Turn], *, tokens_per_image: int, system: str = ""
+    tokenizer: Any, turns: Sequence[Turn], image_tokens: Sequence[int], *, system: str = ""
 ) -> list[int]:
-    """Return the prompt's ids, each image being a run of `tokens_per_image` image tokens."""
+    """Return the prompt's ids, each image being a run of as many image tokens as it takes."""
     template = chat_template(tokenizer)
-    text = template.write(turns, system, tokens_per_image).text
+    text = template.write(turns, system, image_tokens).text
     options = {} if template.adds_special_tokens else {"add_special_tokens": False}
     return list(tokenizer(text, **options)["input_ids"])
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as the model is trained on it."""
+
+    input_ids: list[int]
+    labels: list[int]
+    """The ids of answers and of the tokens that end them, IGNORE_INDEX elsewhere."""
+    num_images: int
+    """Of those that the conversation shows, cutting leaves the first so many."""
+
+
 def encode_sample(
-    tokenizer: Any, sample: Sample, *, tokens_per_image: int, max_length: int, system: str = ""
-) -> tuple[list[int], list[int]]:
-    """Return ids and labels of one sample; only answers and the tokens that end them carry loss.
+    tokenizer: Any,
+    sample: Sample,
+    image_tokens: Sequence[int],
+    *,
+    max_length: int,
+    system: str = "",
+) -> Encoded:
+    """Return ids and labels of one sample.
 
     system: where the sample has none of its own. Too long samples are cut at the end, as LLaVA's
-    trainer does.
+    trainer does; a cut inside of an image leaves none of it.
     """
     template = chat_template(tokenizer)
     system = system if sample.system is None else sample.system
-    written = template.write(sample.turns, system, tokens_per_image)
+    written = template.write(sample.turns, system, image_tokens)
     encoded = tokenizer(
         written.text,
         add_special_tokens=template.adds_special_tokens,
         return_offsets_mapping=True,
     )
     ids = list(encoded["input_ids"])[:max_length]
-    # A cut inside of an image leaves none of it.
-    if rest := ids.count(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)) % tokens_per_image:
+    left = ids.count(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    whole = [total for total in accumulate(image_tokens) if total <= left]
+    if rest := left - (whole[-1] if whole else 0):
         ids = ids[:-rest]
     learned = inside(encoded["offset_mapping"], written.answers)
-    return ids, [id if learn else IGNORE_INDEX for id, learn in zip(ids, learned, strict=False)]
+    labels = [id if learn else IGNORE_INDEX for id, learn in zip(ids, learned, strict=False)]
+    return Encoded(ids, labels, len(whole))
+
+
+def encode_with_images(
+    tokenizer: Any,
+    sample: Sample,
+    folder: Path,
+    family: "Family",
+    *,
+    max_length: int,
+    max_pixels: int,
+    system: str = "",
+) -> tuple[Encoded, list[ImagePixels]]:
+    """Return a sample of a data set's folder, and those of its images that cutting leaves."""
+    images = read_pixels(folder, sample.images, family, max_pixels)
+    tokens = [image.num_tokens for image in images]
+    encoded = encode_sample(tokenizer, sample, tokens, max_length=max_length, system=system)
+    return encoded, images[: encoded.num_images]

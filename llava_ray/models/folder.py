@@ -4,44 +4,23 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llava_ray.artifacts.storage import cache_folder
 from llava_ray.artifacts.store import sha256_of
 from llava_ray.config.run import ModelConfig
 from llava_ray.errors import ConfigError
-from llava_ray.models.images import CLIP_MEAN, CLIP_STD, Colour
+from llava_ray.models.family import PROCESSORS, base_error, family_of
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"
-
-
-@dataclass(frozen=True)
-class VisionShape:
-    """What turns an image into tokens."""
-
-    image_size: int
-    tokens_per_image: int
-    """Patches, and the class token of a tower that has one unless it is dropped."""
-    image_token_id: int
-    mean: Colour = CLIP_MEAN
-    std: Colour = CLIP_STD
-
-
-def base_error(folder: Path, problem: str) -> ConfigError:
-    """Return what to say of a base model's folder."""
-    return ConfigError(f"model.path {str(folder)!r}: {problem}")
 
 
 def model_folder(config: ModelConfig) -> Path:
     """Return the folder of the base model, downloading a Hugging Face id.
 
-    Raises ConfigError when there is no such model, or when it is not LLaVA-1.5-shaped.
+    Raises ConfigError when there is no such model, or when it is of no known family.
     """
     if config.path == "embedded":
         return EMBEDDED
@@ -57,13 +36,13 @@ def check_model(folder: Path) -> None:
 
     Of weights the headers and the files' lengths are looked at, not every byte.
     """
-    vision_shape(folder)
+    family_of(folder)
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise base_error(folder, f"no {' or '.join(_TOKENIZERS)} there")
-    if not any((folder / name).is_file() for name in _PROCESSORS):
+    if not any((folder / name).is_file() for name in PROCESSORS):
         raise base_error(
             folder,
-            f"no {_PROCESSORS[0]}, which says how pixels are "
+            f"no {PROCESSORS[0]}, which says how pixels are "
             "normalized: copy it from the model that the vision tower is of",
         )
     for path in folder.glob("*.json"):
@@ -96,68 +75,14 @@ def check_weights(folder: Path) -> None:
         raise base_error(folder, "no *.safetensors there")
 
 
-def vision_shape(folder: Path) -> VisionShape:
-    """Read image size, patch size and image token from a model folder's config.json.
-
-    Raises ConfigError for a model that is not LLaVA-1.5-shaped.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise base_error(folder, "no config.json there")
-    try:
-        tree = json.loads(path.read_bytes())
-        kind = tree.get("model_type")
-        if "mm_vision_tower" in tree:
-            raise base_error(
-                folder,
-                "it has the layout of LLaVA's own repository: its Hugging "
-                "Face form is needed, such as llava-hf/llava-1.5-7b-hf",
-            )
-        if kind != "llava":
-            raise base_error(
-                folder,
-                f"model_type is {kind!r}, not 'llava'; LLaVA-1.5 in "
-                "its Hugging Face form is needed, such as llava-hf/llava-1.5-7b-hf",
-            )
-        mean, std = mean_and_std(folder)
-        return VisionShape(
-            image_size=int(tree["vision_config"]["image_size"]),
-            tokens_per_image=image_tokens(tree),
-            image_token_id=int(tree.get("image_token_id", tree.get("image_token_index", 32000))),
-            mean=mean,
-            std=std,
-        )
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise base_error(folder, f"config.json is not that of a LLaVA ({reason})") from error
-
-
-def image_tokens(tree: Mapping[str, Any]) -> int:
-    """Return the tokens of one image, by a model's config.json."""
-    vision = tree["vision_config"]
-    has_class_token = vision.get("model_type", "clip_vision_model") == "clip_vision_model"
-    # transformers' LlavaModel drops the first feature, whatever it is.
-    drops = tree.get("vision_feature_select_strategy", "default") == "default"
-    side = int(vision["image_size"]) // int(vision["patch_size"])
-    return int(side**2 + has_class_token - drops)
-
-
-def mean_and_std(folder: Path) -> tuple[Colour, Colour]:
-    """Read by what pixels are normalized; CLIP's where no file says so."""
-    for name in _PROCESSORS:
-        if (path := folder / name).is_file():
-            tree = json.loads(path.read_bytes())
-            tree = tree.get("image_processor", tree)
-            if "image_mean" in tree and "image_std" in tree:
-                (a, b, c), (d, e, f) = tree["image_mean"], tree["image_std"]
-                return (a, b, c), (d, e, f)
-    return CLIP_MEAN, CLIP_STD
-
-
 def max_positions(folder: Path) -> int:
     """Return the tokens that the language model can take."""
+    from transformers import AutoConfig
+
     text = json.loads((folder / "config.json").read_bytes())["text_config"]
-    return int(text.get("max_position_embeddings", 2048))
+    if "max_position_embeddings" not in text:  # Each backbone has a default of its own.
+        text = AutoConfig.from_pretrained(folder).text_config.to_dict()
+    return int(text["max_position_embeddings"])
 
 
 def weights_sha256(folder: Path) -> str:

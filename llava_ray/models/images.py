@@ -1,4 +1,4 @@
-"""From RGB to the square pixels that every engine sees.
+"""From RGB to what a vision tower sees: squares of uint8, then floats by the tower's numbers.
 
 Three preprocessings of LLaVA exist; this is that of LLaVA's trainer (image_aspect_ratio pad):
 pad to a square with CLIP's mean colour, then resize. Training, benchmark and serving share it.
@@ -6,7 +6,8 @@ pad to a square with CLIP's mean colour, then resize. Training, benchmark and se
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from llava_ray.models.rgb import open_image
 if TYPE_CHECKING:
     import torch
 
-    from llava_ray.models.folder import VisionShape
+    from llava_ray.models.family import Family
 
 # https://github.com/openai/CLIP: clip/clip.py, _transform
 Colour = tuple[float, float, float]
@@ -31,7 +32,18 @@ _LARGEST_REDUCTION = 16
 """Images longer than this many times the model's size are averaged down before padding."""
 
 Pixels = NDArray[np.uint8]
-"""[size, size, 3], RGB."""
+"""[..., size, size, 3], RGB."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImagePixels:
+    """A picture as a model takes it, from `Family.pixels`."""
+
+    tiles: Pixels
+    """uint8 [tiles, size, size, 3]; LLaVA-1.5 has one."""
+    num_tokens: int
+    size: tuple[int, int]
+    """The picture's own height and width, by which LLaVA-1.6 leaves out what only pads."""
 
 
 def square_pixels(image: Image.Image, size: int, mean: Colour = CLIP_MEAN) -> Pixels:
@@ -53,15 +65,17 @@ def square_pixels(image: Image.Image, size: int, mean: Colour = CLIP_MEAN) -> Pi
     return np.asarray(image, dtype=np.uint8)
 
 
-def tower_input(paths: "Sequence[Path]", shape: "VisionShape", max_pixels: int) -> "torch.Tensor":
-    """Read image files as the vision tower takes them, float32 [images, 3, size, size]."""
-    import torch
+def read_pixels(
+    folder: Path, names: "Iterable[str]", family: "Family", max_pixels: int
+) -> list[ImagePixels]:
+    """Read image files of a data set as a model takes them."""
+    opened = (open_image(folder / "images" / name, max_pixels=max_pixels) for name in names)
+    return [family.pixels(image) for image in opened]
 
-    size = shape.image_size
-    opened = (open_image(path, max_pixels=max_pixels) for path in paths)
-    squares = (square_pixels(image, size, shape.mean) for image in opened)
-    found = [normalize(pixels, mean=shape.mean, std=shape.std) for pixels in squares]
-    return torch.stack(found) if found else torch.empty(0, 3, size, size)
+
+def stack_tiles(images: Sequence[ImagePixels], size: int) -> Pixels:
+    """Return the tiles of all images, one after another, [tiles, size, size, 3]."""
+    return np.concatenate([np.zeros((0, size, size, 3), np.uint8), *(i.tiles for i in images)])
 
 
 def normalize(

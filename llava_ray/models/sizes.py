@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llava_ray.models.family import family_from
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -21,7 +23,12 @@ class Sizes:
     vision_inner: int
     vision_layers: int
     vision_patch: int
+    patches: int
+    """Of one square that the vision tower sees."""
     image_tokens: int
+    """The most that a picture takes."""
+    tied: bool
+    """Whether the head is the embedding."""
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> "Sizes":
@@ -42,7 +49,9 @@ class Sizes:
             vision_inner=vision["intermediate_size"],
             vision_layers=vision["num_hidden_layers"],
             vision_patch=patch,
-            image_tokens=(vision["image_size"] // patch) ** 2,
+            patches=(vision["image_size"] // patch) ** 2,
+            image_tokens=family_from(tree).max_image_tokens,
+            tied=bool(tree.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         )
 
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -67,7 +76,11 @@ class Sizes:
 
     def language_model(self) -> int:
         """Count layers, embedding, last norm and head."""
-        return self.layers * self.layer() + self.hidden + 2 * self.vocabulary * self.hidden
+        return (
+            self.layers * self.layer()
+            + self.hidden
+            + (2 - self.tied) * self.vocabulary * self.hidden
+        )
 
     def projector(self) -> int:
         """Count the two linear layers between vision tower and language model."""
@@ -77,7 +90,7 @@ class Sizes:
         """Count CLIP's image half without its final projection."""
         width, inner = self.vision_hidden, self.vision_inner
         layer = 4 * (width + 1) * width + (width + 1) * inner + (inner + 1) * width + 4 * width
-        embeddings = width + 3 * self.vision_patch**2 * width + (self.image_tokens + 1) * width
+        embeddings = width + 3 * self.vision_patch**2 * width + (self.patches + 1) * width
         return self.vision_layers * layer + embeddings + 4 * width
 
     def total(self) -> int:

@@ -32,6 +32,7 @@ _RENAMES = (
     (re.compile(r"^language_model\.model\."), "model.language_model."),
     (re.compile(r"^(model\.)?vision_tower\.(vision_model\.)?"), "model.vision_tower."),
     (re.compile(r"^multi_modal_projector\."), "model.multi_modal_projector."),
+    (re.compile(r"^image_newline$"), "model.image_newline"),
 )
 _LANGUAGE_LINEAR = re.compile(
     r"^model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj$"
@@ -241,20 +242,18 @@ class ShardWriter:
 def load_model(
     folder: Path, device: str, quantizes: Callable[[str], bool] = lambda module: False
 ) -> tuple[Any, dict[str, dict[str, "torch.Tensor"]]]:
-    """Return the folder's LlavaForConditionalGeneration, and what its packed modules hold.
+    """Return the folder's model by transformers, and what its packed modules hold.
 
     The modules of `quantizes` have no weight yet: their stored tensors are in the second value,
     by the module's name and their own. Raises ArtifactError when a weight is not in the folder.
     """
-    from accelerate import init_empty_weights
-    from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoConfig, GenerationConfig
 
-    config = LlavaConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         # transformers would look for its own loader of the method.
         del config.quantization_config
-    with init_empty_weights(include_buffers=False):
-        model: Any = LlavaForConditionalGeneration(config)
+    model = empty_model(config)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     packed: dict[str, dict[str, torch.Tensor]] = {
@@ -283,6 +282,17 @@ def load_model(
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
     return model.eval().requires_grad_(False), packed
+
+
+def empty_model(config: Any) -> Any:
+    """Return transformers' model of a config, in fp32; its weights have shapes alone."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForImageTextToText
+
+    auto: Any = AutoModelForImageTextToText
+    with init_empty_weights(include_buffers=False):
+        return auto.from_config(config, dtype=torch.float32)
 
 
 def is_tied(config: Any) -> bool:

@@ -76,6 +76,7 @@ class AwqSpec(QuantizationSpec):
 
     def check(self, folder: Path) -> None:
         """Raise VariantError where groups do not divide rows."""
+        super().check(folder)
         for name, shape in self.shapes(folder):
             if shape[1] % self.group_size or shape[0] % 32:
                 raise VariantError(

@@ -21,7 +21,7 @@ from torch import nn
 from llava_ray.console import Progress, fail
 from llava_ray.errors import LlavaRayError, VariantError
 from llava_ray.models import tensors as llava_folder
-from llava_ray.models.folder import vision_shape
+from llava_ray.models.family import family_of
 from llava_ray.quantize.awq import AwqSpec
 from llava_ray.quantize.awq_linear import AwqLinear, pack
 from llava_ray.quantize.spec import Calibration
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_TOKENS = 1024
 """Longer calibration samples are cut; LLaVA-1.5's images take 576."""
+_HEAD = "language_model.lm_head.weight"
 _ROWS_AT_ONCE = 16
 """Samples that run through a layer together."""
 
@@ -182,18 +183,21 @@ class _Quantizer(AwqQuantizer):  # type: ignore[misc]
 def _load(merged: Path, dtype: torch.dtype) -> Any:
     """Build transformers 4.51's LLaVA and fill it by the names that it uses."""
     from accelerate import init_empty_weights
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
-    config = LlavaConfig.from_dict(old_config(merged))
+    auto: Any = AutoModelForImageTextToText
+    config = AutoConfig.for_model(**old_config(merged))
     with init_empty_weights(include_buffers=False):
-        model: Any = LlavaForConditionalGeneration(config)
+        model = auto.from_config(config, torch_dtype=torch.float32)
     values = {
         old_name(llava_folder.module_name(name)): value.to(dtype)
         for name, value in llava_folder.tensors(merged)
     }
-    missing = sorted(model.load_state_dict(values, strict=False, assign=True).missing_keys)
+    missing = set(model.load_state_dict(values, strict=False, assign=True).missing_keys)
+    if llava_folder.is_tied(config):
+        missing.discard(_HEAD)
     if missing:
-        raise VariantError(f"{merged}: {len(missing)} weights are missing, first {missing[0]!r}")
+        raise VariantError(f"{merged}: {len(missing)} weights are missing, first {min(missing)!r}")
     return model.eval().requires_grad_(False)
 
 
@@ -234,20 +238,16 @@ def _embedded_samples(
 
     # The class that tokenizer_config.json names may exist only in transformers 5.
     tokenizer: Any = PreTrainedTokenizerFast(**_tokenizer_files(merged))  # type: ignore[no-untyped-call]
-    shape = vision_shape(merged)
+    family = family_of(merged)
     vision = nn.ModuleList([model.vision_tower, model.multi_modal_projector]).to(device)
     embed = model.get_input_embeddings()
     embedded = []
     for sample in calibration.samples():
-        tokens, pixels = calibration.encode(sample, tokenizer, shape, max_tokens=_MAX_TOKENS)
-        is_image = tokens == shape.image_token_id
+        tokens, shown = calibration.encode(sample, tokenizer, family, max_tokens=_MAX_TOKENS)
+        is_image = tokens == family.vision.image_token_id
         hidden = embed(tokens.masked_fill(is_image, 0)).to(device)
-        if spec.images and len(pixels):
-            features = model.get_image_features(
-                pixel_values=pixels.to(hidden),
-                vision_feature_layer=model.config.vision_feature_layer,
-                vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-            )
+        if spec.images and shown:
+            features = _image_features(model, shown.pop("pixel_values").to(hidden), shown)
             hidden[is_image.to(device)] = torch.cat(list(features))
         else:
             hidden = hidden[~is_image.to(device)]
@@ -255,6 +255,17 @@ def _embedded_samples(
     vision.cpu()
     logger.info("%d samples, %d tokens to calibrate on", len(embedded), sum(map(len, embedded)))
     return embedded
+
+
+def _image_features(model: Any, pixels: torch.Tensor, more: dict[str, torch.Tensor]) -> Any:
+    """Return each image's features; here LLaVA-1.6's are not one picture yet."""
+    how = {"vision_feature_select_strategy": model.config.vision_feature_select_strategy}
+    layer = model.config.vision_feature_layer
+    found = model.get_image_features(pixel_values=pixels, vision_feature_layer=layer, **how, **more)
+    if not hasattr(model, "pack_image_features"):
+        return found
+    newline = model.image_newline
+    return [model.pack_image_features(found, **more, **how, image_newline=newline)[0]]
 
 
 def _tokenizer_files(merged: Path) -> dict[str, str]:
@@ -275,6 +286,8 @@ def _write(spec: AwqSpec, model: Any, merged: Path, out: Path) -> None:
     """Write weights, config, tokenizer and both generations' processor files."""
     writer = llava_folder.ShardWriter(out)
     for name, value in model.state_dict().items():
+        if value.is_meta:
+            continue  # The head of tied weights, which is the embedding.
         writer.add({name: value.half() if value.is_floating_point() else value})
     writer.finish()
     llava_folder.copy_sidecars(merged, out)

@@ -67,9 +67,9 @@ class BnbSpec(QuantizationSpec):
 
     def load(self, folder: Path, device: str) -> Any:
         """Return the model with bitsandbytes' linears; on a CPU the rest is fp32."""
-        from transformers import LlavaForConditionalGeneration
+        from transformers import AutoModelForImageTextToText
 
-        model: Any = LlavaForConditionalGeneration.from_pretrained(folder, device_map=device)
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, device_map=device)
         if device == "cpu":
             for parameter in model.parameters():
                 # Packed weights are integers and stay.

@@ -132,6 +132,7 @@ class GgufSpec(QuantizationSpec):
     def check(self, folder: Path) -> None:
         """Raise VariantError for a model that llama.cpp cannot run, and for rows that it would
         quietly write as another type."""
+        super().check(folder)
         check_convertible(folder)
         block = GGML_QUANT_SIZES[main_type(self.name)][0]
         columns = {shape[1] for _, shape in self.shapes(folder)}

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 from llava_ray.console import Progress
 from llava_ray.inference.llama_cpp.types import FILE_TYPES, NEEDS_IMATRIX, PLAIN, PREFIX
 from llava_ray.models import tensors as llava_folder
-from llava_ray.models.folder import vision_shape
+from llava_ray.models.family import family_of
 from llava_ray.quantize.gguf import GgufSpec, Importance
 from llava_ray.quantize.gguf_writer import gguf_names, is_text
 from llava_ray.quantize.spec import Calibration, whole_model
@@ -56,14 +56,14 @@ def importance_matrix(merged: Path, calibration: Calibration, device: str) -> Im
     All positions of a sample count, those of the image too.
     """
     import torch
-    from transformers import AutoTokenizer, LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
 
     samples = calibration.samples()
     dtype = torch.float32 if device == "cpu" else llava_folder.storage_dtype(merged)
-    model: Any = LlavaForConditionalGeneration.from_pretrained(merged, dtype=dtype)
+    model: Any = AutoModelForImageTextToText.from_pretrained(merged, dtype=dtype)
     model.to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(merged)
-    vision = vision_shape(merged)
+    family = family_of(merged)
     sums: dict[str, torch.Tensor] = {}
     rows_seen: Counter[str] = Counter()
 
@@ -81,9 +81,10 @@ def importance_matrix(merged: Path, calibration: Calibration, device: str) -> Im
             module.register_forward_pre_hook(watch(str(target_of(f"{name}.weight"))))
     progress = Progress("importance", len(samples), "samples")
     for number, sample in enumerate(samples, start=1):
-        ids, pixels = calibration.encode(sample, tokenizer, vision, max_tokens=_MAX_TOKENS)
+        ids, shown = calibration.encode(sample, tokenizer, family, max_tokens=_MAX_TOKENS)
+        if shown:
+            shown["pixel_values"] = shown["pixel_values"].to(device, dtype)
         with torch.no_grad():
-            shown = {"pixel_values": pixels.to(device, dtype)} if len(pixels) else {}
             model(input_ids=ids[None].to(device), **shown)
         progress.at(number)
     return {name: (total / rows_seen[name]).cpu().numpy() for name, total in sums.items()}

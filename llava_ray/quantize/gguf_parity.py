@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from llava_ray.errors import VariantError
 from llava_ray.models.chat_template import Turn
 from llava_ray.models.conversation import encode_prompt
-from llava_ray.models.folder import vision_shape
-from llava_ray.models.images import Pixels, normalize
+from llava_ray.models.family import family_of
 
 if TYPE_CHECKING:
     import torch
@@ -46,12 +46,14 @@ def check_parity(merged: Path, pair: Path, *, tolerance: float = TOLERANCE) -> f
     from llava_ray.inference.engine import Prompt
     from llava_ray.inference.llama_cpp.engine import LlamaCppEngine
 
-    context = vision_shape(pair).tokens_per_image + 256
+    family = family_of(pair)
+    context = family.max_image_tokens + 256
     with closing(LlamaCppEngine(pair, device="cpu", slots=1, context=context)) as engine:
+        image = family.pixels(probe_picture(family.vision.image_size))
         turns = [Turn(QUESTION, num_images=1)]
-        ids = encode_prompt(engine.tokenizer, turns, tokens_per_image=engine.tokens_per_image)
+        ids = encode_prompt(engine.tokenizer, turns, [image.num_tokens])
         answer = engine.tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
-        prompt = Prompt(tuple(ids), (probe_pixels(engine.image_size),))
+        prompt = Prompt(tuple(ids), (image,))
         found = engine.score(prompt, answer)
     difference = float((found - reference_logits(merged, prompt, answer)).abs().max())
     if not difference <= tolerance:
@@ -65,23 +67,22 @@ def check_parity(merged: Path, pair: Path, *, tolerance: float = TOLERANCE) -> f
 def reference_logits(merged: Path, prompt: "Prompt", answer: list[int]) -> "torch.Tensor":
     """Return transformers' fp32 logits [len(answer), vocab] that predict the answer."""
     import torch
-    from transformers import LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
-    model: Any = LlavaForConditionalGeneration.from_pretrained(merged, dtype=torch.float32)
+    model: Any = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32)
     model.eval()
-    shape = vision_shape(merged)
-    pixels = normalize(np.stack(prompt.images), mean=shape.mean, std=shape.std)
+    shown = family_of(merged).inputs(prompt.images)
     with torch.no_grad():
         ids = torch.tensor([[*prompt.input_ids, *answer]])
-        logits: torch.Tensor = model(input_ids=ids, pixel_values=pixels).logits[0]
+        logits: torch.Tensor = model(input_ids=ids, **shown).logits[0]
     return logits[len(prompt.input_ids) - 1 : -1]
 
 
-def probe_pixels(size: int) -> Pixels:
+def probe_picture(size: int) -> Image.Image:
     """Return a picture whose every patch differs: coloured noise over a gradient."""
     noise = np.random.default_rng(0).integers(0, 128, (size, size, 3))
     slope = np.linspace(0, 127, size).astype(np.int64)
-    return (noise + slope[:, None, None]).astype(np.uint8)
+    return Image.fromarray((noise + slope[:, None, None]).astype(np.uint8))
 
 
 def check_tokenization(text: Path) -> list[str]:

@@ -24,8 +24,8 @@ from gguf import (
 from llava_ray.errors import VariantError
 from llava_ray.inference.torch.cache import head_size
 from llava_ray.inference.torch.llama import windows_of
-from llava_ray.models.folder import VisionShape, vision_shape
-from llava_ray.models.tensors import copy_sidecars, module_name, shards, weight_shapes
+from llava_ray.models.family import VisionShape, family_of
+from llava_ray.models.tensors import copy_sidecars, empty_model, module_name, shards, weight_shapes
 from llava_ray.quantize.gguf_vocab import add_vocabulary, check_vocabulary
 
 if TYPE_CHECKING:
@@ -68,10 +68,10 @@ def write_pair(merged: Path, text: Path, mmproj: Path, *, precision: str) -> Non
     else f16. Raises VariantError for a model that llama.cpp cannot run, and for any tensor that
     is missing or left over.
     """
-    from transformers import LlavaConfig
+    from transformers import AutoConfig
 
     check_convertible(merged)
-    config = LlavaConfig.from_pretrained(merged)
+    config = AutoConfig.from_pretrained(merged)
     checkpoint = _open(merged)
     depth = _vision_depth(config)
     entries = _entries(config, checkpoint, depth)
@@ -82,15 +82,15 @@ def write_pair(merged: Path, text: Path, mmproj: Path, *, precision: str) -> Non
     _stream(writer, checkpoint, [e for e in entries if is_text(e.source)], text_type, factors)
     mmproj_type = _F32 if text_type is _F32 else _F16
     writer = GGUFWriter(str(mmproj), "clip")
-    _describe_vision(writer, config, vision_shape(merged), depth, mmproj_type)
+    _describe_vision(writer, config, family_of(merged).vision, depth, mmproj_type)
     _stream(writer, checkpoint, [e for e in entries if not is_text(e.source)], mmproj_type)
 
 
 def check_convertible(folder: Path) -> None:
     """Raise VariantError for a model that llama.cpp cannot run, by config, names and tokenizer."""
-    from transformers import LlavaConfig
+    from transformers import AutoConfig
 
-    config = LlavaConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
     depth = _vision_depth(config)
     _check_text(config.text_config)
     if config.projector_hidden_act != "gelu":
@@ -144,11 +144,7 @@ def _open(merged: Path) -> dict[str, Any]:
 
 def _entries(config: Any, checkpoint: Mapping[str, Any], depth: int) -> list[Entry]:
     """Return what of a LLaVA of this config is written, in the order of its parameters."""
-    from accelerate import init_empty_weights
-    from transformers import LlavaForConditionalGeneration
-
-    with init_empty_weights():
-        names = list(LlavaForConditionalGeneration(config).state_dict())
+    names = list(empty_model(config).state_dict())
     text, target_of = config.text_config, gguf_names(config)
     heads = {"q_proj": text.num_attention_heads, "k_proj": text.num_key_value_heads}
     entries = []

@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from llava_ray.artifacts.identity import versions
 from llava_ray.errors import VariantError
 from llava_ray.models import tensors as llava_folder
-from llava_ray.models.conversation import Sample, encode_sample, read_samples
-from llava_ray.models.folder import VisionShape
-from llava_ray.models.images import tower_input
+from llava_ray.models.conversation import Sample, encode_with_images, read_samples
+from llava_ray.models.family import Family, family_of
 from llava_ray.resources.capacity import Resources
 
 if TYPE_CHECKING:
     import torch
 
     from llava_ray.inference.engine import Engine
+
+
+_TEXT_TOKENS = 448
+"""Of a calibration sample, room for as many beside a picture."""
 
 
 def process_memory(model_bytes: int) -> int:
@@ -50,21 +53,21 @@ class Calibration:
         return found
 
     def encode(
-        self, sample: Sample, tokenizer: Any, vision: VisionShape, *, max_tokens: int
-    ) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Return token ids [tokens], cut at the end, and pixels [images, 3, size, size]."""
+        self, sample: Sample, tokenizer: Any, family: Family, *, max_tokens: int
+    ) -> "tuple[torch.Tensor, dict[str, torch.Tensor]]":
+        """Return token ids [tokens], cut at the end, and what the model takes of their images."""
         import torch
 
-        ids, _ = encode_sample(
+        encoded, images = encode_with_images(
             tokenizer,
             sample,
-            tokens_per_image=vision.tokens_per_image,
-            max_length=max_tokens,
+            self.dataset_folder,
+            family,
+            max_length=max(max_tokens, family.max_image_tokens + _TEXT_TOKENS),
+            max_pixels=10**9,
             system=self.system_prompt,
         )
-        whole = ids.count(vision.image_token_id) // vision.tokens_per_image
-        paths = [self.dataset_folder / "images" / name for name in sample.images[:whole]]
-        return torch.tensor(ids), tower_input(paths, vision, 10**9)
+        return torch.tensor(encoded.input_ids), family.inputs(images) if images else {}
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,11 @@ class QuantizationSpec(ABC):
             if name.endswith(".weight") and self.quantizes(module):
                 yield f"{module}.weight", shape
 
-    def check(self, folder: Path) -> None:  # noqa: B027 - most take any model
+    def check(self, folder: Path) -> None:
         """Raise VariantError where a model of such config, tokenizer and shapes cannot be written
         so; no weight is read."""
+        if obstacle := family_of(folder).obstacle(self.method):
+            raise VariantError(f"variant {self.slug!r}: {obstacle}")
 
     def measured_bits(self, folder: Path) -> float:
         """Return the bits of a written variant's quantized weights; default: as its scheme says."""

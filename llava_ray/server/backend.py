@@ -6,7 +6,7 @@ from typing import Any
 
 from llava_ray.artifacts.records import Variant
 from llava_ray.inference.process.client import EngineProcess
-from llava_ray.models.images import Colour
+from llava_ray.models.family import Family
 from llava_ray.server.metrics import Recorder
 
 
@@ -22,15 +22,13 @@ class Backend:
     """Seconds since 1970."""
     scorecard: dict[str, Any] | None
     """What clients are shown of it."""
-    image_size: int
-    image_mean: Colour
-    tokens_per_image: int
     eos_token_id: int
     context: int
     slots: int
     """Answers that are worked on at a time."""
     tokenizer: Any
     """The Hugging Face tokenizer of the variant's folder."""
+    family: Family
     engine: EngineProcess
     recorder: Recorder
 

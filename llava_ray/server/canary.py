@@ -30,7 +30,7 @@ class Canary:
 
     def __init__(self, served: Backend, newcomer: Backend, share: float) -> None:
         """Raise ConfigError where the two do not read the same prompts."""
-        for name in ("image_size", "image_mean", "tokens_per_image", "eos_token_id"):
+        for name in ("family", "eos_token_id"):
             if getattr(served, name) != getattr(newcomer, name):
                 raise ConfigError(
                     f"canary {newcomer.name!r} has {name}={getattr(newcomer, name)}, and "

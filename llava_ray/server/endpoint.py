@@ -209,7 +209,7 @@ class Endpoint:
         turns, sources, system = read_conversation(parsed.messages, self.args)
         fetched = {}
         # Known before any is decoded.
-        _check_length(len(sources) * backend.tokens_per_image, backend)
+        _check_length(len(sources) * backend.family.vision.tokens, backend)
         for source in sources:
             if source.url[:5].lower() != "data:":
                 with named(source):

@@ -11,6 +11,7 @@ import msgspec
 from llava_ray.artifacts.records import Scorecard, Variant
 from llava_ray.artifacts.store import local_folder, read_record
 from llava_ray.inference.process.client import EngineProcess
+from llava_ray.models.family import family_of
 from llava_ray.server import loading
 from llava_ray.server.backend import Backend, variant_digest
 from llava_ray.server.memory import slots_that_fit
@@ -74,6 +75,7 @@ class Replica:
             scorecard=_summary(card_uri) if card_uri else None,
             **msgspec.structs.asdict(opened),
             tokenizer=tokenizers.AutoTokenizer.from_pretrained(folder),
+            family=family_of(folder),
             engine=engine,
             recorder=recorder,
         )

@@ -33,7 +33,7 @@ def load_base(
 
     `device` None leaves the placement to DeepSpeed's ZeRO-3.
     """
-    from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
     if device is not None:
@@ -46,7 +46,7 @@ def load_base(
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=list(QUANTIZATION_SKIPS),
         )
-    model: nn.Module = LlavaForConditionalGeneration.from_pretrained(folder, **kwargs)
+    model: nn.Module = AutoModelForImageTextToText.from_pretrained(folder, **kwargs)
     return model
 
 
@@ -98,7 +98,7 @@ def lora_pattern(targets: tuple[str, ...]) -> str:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """Return the LlavaForConditionalGeneration inside a PeftModel, or the model itself."""
+    """Return the LLaVA inside a PeftModel, or the model itself."""
     inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return inner
 
@@ -162,13 +162,13 @@ def loss_module(model: nn.Module, train: TrainConfig) -> nn.Module:
             input_ids: torch.Tensor,
             attention_mask: torch.Tensor,
             labels: torch.Tensor,
-            pixel_values: torch.Tensor,
+            **pictures: torch.Tensor,
         ) -> torch.Tensor:
             llava: Any = base_of(self.model)
             targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
             # Looked up before the layers are queued: it makes the processor wait for the GPU.
             chosen = (targets != IGNORE_INDEX).nonzero().flatten()
-            embeddings = _embeddings(llava, input_ids, pixel_values)
+            embeddings = _embeddings(llava, input_ids, pictures)
             if self.decoder is None:
                 hidden = llava.model.language_model(
                     inputs_embeds=embeddings, use_cache=False
@@ -208,17 +208,15 @@ def set_checkpointing(llava: Any, *, on: bool) -> None:
         getattr(language_model, f"{name}_checkpointing_disable")()
 
 
-def _embeddings(llava: Any, input_ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+def _embeddings(
+    llava: Any, input_ids: torch.Tensor, pictures: dict[str, torch.Tensor]
+) -> torch.Tensor:
     """Put the projected images where the image tokens stand.
 
-    A batch of text alone sends an empty image through tower and projector and takes nothing of it:
-    ranks with pictures and those without must gather the same weights and average the same
-    gradients.
+    Of a batch of text alone nothing is taken of its blank picture.
     """
-    shown = pixels if len(pixels) else pixels.new_zeros(1, *pixels.shape[1:])
-    images = torch.cat(list(llava.model.get_image_features(shown.to(llava.dtype)).pooler_output))
+    pixels = pictures.pop("pixel_values").to(llava.dtype)
+    found = llava.model.get_image_features(pixel_values=pixels, return_dict=True, **pictures)
     embeddings: torch.Tensor = llava.get_input_embeddings()(input_ids)
-    if not len(pixels):
-        return embeddings + 0 * images.sum().to(embeddings.dtype)
     places = (input_ids == llava.config.image_token_id)[..., None]
-    return embeddings.masked_scatter(places, images.to(embeddings.dtype))
+    return embeddings.masked_scatter(places, torch.cat(list(found.pooler_output)).to(embeddings))

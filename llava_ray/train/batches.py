@@ -13,16 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from llava_ray.errors import ConfigError
-from llava_ray.models.conversation import IGNORE_INDEX, Sample, encode_sample
-from llava_ray.models.folder import VisionShape
-from llava_ray.models.images import tower_input
+from llava_ray.models.conversation import (
+    IGNORE_INDEX,
+    Sample,
+    encode_sample,
+    encode_with_images,
+)
+from llava_ray.models.family import Family
+from llava_ray.models.images import read_pixels
 
 Batch = dict[str, torch.Tensor]
-"""input_ids, attention_mask and labels [batch, length], pixel_values [images, 3, size, size]."""
+"""input_ids, attention_mask and labels [batch, length], and what `Family.inputs` gives."""
 
 _WINDOW = 16
 """Global batches among which samples are sorted by length."""
@@ -88,9 +94,10 @@ class CaptionSamples:
     """A map-style data set: encodes text and decodes the image when a sample is asked for."""
 
     samples: Sequence[Sample]
-    images: Path
+    folder: Path
+    """Of the data set."""
     tokenizer: Any
-    shape: VisionShape
+    family: Family
     max_length: int
     max_image_pixels: int
     system: str
@@ -99,21 +106,39 @@ class CaptionSamples:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Batch:
-        sample = self.samples[index]
-        ids, labels = encode_sample(
+        encoded, images = encode_with_images(
             self.tokenizer,
-            sample,
-            tokens_per_image=self.shape.tokens_per_image,
+            self.samples[index],
+            self.folder,
+            self.family,
             max_length=self.max_length,
+            max_pixels=self.max_image_pixels,
             system=self.system,
         )
-        whole = ids.count(self.shape.image_token_id) // self.shape.tokens_per_image
-        paths = [self.images / name for name in sample.images[:whole]]
         return {
-            "input_ids": torch.tensor(ids),
-            "labels": torch.tensor(labels),
-            "pixel_values": tower_input(paths, self.shape, self.max_image_pixels),
+            "input_ids": torch.tensor(encoded.input_ids),
+            "labels": torch.tensor(encoded.labels),
+            **self.family.inputs(images),
         }
+
+    def collate(self, samples: Sequence[Batch]) -> Batch:
+        """Pad to the longest sample at the right.
+
+        A batch of text alone has a blank picture, of which nothing is taken: ranks with pictures
+        and those without must gather the same weights and average the same gradients.
+        """
+        ids, labels = ([sample[name] for sample in samples] for name in ("input_ids", "labels"))
+        pad = pad_id(self.tokenizer)
+        shown = samples if any(len(s["pixel_values"]) for s in samples) else [self._blank]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
+            "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        } | {name: torch.cat([sample[name] for sample in shown]) for name in self._blank}
+
+    @functools.cached_property
+    def _blank(self) -> Batch:
+        return self.family.inputs([self.family.pixels(Image.new("RGB", (1, 1)))])
 
     def check_room(self) -> list[str]:
         """Return the ids of the samples that max_length cuts.
@@ -122,20 +147,17 @@ class CaptionSamples:
         """
         cut = []
         for sample in self.samples:
-            images = len(sample.images) * self.shape.tokens_per_image
+            images = len(sample.images) * self.family.max_image_tokens
             letters = sum(len(f"{t.text}{t.answer}".encode()) + _TURN_TOKENS for t in sample.turns)
             # No token is less than a byte, so long samples alone are tokenized.
             if images + letters + len(sample.system or self.system) + 1 <= self.max_length:
                 continue
-            ids, labels = encode_sample(
-                self.tokenizer,
-                sample,
-                tokens_per_image=self.shape.tokens_per_image,
-                max_length=2**31,
-                system=self.system,
+            tokens = self._image_tokens(sample)
+            encoded = encode_sample(
+                self.tokenizer, sample, tokens, max_length=2**31, system=self.system
             )
-            if len(ids) > self.max_length:
-                first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+            if len(encoded.labels) > self.max_length:
+                first = next(i for i, id in enumerate(encoded.labels) if id != IGNORE_INDEX)
                 if first >= self.max_length:
                     raise ConfigError(
                         f"train.max_length={self.max_length} cuts the question "
@@ -144,6 +166,13 @@ class CaptionSamples:
                     )
                 cut.append(sample.id)
         return cut
+
+    def _image_tokens(self, sample: Sample) -> list[int]:
+        most = self.family.max_image_tokens
+        if self.family.vision.tokens == most:
+            return [most] * len(sample.images)
+        images = read_pixels(self.folder, sample.images, self.family, self.max_image_pixels)
+        return [image.num_tokens for image in images]
 
 
 def text_lengths(samples: Sequence[Sample]) -> tuple[int, ...]:
@@ -158,19 +187,6 @@ def text_lengths(samples: Sequence[Sample]) -> tuple[int, ...]:
     )
 
 
-def collate(samples: Sequence[Batch], *, pad_token_id: int) -> Batch:
-    """Pad to the longest sample at the right."""
-    ids = [s["input_ids"] for s in samples]
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
-        "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
-        "labels": pad_sequence(
-            [s["labels"] for s in samples], batch_first=True, padding_value=IGNORE_INDEX
-        ),
-        "pixel_values": torch.cat([s["pixel_values"] for s in samples]),
-    }
-
-
 def train_batches(
     data: CaptionSamples, batches: Iterator[list[int]], *, loader_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
@@ -179,7 +195,7 @@ def train_batches(
         data,  # type: ignore[arg-type]
         batch_sampler=batches,
         num_workers=loader_workers,
-        collate_fn=functools.partial(collate, pad_token_id=pad_id(data.tokenizer)),
+        collate_fn=data.collate,
         pin_memory=pin_memory,
         # Forking a Ray worker copies its threads' locks, which can hang the child.
         multiprocessing_context="forkserver" if loader_workers else None,
@@ -198,7 +214,7 @@ def eval_batches(
     for start in range(0, len(data), stride):
         first = start + rank * batch_size
         indices = range(first, min(first + batch_size, len(data)))
-        batch = collate([data[i] for i in indices or [0]], pad_token_id=pad_id(data.tokenizer))
+        batch = data.collate([data[i] for i in indices or [0]])
         if not indices:
             batch["labels"].fill_(IGNORE_INDEX)
         yield batch

@@ -23,7 +23,8 @@ from llava_ray.config.run import RunConfig
 from llava_ray.console import Progress
 from llava_ray.models import low_bits
 from llava_ray.models.conversation import IGNORE_INDEX, read_samples
-from llava_ray.models.folder import max_positions, model_folder, vision_shape
+from llava_ray.models.family import family_of
+from llava_ray.models.folder import max_positions, model_folder
 from llava_ray.resources.devices import device_name
 from llava_ray.resources.memory import peak_bytes
 from llava_ray.train import adapt, checkpoint, replica, zero
@@ -199,9 +200,9 @@ class Loop:
             logger.warning("train: max_length is the model's %d, not more", longest)
         return CaptionSamples(
             samples=read_samples(path),
-            images=path.parent / "images",
+            folder=path.parent,
             tokenizer=AutoTokenizer.from_pretrained(folder),
-            shape=vision_shape(folder),
+            family=family_of(folder),
             max_length=min(self.train.max_length, longest),
             max_image_pixels=self.task.config.data.max_image_pixels,
             system=self.task.config.model.system_prompt,

@@ -6,15 +6,15 @@ import torch
 from transformers import AutoTokenizer
 
 from llava_ray.inference.engine import Engine, Prompt
+from llava_ray.models.family import VisionShape
 from llava_ray.models.folder import EMBEDDED
+from llava_ray.models.llava import Llava
 
 
 class NoisyEngine(Engine):
     """Stands for a variant; noise 0 is the baseline."""
 
-    image_size = 8
-    tokens_per_image = 4
-    image_token_id = 1022
+    family = Llava(VisionShape(image_size=8, tokens=4, image_token_id=1022))
     eos_token_id = 2
     device = "cpu"
 
@@ -46,5 +46,5 @@ class NoisyEngine(Engine):
         return self._table.nbytes
 
     def _logits(self, prompt: Prompt, ids: list[int]) -> torch.Tensor:
-        brightness = sum(int(image.sum()) for image in prompt.images) % 1000
+        brightness = sum(int(image.tiles.sum()) for image in prompt.images) % 1000
         return self._table[torch.tensor(ids)] + self._table[brightness]

@@ -66,7 +66,7 @@ def test_reference_holds_each_caption_once_in_order(stored: ReferenceScores) -> 
     for sample, words in zip(samples, SIGNS, strict=True):
         assert tokenizer.decode(sample.continuation[:-1]).strip() == reference(words)
         assert sample.continuation[-1] == NoisyEngine.eos_token_id
-        assert sample.prompt.input_ids.count(NoisyEngine.image_token_id) == 4
+        assert sample.prompt.input_ids.count(NoisyEngine.family.vision.image_token_id) == 4
         assert sample.log_probs.dtype == torch.float16
 
 
@@ -95,7 +95,7 @@ def test_more_noise_is_more_divergence_on_the_same_prompts(
         scored = engine.seen[-2 - 3 : -2]
         for prompt, sample in zip(scored, read_reference(stored), strict=True):
             assert prompt.input_ids == sample.prompt.input_ids
-            assert (prompt.images[0] == sample.prompt.images[0]).all()
+            assert (prompt.images[0].tiles == sample.prompt.images[0].tiles).all()
     divergences = [fields["kl_divergence"].median for fields in found]
     # Two tables add their noise: KL is about half the variance of the noise in the logits.
     assert divergences[0] == pytest.approx(0.1**2, rel=0.25)

@@ -50,9 +50,9 @@ def test_packed_ids_are_those_of_the_conversation_format() -> None:
     ids, weights, segments = packed["ids"], packed["weights"], packed["segments"]
     length = int((segments > 0).sum())
     sample = Sample("0", ("",), (Turn(DESCRIBE, 1, answer),))
-    wanted, labels = encode_sample(
-        AutoTokenizer.from_pretrained(EMBEDDED), sample, tokens_per_image=2, max_length=999
-    )
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    encoded = encode_sample(tokenizer, sample, [2], max_length=999)
+    wanted, labels = encoded.input_ids, encoded.labels
     assert encoder.prefix() + [vocabulary.IMAGE_ID] * 2 + ids[:length].tolist() == wanted
     assert (weights[:length] > 0).tolist() == [label >= 0 for label in labels[-length:]]
     tokens = [encoder.tokenizer.id_to_token(i) for i, w in zip(ids, weights, strict=True) if w > 1]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -20,8 +21,7 @@ from tiny_families import FAMILIES, write_family  # noqa: E402
 
 from llava_ray.bench.results import write  # noqa: E402
 from llava_ray.inference.engine import Prompt  # noqa: E402
-from llava_ray.models.folder import vision_shape  # noqa: E402
-from llava_ray.models.images import normalize  # noqa: E402
+from llava_ray.models.family import family_of  # noqa: E402
 from llava_ray.quantize.registry import spec_for  # noqa: E402
 from llava_ray.quantize.spec import Calibration  # noqa: E402
 
@@ -41,22 +41,22 @@ def test_engines_on_a_gpu_score_and_decode_as_transformers_does(tmp_path: Path) 
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
     model = write_family(name, folder / "base")
-    shape, out = vision_shape(folder / "base"), folder / "out"
+    family, out = family_of(folder / "base"), folder / "out"
     out.mkdir()
     spec = spec_for("none-fp16")
     spec.quantize(folder / "base", out, Calibration(out, 0), "cuda")
     engine: Any = spec.open_engine(out, device="cuda", slots=2, context=256)
     draw = np.random.default_rng(0)
-    pixels = draw.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    ids = (1, *[1022] * shape.tokens_per_image, *draw.integers(3, 1000, 60).tolist())
+    image = family.pixels(Image.fromarray(draw.integers(0, 255, (40, 75, 3), dtype=np.uint8)))
+    ids = (1, *[1022] * image.num_tokens, *draw.integers(3, 1000, 60).tolist())
     answer = draw.integers(3, 1000, 20).tolist()
-    inputs = normalize(pixels[None], mean=shape.mean, std=shape.std)
     with torch.no_grad():
-        whole = model(input_ids=torch.tensor([[*ids, *answer]]), pixel_values=inputs).logits[0]
+        shown = family.inputs([image])
+        whole = model(input_ids=torch.tensor([[*ids, *answer]]), **shown).logits[0]
     expected = whole[len(ids) - 1 : -1].log_softmax(-1)
-    found = engine.score(Prompt(ids, (pixels,)), answer).float().log_softmax(-1)
+    found = engine.score(Prompt(ids, (image,)), answer).float().log_softmax(-1)
     kl = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="none").sum(-1)
-    slot, _ = engine.prefill(Prompt(ids, (pixels,)))
+    slot, _ = engine.prefill(Prompt(ids, (image,)))
     for token in answer[:4]:
         (logits,) = engine.decode([slot], torch.tensor([token], device="cuda"))
     gap = (logits.float().cpu() - whole[len(ids) + 3]).abs().max() / whole.abs().max()

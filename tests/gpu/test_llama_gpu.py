@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pictures import random_picture
 
 from llava_ray.inference.engine import Prompt
 from llava_ray.models import tensors as llava_folder
@@ -30,10 +31,9 @@ def test_offloaded_layers_score_as_the_cpu_does(precision: str, tmp_path: Path) 
     for device in ("cpu", "cuda"):
         engine = LlamaCppEngine(tmp_path, device=device, slots=2, context=512)
         assert engine.offloaded == (device == "cuda")
-        size = engine.image_size
-        pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-        ids = engine.tokenizer("USER: " + "<image>" * engine.tokens_per_image)["input_ids"]
-        rows.append(engine.score(Prompt(tuple(ids), (pixels,)), [40, 41, 42]))
+        picture = random_picture(engine, np.random.default_rng(0))
+        ids = engine.tokenizer("USER: " + "<image>" * picture.num_tokens)["input_ids"]
+        rows.append(engine.score(Prompt(tuple(ids), (picture,)), [40, 41, 42]))
         engine.close()
     # cuBLAS may multiply in TF32.
     torch.testing.assert_close(rows[0], rows[1], atol=1e-2, rtol=0)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pictures import random_picture
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
@@ -29,10 +30,10 @@ def engine() -> Any:
 
 def make_prompt(engine: Any, text: int, *, images: int, seed: int) -> Prompt:
     rng = np.random.default_rng(seed)
-    size = engine.image_size
-    pixels = tuple(rng.integers(0, 256, (size, size, 3), dtype=np.uint8) for _ in range(images))
+    pictures = tuple(random_picture(engine, rng) for _ in range(images))
+    run = [engine.family.vision.image_token_id] * engine.family.vision.tokens * images
     words = [int(token) for token in rng.integers(3, 1000, text)]
-    return Prompt((1, *[engine.image_token_id] * engine.tokens_per_image * images, *words), pixels)
+    return Prompt((1, *run, *words), pictures)
 
 
 @pytest.mark.parametrize(("text", "images"), [(200, 1), (3, 1), (40, 1), (7, 0), (500, 0), (60, 2)])

@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 import psutil
 import pytest
+from pictures import square
 from table_engine import TableEngine
 
 from llava_ray.errors import ResourceError
@@ -49,7 +50,7 @@ def _run(
 
 
 def _prompt(last: int = 0) -> Prompt:
-    return Prompt((1, 100, 100 + last), (np.full((8, 8, 3), last, np.uint8),))
+    return Prompt((1, 100, 100 + last), (square(np.full((8, 8, 3), last, np.uint8)),))
 
 
 def _pid(engine: EngineProcess) -> int:

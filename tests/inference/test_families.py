@@ -6,16 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_families import FAMILIES, IMAGE_TOKENS, write_family
+from transformers import AutoTokenizer
 
 from llava_ray.config.run import TrainConfig
 from llava_ray.inference.engine import Engine, Prompt
-from llava_ray.models.folder import vision_shape
-from llava_ray.models.images import normalize
+from llava_ray.models.family import family_of
 from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.spec import Calibration
 from llava_ray.train.adapt import loss_module
-from llava_ray.train.batches import collate
+from llava_ray.train.batches import CaptionSamples
 
 KL = {"none-fp32": 1e-4, "none-fp16": 1e-4, "hqq-w8-g64": 1e-3, "bnb-int8": 1e-3, "bnb-nf4": 0.05}
 """Nats a token at most: what rounding costs such small random models, and no more."""
@@ -27,20 +28,20 @@ class Case:
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
         self.model = write_family(name, folder)
-        self.shape = vision_shape(folder)
+        self.family = family_of(folder)
         draw = np.random.default_rng(0)
-        self.pixels = draw.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-        run = [1022] * self.shape.tokens_per_image
+        noise = draw.integers(0, 255, (40, 75, 3), dtype=np.uint8)
+        self.image = self.family.pixels(Image.fromarray(noise))
+        run = [1022] * self.image.num_tokens
         self.ids = (1, *run, *draw.integers(3, 1000, 60).tolist())
         self.answer: list[int] = draw.integers(3, 1000, 20).tolist()
 
     @property
     def prompt(self) -> Prompt:
-        return Prompt(self.ids, (self.pixels,))
+        return Prompt(self.ids, (self.image,))
 
     def inputs(self, ids: tuple[int, ...]) -> dict[str, torch.Tensor]:
-        pixels = normalize(self.pixels[None], mean=self.shape.mean, std=self.shape.std)
-        return {"input_ids": torch.tensor([ids]), "pixel_values": pixels}
+        return {"input_ids": torch.tensor([ids]), **self.family.inputs([self.image])}
 
     @torch.no_grad()
     def logits(self, ids: tuple[int, ...]) -> torch.Tensor:
@@ -71,7 +72,7 @@ def test_engines_score_as_transformers_does(case: Case, slug: str, tmp_path: Pat
 
 def test_tokens_come_one_by_one_as_in_one_pass(case: Case, tmp_path: Path) -> None:
     engine: Any = case.open("none-fp32", tmp_path / "out")
-    assert engine.tokens_per_image == IMAGE_TOKENS.get(case.name, 4)
+    assert engine.family.image_tokens(40, 75) == IMAGE_TOKENS.get(case.name, 4)
     slot, logits = engine.prefill(case.prompt)
     ids = case.ids
     for token in (*case.answer[:4], None):
@@ -84,17 +85,12 @@ def test_tokens_come_one_by_one_as_in_one_pass(case: Case, tmp_path: Path) -> No
 
 def test_the_loss_is_transformers(case: Case) -> None:
     whole = (*case.ids, *case.answer)
-    labels = torch.tensor([[-100] * len(case.ids) + case.answer])
+    labels = torch.tensor([-100] * len(case.ids) + case.answer)
     inputs = case.inputs(whole)
-    rows = [
-        {
-            "input_ids": inputs["input_ids"][0],
-            "labels": labels[0],
-            "pixel_values": inputs["pixel_values"],
-        }
-    ]
-    batch = collate(rows, pad_token_id=0)
+    tokenizer = AutoTokenizer.from_pretrained(case.folder)
+    samples = CaptionSamples([], case.folder, tokenizer, case.family, 2048, 10**6, "")
+    batch = samples.collate([inputs | {"input_ids": torch.tensor(whole), "labels": labels}])
     with torch.no_grad():
-        expected = case.model(**inputs, labels=labels).loss * len(case.answer)
+        expected = case.model(**inputs, labels=labels[None]).loss * len(case.answer)
         found = loss_module(case.model, TrainConfig(fused_layers=False))(**batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)

@@ -151,7 +151,7 @@ def test_make_prompt_places_each_image_and_counts_them() -> None:
     engine = TableEngine()
     image = Image.new("RGB", (20, 10), "red")
     prompt = make_prompt(engine, "What is this? <image>", [image])
-    assert prompt.input_ids.count(engine.image_token_id) == engine.tokens_per_image
-    assert prompt.images[0].shape == (8, 8, 3)
+    assert prompt.input_ids.count(engine.family.vision.image_token_id) == 4
+    assert prompt.images[0].tiles.shape == (1, 8, 8, 3)
     with pytest.raises(DataError, match="1 images, but 0"):
         make_prompt(engine, [Turn("hi", num_images=1)], [])

@@ -10,6 +10,7 @@ import jinja2
 import numpy as np
 import pytest
 import torch
+from pictures import square
 from PIL import Image
 
 from llava_ray.errors import ArtifactError, DataError, ResourceError
@@ -18,7 +19,7 @@ from llava_ray.models import tensors as llava_folder
 from llava_ray.models.chat_template import Turn, Vicuna
 from llava_ray.models.folder import EMBEDDED
 from llava_ray.models.images import Pixels, normalize
-from llava_ray.quantize.gguf_parity import probe_pixels
+from llava_ray.quantize.gguf_parity import probe_picture
 from llava_ray.quantize.gguf_writer import write_pair
 
 pytest.importorskip("llama_cpp", reason="needs 'pip install llava_ray[gguf]'")
@@ -67,8 +68,10 @@ def model() -> Any:
 
 
 def prompt_of(engine: LlamaCppEngine, text: str, *images: Pixels) -> Prompt:
-    text = text.replace("<image>", "<image>" * engine.tokens_per_image)
-    return Prompt(tuple(engine.tokenizer(text)["input_ids"]), images)
+    tokens = engine.family.vision.tokens
+    text = text.replace("<image>", "<image>" * tokens)
+    pictures = tuple(square(pixels, tokens) for pixels in images)
+    return Prompt(tuple(engine.tokenizer(text)["input_ids"]), pictures)
 
 
 def noise(seed: int, size: int) -> Pixels:
@@ -83,11 +86,13 @@ def features_of(model: Any, pixels: Pixels) -> Any:
     return output.pooler_output[0].numpy()
 
 
-@pytest.mark.parametrize("make", [lambda size: noise(0, size), probe_pixels])
+@pytest.mark.parametrize(
+    "make", [lambda size: noise(0, size), lambda size: np.asarray(probe_picture(size))]
+)
 def test_images_become_the_embeddings_of_transformers(
     make: Any, engine: LlamaCppEngine, model: Any
 ) -> None:
-    pixels = make(engine.image_size)
+    pixels = make(engine.family.vision.image_size)
     found, expected = engine.embed_image(pixels), features_of(model, pixels)
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, atol=TOLERANCE)
@@ -95,7 +100,7 @@ def test_images_become_the_embeddings_of_transformers(
 
 def test_f16_pairs_see_every_patch_in_its_place(f16_folder: Path, model: Any) -> None:
     engine = LlamaCppEngine(f16_folder, device="cpu", slots=1, context=CONTEXT)
-    pixels = noise(0, engine.image_size)
+    pixels = noise(0, engine.family.vision.image_size)
     found, expected = engine.embed_image(pixels), features_of(model, pixels)
     prompt = prompt_of(engine, "USER: <image>\nRead. ASSISTANT:", pixels)
     logits = engine.score(prompt, [40, 41, 42])
@@ -140,13 +145,13 @@ def test_the_chat_template_writes_the_projects_prompt(f16_folder: Path) -> None:
         {"role": "user", "content": "Where?"},
     ]
     found = template.render(messages=messages, add_generation_prompt=True)
-    assert found == Vicuna(None).write(turns, "Be brief.", 1).text
+    assert found == Vicuna(None).write(turns, "Be brief.", [1]).text
 
 
 def logits_of(model: Any, prompt: Prompt, answer: list[int]) -> torch.Tensor:
     inputs = {"input_ids": torch.tensor([[*prompt.input_ids, *answer]])}
     if prompt.images:
-        inputs["pixel_values"] = normalize(np.stack(prompt.images))
+        inputs["pixel_values"] = normalize(np.concatenate([image.tiles for image in prompt.images]))
     with torch.no_grad():
         logits: torch.Tensor = model(**inputs).logits[0]
     return logits[len(prompt.input_ids) - 1 : -1]
@@ -156,7 +161,7 @@ def logits_of(model: Any, prompt: Prompt, answer: list[int]) -> torch.Tensor:
 def test_scores_are_the_logits_of_transformers(
     engine: LlamaCppEngine, model: Any, images: int
 ) -> None:
-    size = engine.image_size
+    size = engine.family.vision.image_size
     pixels = tuple(noise(seed, size) for seed in range(images))
     prompt = prompt_of(engine, "<image>" * images + "\nWhat? ASSISTANT:", *pixels)
     answer = engine.tokenizer("a red sign", add_special_tokens=False)["input_ids"]
@@ -167,7 +172,9 @@ def test_scores_are_the_logits_of_transformers(
 
 
 def test_a_score_is_prefill_and_decode_step_by_step(engine: LlamaCppEngine) -> None:
-    prompt = prompt_of(engine, "USER: <image>\nRead. ASSISTANT:", noise(1, engine.image_size))
+    prompt = prompt_of(
+        engine, "USER: <image>\nRead. ASSISTANT:", noise(1, engine.family.vision.image_size)
+    )
     answer = [40, 300, 41, 301, 42]
     slot, first = engine.prefill(prompt)
     rows = [first]
@@ -181,13 +188,13 @@ def test_a_score_is_prefill_and_decode_step_by_step(engine: LlamaCppEngine) -> N
 def test_prompts_that_end_in_an_image_are_scored_from_its_last_row(
     engine: LlamaCppEngine, model: Any
 ) -> None:
-    prompt = prompt_of(engine, "USER: <image>", noise(2, engine.image_size))
+    prompt = prompt_of(engine, "USER: <image>", noise(2, engine.family.vision.image_size))
     expected = logits_of(model, prompt, [7, 8])
     torch.testing.assert_close(engine.score(prompt, [7, 8]), expected, atol=TOLERANCE, rtol=0)
 
 
 def test_a_batch_of_unequal_lengths_decodes_as_each_alone(engine: LlamaCppEngine) -> None:
-    size = engine.image_size
+    size = engine.family.vision.image_size
     prompts = [
         prompt_of(engine, "Hi"),
         prompt_of(engine, "USER: <image>\nDescribe. ASSISTANT:", noise(3, size)),
@@ -230,7 +237,7 @@ def test_an_image_asked_about_again_is_not_encoded_again(
 ) -> None:
     engine = LlamaCppEngine(folder, device="cpu", slots=2, context=CONTEXT)
     try:
-        images = [noise(seed, engine.image_size) for seed in (1, 2, 3)]
+        images = [noise(seed, engine.family.vision.image_size) for seed in (1, 2, 3)]
         asked = [
             prompt_of(engine, f"USER: <image>\n{text} ASSISTANT:", image)
             for image, text in [(images[0], "What?"), (images[1], "What?"), (images[0], "Where?")]
@@ -298,14 +305,14 @@ def test_full_slots_and_contexts_are_refused(engine: LlamaCppEngine) -> None:
 
 
 def test_images_must_match_their_tokens(engine: LlamaCppEngine) -> None:
-    pixels = noise(0, engine.image_size)
+    pixels = noise(0, engine.family.vision.image_size)
     with pytest.raises(DataError, match="0 image tokens for 1 images"):
-        engine.prefill(Prompt((1, 5), (pixels,)))
-    ids = (engine.image_token_id,) * engine.tokens_per_image
+        engine.prefill(Prompt((1, 5), (square(pixels),)))
+    ids = (engine.family.vision.image_token_id,) * engine.family.vision.tokens
     with pytest.raises(DataError, match="0 images"):
         engine.prefill(Prompt(ids))
     with pytest.raises(DataError, match="shape"):
-        engine.prefill(Prompt(ids, (pixels[:-1],)))
+        engine.prefill(Prompt(ids, (square(pixels[:-1], len(ids)),)))
 
 
 def test_weight_bytes_leave_out_the_embedding(engine: LlamaCppEngine, folder: Path) -> None:

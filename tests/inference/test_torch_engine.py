@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
+from pictures import square
 
 from llava_ray.errors import DataError, ResourceError
 from llava_ray.inference.engine import Prompt
@@ -92,8 +92,9 @@ def make_prompt(length: int, *, images: int, seed: int) -> Prompt:
     rng = np.random.default_rng(seed)
     text = [int(token) for token in rng.integers(6, VOCAB, length)]
     runs = [IMAGE_TOKEN] * TOKENS_PER_IMAGE * images
-    pixels: list[NDArray[np.uint8]] = [
-        rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8) for _ in range(images)
+    pixels = [
+        square(rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), TOKENS_PER_IMAGE)
+        for _ in range(images)
     ]
     return Prompt((1, text[0], *runs, *text[1:]), tuple(pixels))
 
@@ -102,7 +103,7 @@ def plain_inputs(prompt: Prompt) -> dict[str, torch.Tensor]:
     inputs = {"input_ids": torch.tensor([prompt.input_ids])}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if prompt.images:
-        inputs["pixel_values"] = normalize(np.stack(prompt.images))
+        inputs["pixel_values"] = normalize(np.concatenate([image.tiles for image in prompt.images]))
     return inputs
 
 
@@ -217,7 +218,10 @@ def test_prefixes_keep_to_their_bytes(model: Any, folder: Path) -> None:
     engine = open_engine(model, folder)
     engine.keep_prefixes(8)
     prompts = [make_prompt(9, images=1, seed=seed) for seed in range(3)]
-    keys = [prefix_key(prompt, prompt.input_ids, engine.image_token_id, 1) for prompt in prompts]
+    keys = [
+        prefix_key(prompt, prompt.input_ids, engine.family.vision.image_token_id, 1)
+        for prompt in prompts
+    ]
     assert keys[0] is not None
     rows = len(keys[0].ids) * engine._cache.keys[:, 0, :, 0].numel()
     engine.prefixes.max_bytes = 2 * 2 * rows * engine._cache.keys.element_size()
@@ -253,7 +257,9 @@ def test_bad_prompts_are_data_errors(engine: TorchEngine) -> None:
         "0 image tokens for 1 images": Prompt((1, 7, 8), image.images),
         "16 image tokens for 0 images": Prompt(image.input_ids),
         "empty prompt": Prompt(()),
-        "image of shape": Prompt(image.input_ids, (image.images[0][:-1],)),
+        "image of shape": Prompt(
+            image.input_ids, (square(image.images[0].tiles[0, :-1], TOKENS_PER_IMAGE),)
+        ),
     }
     for message, prompt in bad.items():
         with pytest.raises(DataError, match=message):

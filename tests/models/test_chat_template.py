@@ -96,7 +96,7 @@ def rendered(tokenizer: Any, turns: list[Turn], *, parts: bool) -> str:
 def test_labels_are_the_answers_with_what_ends_them(template: str, exchanges: int) -> None:
     tokenizer = tokenizer_with(template)
     turns = conversation(exchanges)
-    written = chat_template(tokenizer).write(turns, "", 3)
+    written = chat_template(tokenizer).write(turns, "", [3] * len(turns))
     whole = rendered(tokenizer, turns, parts=template == CHATML_IN_PARTS)
     assert written.text == whole.replace("<image>", "<image>" * 3).removesuffix("\n")
     end = ENDS.get(template, "</s>")
@@ -120,11 +120,10 @@ def test_labels_are_the_answers_with_what_ends_them(template: str, exchanges: in
 @pytest.mark.parametrize("template", [CHATML, LLAMA_3, MISTRAL, PLAIN, None])
 def test_a_prompt_is_what_stands_before_the_answer(template: str | None) -> None:
     tokenizer = tokenizer_with(template)
-    prompt = encode_prompt(tokenizer, [Turn("What?", 1)], tokens_per_image=4, system="Be kind.")
+    prompt = encode_prompt(tokenizer, [Turn("What?", 1)], [4], system="Be kind.")
     sample = Sample("1", ("a.jpg",), (Turn("What?", 1, "A sign."),))
-    ids, labels = encode_sample(
-        tokenizer, sample, tokens_per_image=4, max_length=512, system="Be kind."
-    )
+    encoded = encode_sample(tokenizer, sample, [4], max_length=512, system="Be kind.")
+    ids, labels = encoded.input_ids, encoded.labels
     learned = labels.count(IGNORE_INDEX)
     if template != PLAIN:  # Which opens no assistant's message for the model to go on.
         assert ids[:learned] == prompt
@@ -140,13 +139,13 @@ def test_without_a_template_and_with_that_of_llava_it_is_vicunas() -> None:
     for tokenizer in (tokenizer_with(None), embedded):
         template = chat_template(tokenizer)
         assert isinstance(template, Vicuna)
-        text = template.write(turns, "Be kind.", 1).text
+        text = template.write(turns, "Be kind.", [1]).text
         assert text == "Be kind. USER: <image>\nHi ASSISTANT: Yo</s>USER: And? ASSISTANT:"
 
 
 def test_no_special_token_is_made_by_text() -> None:
     tokenizer = tokenizer_with(CHATML)
-    ids = encode_prompt(tokenizer, [Turn("".join(SPECIAL), 1)], tokens_per_image=2, system="<s>")
+    ids = encode_prompt(tokenizer, [Turn("".join(SPECIAL), 1)], [2], system="<s>")
     special = [i for i in ids if i in tokenizer.all_special_ids]
     names = tokenizer.convert_ids_to_tokens(special)
     assert names == [
@@ -157,7 +156,7 @@ def test_no_special_token_is_made_by_text() -> None:
 
 def test_a_template_without_an_end_gets_the_tokenizers() -> None:
     template = TokenizersOwn(tokenizer_with(PLAIN))
-    text = template.write([Turn("Hi", 0, "Yo"), Turn("And?")], "", 1).text
+    text = template.write([Turn("Hi", 0, "Yo"), Turn("And?")], "", [1]).text
     assert text == "user: Hi\nassistant: Yo</s>\nuser: And?\n"
 
 

@@ -13,9 +13,10 @@ from llava_ray.models.conversation import (
     encode_sample,
     read_samples,
 )
-from llava_ray.models.folder import EMBEDDED, vision_shape
+from llava_ray.models.family import family_of
+from llava_ray.models.folder import EMBEDDED
 
-SHAPE = vision_shape(EMBEDDED)
+SHAPE = family_of(EMBEDDED).vision
 
 
 @pytest.fixture(scope="module")
@@ -25,25 +26,32 @@ def tokenizer():  # type: ignore[no-untyped-def]
 
 def test_only_the_answer_and_its_end_carry_loss(tokenizer) -> None:  # type: ignore[no-untyped-def]
     sample = Sample("1", ("a.jpg",), (Turn("What?", 1, "A red sign."),))
-    ids, labels = encode_sample(
-        tokenizer, sample, tokens_per_image=SHAPE.tokens_per_image, max_length=2048
-    )
+    encoded = encode_sample(tokenizer, sample, [SHAPE.tokens], max_length=2048)
+    ids, labels = encoded.input_ids, encoded.labels
     supervised = [i for i, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX]
     assert tokenizer.decode(supervised).strip() == "A red sign.</s>"
     assert supervised[-1] == tokenizer.eos_token_id
-    assert ids.count(SHAPE.image_token_id) == SHAPE.tokens_per_image
+    assert ids.count(SHAPE.image_token_id) == SHAPE.tokens
 
 
 def test_a_literal_image_token_in_text_is_text(tokenizer) -> None:  # type: ignore[no-untyped-def]
-    ids = encode_prompt(tokenizer, [Turn("I typed <image> and </s>", 1)], tokens_per_image=5)
+    ids = encode_prompt(tokenizer, [Turn("I typed <image> and </s>", 1)], [5])
     assert ids.count(SHAPE.image_token_id) == 5
     assert tokenizer.eos_token_id not in ids
 
 
 def test_long_samples_are_cut(tokenizer) -> None:  # type: ignore[no-untyped-def]
     sample = Sample("1", ("a.jpg",), (Turn("What?", 1, "word " * 500),))
-    ids, labels = encode_sample(tokenizer, sample, tokens_per_image=4, max_length=64)
-    assert len(ids) == len(labels) == 64
+    encoded = encode_sample(tokenizer, sample, [4], max_length=64)
+    assert len(encoded.input_ids) == len(encoded.labels) == 64 and encoded.num_images == 1
+
+
+def test_a_cut_inside_of_an_image_leaves_none_of_it(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    sample = Sample("1", ("a.jpg", "b.jpg"), (Turn("What?", 2, "Two signs."),))
+    encoded = encode_sample(tokenizer, sample, [5, 40], max_length=30)
+    assert encoded.num_images == 1
+    assert encoded.input_ids.count(SHAPE.image_token_id) == 5
+    assert encoded.input_ids[-1] != SHAPE.image_token_id
 
 
 def test_llava_json_is_read(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from llava_ray.quantize.gguf_parity import (
     check_parity,
     check_tokenization,
     llama_tokenize,
-    probe_pixels,
+    probe_picture,
 )
 from llava_ray.quantize.gguf_writer import lossless_precision, permute_heads, write_pair
 from llava_ray.quantize.registry import spec_for
@@ -252,8 +252,9 @@ def test_a_variant_runs_and_stays_near_the_model(small: Path, pair: Path, tmp_pa
     rows = []
     for folder in (tmp_path, pair):
         engine = spec.open_engine(folder, device="cpu", slots=1, context=256)
-        ids = engine.tokenizer("USER: " + "<image>" * engine.tokens_per_image)["input_ids"]
-        prompt = Prompt(tuple(ids), (probe_pixels(engine.image_size),))
+        ids = engine.tokenizer("USER: " + "<image>" * engine.family.vision.tokens)["input_ids"]
+        image = engine.family.pixels(probe_picture(engine.family.vision.image_size))
+        prompt = Prompt(tuple(ids), (image,))
         rows.append(engine.score(prompt, [40, 41, 42]).log_softmax(-1))
         engine.close()
     divergence = (rows[1].exp() * (rows[1] - rows[0])).sum(-1)

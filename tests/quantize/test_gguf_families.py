@@ -19,6 +19,7 @@ from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.spec import Calibration
 
 REFUSED = {
+    "llama-yarn": "rope_type 'yarn'",
     "mistral-window": "a window of 24 tokens",
     "qwen2-window": "a window of 24 tokens",
     "clip-full": "always drops the class token",

@@ -11,7 +11,7 @@ from tiny_run import squares
 
 from llava_ray.errors import VariantError
 from llava_ray.inference.llama_cpp.types import FILE_TYPES, NEEDS_IMATRIX, expected_bits
-from llava_ray.models.folder import vision_shape
+from llava_ray.models.family import family_of
 from llava_ray.quantize.gguf import measured_bits_per_weight, quantize_file
 from llava_ray.quantize.gguf_imatrix import importance_matrix
 from llava_ray.quantize.gguf_writer import write_pair
@@ -54,9 +54,9 @@ def test_the_first_layer_has_the_mean_squares_of_its_normed_inputs(
     tokenizer = AutoTokenizer.from_pretrained(small)
     squares, count = torch.zeros(256), 0
     for sample in calibration.samples():
-        ids, pixels = calibration.encode(sample, tokenizer, vision_shape(small), max_tokens=2048)
+        ids, shown = calibration.encode(sample, tokenizer, family_of(small), max_tokens=2048)
         with torch.no_grad():
-            inputs = {"input_ids": ids[None], "pixel_values": pixels}
+            inputs = {"input_ids": ids[None], **shown}
             hidden = model(**inputs, output_hidden_states=True).hidden_states[0]
             rows = model.model.language_model.layers[0].input_layernorm(hidden)[0]
         squares, count = squares + rows.square().sum(0), count + len(rows)

@@ -8,6 +8,8 @@ from table_engine import TableEngine
 from web_server import Running, serving
 
 from llava_ray.errors import ConfigError
+from llava_ray.models.family import VisionShape
+from llava_ray.models.llava import Llava
 from llava_ray.server.canary import agreement
 
 
@@ -73,9 +75,11 @@ def test_another_newcomer_is_seen_to_differ_and_clients_do_not_notice(
 
 def test_a_newcomer_that_sees_otherwise_is_refused() -> None:
     other = TableEngine()
-    other.tokens_per_image = 9
+    other.family = Llava(VisionShape(8, 9, other.family.vision.image_token_id))
     with (
-        pytest.raises(ConfigError, match="canary 'new' has tokens_per_image=9"),
+        pytest.raises(
+            ConfigError, match="canary 'new' has family=.*tokens=9.*'old' has .*tokens=4"
+        ),
         serving({"old": TableEngine(), "new": other}, canary={"model": "new"}),
     ):
         pass

@@ -11,12 +11,12 @@ from llava_ray.config.run import TrainConfig
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.models.chat_template import Turn
 from llava_ray.models.conversation import IGNORE_INDEX, Sample, read_samples
-from llava_ray.models.folder import EMBEDDED, vision_shape
+from llava_ray.models.family import family_of
+from llava_ray.models.folder import EMBEDDED
 from llava_ray.train.adapt import rate_factor
 from llava_ray.train.batches import (
     CaptionSamples,
     StreamOrder,
-    collate,
     eval_batches,
     rank_batches,
     text_lengths,
@@ -70,14 +70,14 @@ def captions(tmp_path_factory: pytest.TempPathFactory) -> CaptionSamples:
     model = small_model(root / "model")
     data = Path(squares(root / "store", num_train=10, num_test=3).uri)
     return CaptionSamples(
-        read_samples(data / "train.json"), data / "images", AutoTokenizer.from_pretrained(model),
-        vision_shape(model), 2048, 10**6, "",
+        read_samples(data / "train.json"), data, AutoTokenizer.from_pretrained(model),
+        family_of(model), 2048, 10**6, "",
     )  # fmt: skip
 
 
 def test_padding_carries_no_loss_and_no_attention(captions: CaptionSamples) -> None:
     samples = [captions[i] for i in range(6)]
-    batch = collate(samples, pad_token_id=1023)
+    batch = captions.collate(samples)
     assert len({len(s["input_ids"]) for s in samples}) > 1
     for row, sample in enumerate(samples):
         length = len(sample["input_ids"])
@@ -94,7 +94,7 @@ def test_loader_gives_what_the_order_says(captions: CaptionSamples, loader_worke
     mine = rank_batches(stream, 0, 2, 0, 1)
     loader = train_batches(captions, mine, loader_workers=loader_workers, pin_memory=False)
     for indices, batch in zip(take(rank_batches(stream, 0, 2, 0, 1), 3), loader, strict=False):
-        expected = collate([captions[i] for i in indices], pad_token_id=1023)
+        expected = captions.collate([captions[i] for i in indices])
         assert all(torch.equal(batch[name], value) for name, value in expected.items())
 
 
@@ -112,7 +112,7 @@ def test_every_rank_evaluates_as_many_batches_and_each_sample_once(
 def test_a_question_that_would_be_cut_is_refused(captions: CaptionSamples) -> None:
     captions.check_room()
     short = CaptionSamples(
-        captions.samples, captions.images, captions.tokenizer, captions.shape, 20, 10**6, ""
+        captions.samples, captions.folder, captions.tokenizer, captions.family, 20, 10**6, ""
     )
     with pytest.raises(ConfigError, match=r"train\.max_length=20 cuts the question"):
         short.check_room()
@@ -120,8 +120,8 @@ def test_a_question_that_would_be_cut_is_refused(captions: CaptionSamples) -> No
 
 def test_a_missing_image_is_named(captions: CaptionSamples) -> None:
     lost = CaptionSamples(
-        [Sample("x", ("gone.png",), (Turn("q", 1, "a"),))], captions.images, captions.tokenizer,
-        captions.shape, 2048, 10**6, "",
+        [Sample("x", ("gone.png",), (Turn("q", 1, "a"),))], captions.folder, captions.tokenizer,
+        captions.family, 2048, 10**6, "",
     )  # fmt: skip
     with pytest.raises(DataError, match="gone.png"):
         lost[0]
@@ -135,8 +135,8 @@ def test_ids_and_labels_are_those_of_transformers_own_processor(tmp_path: Path) 
     data = Path(squares(tmp_path, num_train=6, num_test=1).uri)
     processor = LlavaProcessor.from_pretrained(EMBEDDED)
     ours = CaptionSamples(
-        read_samples(data / "train.json"), data / "images", processor.tokenizer,
-        vision_shape(EMBEDDED), 2048, 10**6, "",
+        read_samples(data / "train.json"), data, processor.tokenizer,
+        family_of(EMBEDDED), 2048, 10**6, "",
     )  # fmt: skip
     for index, sample in enumerate(ours.samples):
         image = Image.open(data / "images" / sample.images[0]).convert("RGB")

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava_ray.train.adapt import lora_pattern
-from llava_ray.train.batches import CaptionSamples, StreamOrder, collate, text_lengths
+from llava_ray.train.batches import CaptionSamples, StreamOrder, text_lengths
 from llava_ray.train.trackers import read_metrics
 
 TOLERANCE = 2e-5
@@ -77,7 +77,7 @@ def train_plainly(base: Path, data: Path, *, steps: int, by_length: bool) -> Tra
     from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
     from llava_ray.models.conversation import read_samples
-    from llava_ray.models.folder import vision_shape
+    from llava_ray.models.family import family_of
 
     model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(0)
@@ -96,14 +96,14 @@ def train_plainly(base: Path, data: Path, *, steps: int, by_length: bool) -> Tra
     optimizer = torch.optim.AdamW(groups, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     samples = CaptionSamples(
-        read_samples(data / "train.json"), data / "images",
-        AutoTokenizer.from_pretrained(base), vision_shape(base), 2048, 10**6, "",
+        read_samples(data / "train.json"), data,
+        AutoTokenizer.from_pretrained(base), family_of(base), 2048, 10**6, "",
     )  # fmt: skip
     order = StreamOrder(text_lengths(samples.samples), seed=0, group=2, by_length=by_length)
     found, gradients = [], {}
     for step in range(steps):
-        batch = collate([samples[order.at(2 * step + i)] for i in range(2)], pad_token_id=1023)
-        if not len(batch["pixel_values"]):
+        batch = samples.collate([samples[order.at(2 * step + i)] for i in range(2)])
+        if not (batch["input_ids"] == samples.family.vision.image_token_id).any():
             del batch["pixel_values"]
         loss = model(**batch).loss
         loss.backward()

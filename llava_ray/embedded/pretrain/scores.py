@@ -75,7 +75,7 @@ def describe(
 ) -> list[str]:
     """Answer a question about each picture, greedily."""
     size, tokens = model.config.vision_config.image_size, model.config.image_seq_length
-    prompt = encode_prompt(tokenizer, [Turn(question, num_images=1)], tokens_per_image=tokens)
+    prompt = encode_prompt(tokenizer, [Turn(question, num_images=1)], [tokens])
     answers: list[str] = []
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]

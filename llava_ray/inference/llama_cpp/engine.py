@@ -24,7 +24,7 @@ from llava_ray.inference.llama_cpp.vision import ImageEncoder
 from llava_ray.inference.prefix_cache import PrefixCache, PrefixKey, prefix_key
 from llava_ray.inference.prompts import check_prompt, eos_token_id
 from llava_ray.inference.slots import Slots
-from llava_ray.models.folder import vision_shape
+from llava_ray.models.family import family_of
 from llava_ray.models.images import Pixels
 
 logger = logging.getLogger(__name__)
@@ -55,9 +55,7 @@ class LlamaCppEngine(Engine):
         self._prefixes: PrefixCache[Any] = PrefixCache()
         self._text_file, mmproj = find_pair(folder)
         self.offloaded = device.startswith("cuda") and self._gpu_offload()
-        shape = vision_shape(folder)
-        self.image_size, self.image_token_id = shape.image_size, shape.image_token_id
-        self.tokens_per_image, self.image_mean = shape.tokens_per_image, shape.mean
+        self.family = family_of(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.eos_token_id = eos_token_id(self.tokenizer, _configured_eos(folder))
         try:
@@ -137,13 +135,14 @@ class LlamaCppEngine(Engine):
         self._images = self._context = self._model = None
 
     def embed_image(self, pixels: Pixels) -> NDArray[np.float32]:
-        """Return what the language model sees of an image: [tokens_per_image, hidden]."""
+        """Return what the language model sees of an image: [image tokens, hidden]."""
         assert self._images is not None
         embeddings = self._images.encode(pixels)
-        if len(embeddings) != self.tokens_per_image:
+        expected = self.family.vision.tokens
+        if len(embeddings) != expected:
             raise VariantError(
-                f"llama.cpp made {len(embeddings)} tokens of an image, not "
-                f"{self.tokens_per_image}: the mmproj does not fit config.json"
+                f"llama.cpp made {len(embeddings)} tokens of an image, not {expected}: the mmproj "
+                "does not fit config.json"
             )
         return embeddings
 
@@ -214,12 +213,12 @@ class LlamaCppEngine(Engine):
         remaining = iter(prompt.images)
         key = None
         if self._prefixes.capacity:
-            key = prefix_key(prompt, ids, self.image_token_id, rows)
+            key = prefix_key(prompt, ids, self.family.vision.image_token_id, rows)
         begin = len(key.ids) if key is not None and self._load_prefix(key, slot) else 0
         for start, end, is_image in self._segments(ids):
             if end <= begin:
                 continue
-            embeddings = self.embed_image(next(remaining)) if is_image else None
+            embeddings = self.embed_image(next(remaining).tiles[0]) if is_image else None
             for low in range(start, end, self._batch.capacity):
                 high = min(low + self._batch.capacity, end)
                 count = self._fill(slot, low, high, first_wanted)
@@ -238,14 +237,14 @@ class LlamaCppEngine(Engine):
 
     def _segments(self, ids: Sequence[int]) -> Iterator[tuple[int, int, bool]]:
         """Yield (start, end, is_image) of text between images and of each image."""
-        start = 0
+        start, vision = 0, self.family.vision
         while start < len(ids):
-            if ids[start] == self.image_token_id:
-                yield start, start + self.tokens_per_image, True
-                start += self.tokens_per_image
+            if ids[start] == vision.image_token_id:
+                yield start, start + vision.tokens, True
+                start += vision.tokens
                 continue
             end = start
-            while end < len(ids) and ids[end] != self.image_token_id:
+            while end < len(ids) and ids[end] != vision.image_token_id:
                 end += 1
             yield start, end, False
             start = end

@@ -29,6 +29,7 @@ from llava_ray.inference.process.messages import (
 from llava_ray.inference.request_errors import ApiError
 from llava_ray.inference.sampling import Step
 from llava_ray.inference.scheduler import Answer, Item, Scheduler
+from llava_ray.models.images import ImagePixels
 
 _BEAT_EVERY_S = 0.5
 _PR_SET_PDEATHSIG = 1
@@ -81,8 +82,15 @@ class _Server:
             os._exit(0)
 
     def _ask(self, scheduler: Scheduler, ask: Ask) -> None:
-        size = scheduler.engine.image_size
-        images = (np.frombuffer(i, np.uint8).reshape(size, size, 3) for i in ask.images)
+        size = scheduler.engine.family.vision.image_size
+        images = (
+            ImagePixels(
+                np.frombuffer(image.tiles, np.uint8).reshape(-1, size, size, 3),
+                image.num_tokens,
+                image.size,
+            )
+            for image in ask.images
+        )
         prompt = Prompt(ask.input_ids, tuple(images))
         try:
             answer = scheduler.submit(prompt, ask.sampling, self._deliver, ask.number)

@@ -22,6 +22,7 @@ from llava_ray.inference.process.messages import (
     Cancel,
     Opened,
     Part,
+    Picture,
     Refused,
     ToEngine,
     frame,
@@ -264,7 +265,7 @@ class _Life:
     ) -> AsyncGenerator[Chunk, None]:
         number = self._asked = self._asked + 1
         inbox = self._answers[number] = asyncio.Queue()
-        images = [bytearray(image) for image in prompt.images]
+        images = [Picture(bytearray(i.tiles), i.num_tokens, i.size) for i in prompt.images]
         self._send(Ask(number, prompt.input_ids, images, sampling))
         try:
             async with aclosing(chunks_from(inbox, timeout_s)) as chunks:

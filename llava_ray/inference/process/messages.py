@@ -13,9 +13,17 @@ import msgspec
 
 from llava_ray.inference.generate import FinishReason
 from llava_ray.inference.sampling import SamplingParams, Step
-from llava_ray.models.images import CLIP_MEAN, Colour
 
 _LENGTH_BYTES = 4
+
+
+class Picture(msgspec.Struct, array_like=True):
+    """An `ImagePixels`."""
+
+    tiles: bytearray
+    """uint8 [tiles, image_size, image_size, 3]; bytearray, since torch wants writable memory."""
+    num_tokens: int
+    size: tuple[int, int]
 
 
 class Ask(msgspec.Struct, tag=True):
@@ -24,8 +32,7 @@ class Ask(msgspec.Struct, tag=True):
     number: int
     """What the answer is called from then on."""
     input_ids: tuple[int, ...]
-    images: list[bytearray]
-    """uint8 [image_size, image_size, 3] each; bytearray, since torch wants writable memory."""
+    images: list[Picture]
     sampling: SamplingParams
 
 
@@ -38,12 +45,9 @@ class Cancel(msgspec.Struct, tag=True):
 class Opened(msgspec.Struct, tag=True):
     """The engine is loaded; how it is, as `Engine` has it."""
 
-    image_size: int
-    tokens_per_image: int
     eos_token_id: int
     context: int
     slots: int
-    image_mean: Colour = CLIP_MEAN
 
 
 class Refused(msgspec.Struct, tag=True):

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+from PIL import Image
 
 from llava_ray.inference.engine import Engine, Prompt
 from llava_ray.inference.prefix_cache import MOST_PREFIX_BYTES, PrefixCache, prefix_key
@@ -19,8 +19,8 @@ from llava_ray.inference.slots import Slots
 from llava_ray.inference.torch.cache import Segment, SlotCache
 from llava_ray.inference.torch.kernels.weights import make_dense
 from llava_ray.inference.torch.llama import LlamaForward, linear_groups, module_layers, windows_of
-from llava_ray.models.folder import image_tokens, mean_and_std
-from llava_ray.models.images import normalize
+from llava_ray.models.family import family_from, mean_and_std
+from llava_ray.models.images import ImagePixels
 
 if TYPE_CHECKING:
     from llava_ray.inference.torch.decode import Decoder
@@ -33,7 +33,7 @@ WARM_TEXT_TOKENS = (32, 96, 160)
 
 
 class TorchEngine(Engine):
-    """Run a Hugging Face LlavaForConditionalGeneration whose linears may be quantized.
+    """Run a LLaVA of transformers whose linears may be quantized.
 
     The engine owns the model from then on: it merges weights that are read together, and unpacks
     them on a CPU.
@@ -49,10 +49,7 @@ class TorchEngine(Engine):
         self._model, self._vision = whole, whole.model.vision_tower
         config = whole.config
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.image_size = config.vision_config.image_size
-        self.image_mean, self._image_std = mean_and_std(folder)
-        self.tokens_per_image = image_tokens(config.to_dict())
-        self.image_token_id = config.image_token_id
+        self.family = family_from(config.to_dict(), *mean_and_std(folder))
         self.vocab_size = config.text_config.vocab_size
         self.eos_token_id = eos_token_id(
             self.tokenizer, whole.generation_config.eos_token_id, config.text_config.eos_token_id
@@ -107,13 +104,12 @@ class TorchEngine(Engine):
         if self._decoder is not None:
             self._decoder.warm_up()
         if self._graphs is not None:
-            image = self.tokens_per_image
+            image = self.family.vision.tokens
             lengths = [image + text for text in WARM_TEXT_TOKENS if image + text <= self.context]
             self._graphs.warm_up(lengths, self._embed.weight.dtype)
-            size = self.image_size
-            self._graphs.encode(
-                torch.zeros(1, 3, size, size, device=self.device, dtype=self._vision.dtype)
-            )
+            size = self.family.vision.image_size
+            blank = self.family.pixels(Image.new("RGB", (size, size)))
+            self._image_features([blank])
 
     def kernel_name(self, batch: int) -> str:
         """Say what multiplies the decoder's matrices at a batch size."""
@@ -136,11 +132,11 @@ class TorchEngine(Engine):
 
     def _warm_prefixes(self) -> None:
         """Ask twice about one image, for kernels that only a known image's prompt runs."""
-        pixels = np.zeros((self.image_size, self.image_size, 3), np.uint8)
-        ids = (0, *[self.image_token_id] * self.tokens_per_image, 0, 0)
+        image = self.family.pixels(Image.new("RGB", (1, 1)))
+        ids = (0, *[self.family.vision.image_token_id] * image.num_tokens, 0, 0)
         if len(ids) <= self.context:
             for _ in range(2):
-                slot, _ = self.prefill(Prompt(ids, (pixels,)))
+                slot, _ = self.prefill(Prompt(ids, (image,)))
                 self.release(slot)
         self.prefixes.clear()
 
@@ -205,7 +201,7 @@ class TorchEngine(Engine):
         """Fill a free slot with ids; return the last rows' logits."""
         key = None
         if self.prefixes.capacity:
-            key = prefix_key(prompt, ids, self.image_token_id, rows)
+            key = prefix_key(prompt, ids, self.family.vision.image_token_id, rows)
         kept = None if key is None else self.prefixes.get(key)
         end = 0 if key is None else len(key.ids)
         prefix = [part[:, slot, :, :end] for part in (self._cache.keys, self._cache.values)]
@@ -228,25 +224,24 @@ class TorchEngine(Engine):
     def _embeddings(self, prompt: Prompt, ids: Sequence[int], start: int) -> torch.Tensor:
         """Return [len(ids) - start, hidden]; a reused prefix holds all images."""
         tokens = torch.tensor(ids[start:], device=self.device)
-        is_image = tokens == self.image_token_id
+        is_image = tokens == self.family.vision.image_token_id
         hidden: torch.Tensor = self._embed(tokens.masked_fill(is_image, 0))
         if prompt.images and not start:
-            features = self._image_features(prompt).to(hidden.dtype)
+            features = self._image_features(prompt.images).to(hidden.dtype)
             hidden = hidden.masked_scatter(is_image[:, None], features)
         return hidden
 
-    def _image_features(self, prompt: Prompt) -> torch.Tensor:
-        """Return [images * tokens_per_image, hidden] from the vision tower and projector."""
-        pixels = normalize(
-            np.stack(prompt.images), self.device, self.image_mean, self._image_std
-        ).to(self._vision.dtype)
-        if self._graphs is not None and len(prompt.images) == 1:
+    def _image_features(self, images: Sequence[ImagePixels]) -> torch.Tensor:
+        """Return [image tokens, hidden] from the vision tower and projector."""
+        shown = self.family.inputs(images, self.device)
+        pixels = shown.pop("pixel_values").to(self._vision.dtype)
+        if self._graphs is not None and not shown and len(images) == 1:
             return self._graphs.encode(pixels)
-        return self._encode(pixels)
+        return self._encode(pixels, **shown)
 
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Turn [images, 3, size, size] into the language model's inputs."""
-        output = self._model.model.get_image_features(pixel_values=pixels, return_dict=True)
+    def _encode(self, pixels: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+        """Turn [tiles, 3, size, size] into the language model's inputs."""
+        output = self._model.model.get_image_features(pixel_values=pixels, return_dict=True, **more)
         return torch.cat(list(output.pooler_output))
 
 

@@ -1,0 +1,168 @@
+"""What differs between base models: how pictures become tokens, and what methods can take.
+
+A family is one file beside this one; no other asks for a model type.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from PIL import Image
+
+from llava_ray.errors import ConfigError
+from llava_ray.models.images import CLIP_MEAN, CLIP_STD, Colour, ImagePixels
+
+if TYPE_CHECKING:
+    import torch
+
+_PARTS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "text_config": {"model_type": ("llama", "mistral", "qwen2"), "hidden_act": ("silu",)},
+    "vision_config": {"model_type": ("clip_vision_model", "siglip_vision_model")},
+}
+"""What engines and trainers run as transformers does; the first where nothing is said."""
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Those whose angles hang on the position alone."""
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """What turns a square of pixels into tokens."""
+
+    image_size: int
+    """Pixels along a side of the square."""
+    tokens: int
+    """Patches, and the class token of a tower that has one unless it is dropped."""
+    image_token_id: int
+    mean: Colour = CLIP_MEAN
+    std: Colour = CLIP_STD
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """How a base model sees pictures, by its config.json."""
+
+    vision: VisionShape
+
+    @classmethod
+    @abstractmethod
+    def read(cls, tree: Mapping[str, Any], vision: VisionShape) -> Self:
+        """Read what else config.json says; raises ValueError for what transformers cannot run."""
+
+    @property
+    @abstractmethod
+    def max_image_tokens(self) -> int:
+        """The most tokens that a picture of any size takes; `vision.tokens` are the least."""
+
+    @abstractmethod
+    def image_tokens(self, height: int, width: int) -> int:
+        """Return the tokens that a picture of a size takes."""
+
+    @abstractmethod
+    def pixels(self, image: Image.Image) -> ImagePixels:
+        """Return an RGB picture as the model takes it."""
+
+    @abstractmethod
+    def inputs(
+        self, images: Sequence[ImagePixels], device: str = "cpu"
+    ) -> "dict[str, torch.Tensor]":
+        """Return what the model's forward and `get_image_features` take beside the ids.
+
+        `pixel_values` is float32 [tiles, 3, size, size].
+        """
+
+    def obstacle(self, method: str) -> str:
+        """Say why a quantization method cannot take such models; empty where it can."""
+        return ""
+
+
+def base_error(folder: Path, problem: str) -> ConfigError:
+    """Return what to say of a base model's folder."""
+    return ConfigError(f"model.path {str(folder)!r}: {problem}")
+
+
+def family_of(folder: Path) -> Family:
+    """Read a model folder's config.json, and by what its pixels are normalized.
+
+    Raises ConfigError for a model of no known family.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise base_error(folder, "no config.json there")
+    try:
+        tree = json.loads(path.read_bytes())
+        if "mm_vision_tower" in tree:
+            raise base_error(
+                folder,
+                "it has the layout of LLaVA's own repository: its Hugging "
+                "Face form is needed, such as llava-hf/llava-1.5-7b-hf",
+            )
+        kind = tree.get("model_type")
+        if kind not in _families():
+            raise base_error(
+                folder,
+                f"model_type is {kind!r}, not one of {', '.join(map(repr, _families()))}; LLaVA in "
+                "its Hugging Face form is needed, such as llava-hf/llava-1.5-7b-hf",
+            )
+        if problem := _unknown_part(tree):
+            raise base_error(folder, problem)
+        return family_from(tree, *mean_and_std(folder))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise base_error(folder, f"config.json is not that of a LLaVA ({reason})") from error
+
+
+def family_from(
+    tree: Mapping[str, Any], mean: Colour = CLIP_MEAN, std: Colour = CLIP_STD
+) -> Family:
+    """Return the family of a config.json; raises ValueError and LookupError for a broken one."""
+    vision = tree["vision_config"]
+    has_class_token = vision.get("model_type", "clip_vision_model") == "clip_vision_model"
+    # transformers drops the first feature, whatever it is.
+    drops = tree.get("vision_feature_select_strategy", "default") == "default"
+    side = int(vision["image_size"]) // int(vision["patch_size"])
+    shape = VisionShape(
+        image_size=int(vision["image_size"]),
+        tokens=int(side**2 + has_class_token - drops),
+        image_token_id=int(tree.get("image_token_id", tree.get("image_token_index", 32000))),
+        mean=mean,
+        std=std,
+    )
+    return _families()[tree["model_type"]].read(tree, shape)
+
+
+def _unknown_part(tree: Mapping[str, Any]) -> str:
+    """Say which backbone, tower or rotary embedding would be run otherwise than it is meant."""
+    text = tree["text_config"]
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    found: list[tuple[str, Any, Sequence[str]]] = [("rope_type", kind, _ROPE_TYPES)]
+    for part, keys in _PARTS.items():
+        found += [(f"{part}.{key}", tree[part].get(key, k[0]), k) for key, k in keys.items()]
+    return "; ".join(
+        f"{key} is {value!r}: only {', '.join(known)} can be run"
+        for key, value, known in found
+        if value not in known
+    )
+
+
+def _families() -> dict[str, type[Family]]:
+    from llava_ray.models.llava import Llava
+    from llava_ray.models.llava_next import LlavaNext
+
+    return {"llava": Llava, "llava_next": LlavaNext}
+
+
+def mean_and_std(folder: Path) -> tuple[Colour, Colour]:
+    """Read by what pixels are normalized; CLIP's where no file says so."""
+    for name in PROCESSORS:
+        if (path := folder / name).is_file():
+            tree = json.loads(path.read_bytes())
+            tree = tree.get("image_processor", tree)
+            if "image_mean" in tree and "image_std" in tree:
+                (a, b, c), (d, e, f) = tree["image_mean"], tree["image_std"]
+                return (a, b, c), (d, e, f)
+    return CLIP_MEAN, CLIP_STD
