@@ -31,6 +31,7 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "decode_h100": ("llava_ray.bench.decode",),
     "drill": ("llava_ray.sweep", *_LINE),
     "embedded": ("llava_ray.bench.embedded", *_MEASURED),
+    "families": _LINE,
     "families_h100": ("llava_ray.inference.torch.engine",),
     "hqq_recovery": ("llava_ray.bench.embedded", *_MEASURED),
     "llama_amx": ("llava_ray.inference.llama_cpp.trial",),
