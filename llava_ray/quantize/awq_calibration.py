@@ -18,8 +18,8 @@ from awq.models.llava import LlavaAWQForCausalLM
 from awq.quantize.quantizer import AwqQuantizer
 from torch import nn
 
-from llava_ray.console import Progress, fail
-from llava_ray.errors import LlavaRayError, VariantError
+from llava_ray.console import Progress, errors_in_one_line
+from llava_ray.errors import VariantError
 from llava_ray.models import tensors as llava_folder
 from llava_ray.models.family import family_of
 from llava_ray.quantize.awq import AwqSpec
@@ -135,6 +135,15 @@ class _Quantizer(AwqQuantizer):  # type: ignore[misc]
             parts.append(output[0] if isinstance(output, tuple) else output)
         return torch.cat(parts) * self._real
 
+    def _compute_best_scale(self, *arguments: Any, **named: Any) -> Any:
+        """Search as AutoAWQ does, which on a CPU takes the weights that it scales for their copy,
+        so that each try would scale what the one before it left."""
+        handle = arguments[3].register_state_dict_post_hook(_with_copies)
+        try:
+            return super()._compute_best_scale(*arguments, **named)
+        finally:
+            handle.remove()
+
     def _compute_best_clip(
         self, w: torch.Tensor, input_feat: torch.Tensor, n_grid: int = 20, max_shrink: float = 0.5
     ) -> torch.Tensor:
@@ -178,6 +187,11 @@ class _Quantizer(AwqQuantizer):  # type: ignore[misc]
             setattr(module.get_submodule(parent), leaf, packed.cpu())
         # What is done leaves the device: one layer at a time lies there.
         module.cpu()
+
+
+def _with_copies(module: nn.Module, state: dict[str, torch.Tensor], *_: Any) -> None:
+    for name, value in state.items():
+        state[name] = value.clone()
 
 
 def _load(merged: Path, dtype: torch.dtype) -> Any:
@@ -283,7 +297,7 @@ def _tokenizer_files(merged: Path) -> dict[str, str]:
 
 
 def _write(spec: AwqSpec, model: Any, merged: Path, out: Path) -> None:
-    """Write weights, config, tokenizer and both generations' processor files."""
+    """Write weights, config, tokenizer and processor files."""
     writer = llava_folder.ShardWriter(out)
     for name, value in model.state_dict().items():
         if value.is_meta:
@@ -291,23 +305,10 @@ def _write(spec: AwqSpec, model: Any, merged: Path, out: Path) -> None:
         writer.add({name: value.half() if value.is_floating_point() else value})
     writer.finish()
     llava_folder.copy_sidecars(merged, out)
-    _write_preprocessor_config(out)
     config = old_config(merged)
     config["quantization_config"] = spec.quantization_config()
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")
-
-
-def _write_preprocessor_config(out: Path) -> None:
-    """Write preprocessor_config.json, which transformers 4 reads, from transformers 5's file."""
-    path, newer = out / "preprocessor_config.json", out / "processor_config.json"
-    if path.is_file() or not newer.is_file():
-        return
-    tree = json.loads(newer.read_text(encoding="utf-8"))
-    images = tree.get("image_processor")
-    if images:
-        images.setdefault("image_processor_type", "CLIPImageProcessor")
-        path.write_text(json.dumps(images, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main(task: Path, result: Path) -> None:
@@ -316,7 +317,7 @@ def main(task: Path, result: Path) -> None:
     spec = AwqSpec.parse(settings["slug"])
     assert spec is not None
     calibration = Calibration(
-        Path(settings["dataset_folder"]), settings["num_samples"], settings["system_prompt"]
+        settings["dataset_uri"], settings["num_samples"], settings["system_prompt"]
     )
     merged, out = Path(settings["merged"]), Path(settings["out"])
     peak = quantize_with_autoawq(spec, merged, out, calibration, settings["device"])
@@ -328,7 +329,5 @@ if __name__ == "__main__":
     logging.basicConfig(
         stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )
-    try:
+    with errors_in_one_line():
         main(*(Path(argument) for argument in sys.argv[1:]))
-    except LlavaRayError as error:
-        fail(error)
