@@ -31,7 +31,8 @@ def zero_config(train: TrainConfig, precision: Precision, *, gpu: bool) -> dict[
     """Return DeepSpeed's JSON for a train section."""
     stage: dict[str, Any] = {
         "stage": train.zero_stage,
-        "contiguous_gradients": True,
+        # Of LoRA's many small gradients each copy costs the host more than it saves.
+        "contiguous_gradients": train.method == "full",
         "overlap_comm": gpu,
         # DeepSpeed's default takes 2 GB for buffers that LoRA's gradients do not fill.
         "reduce_bucket_size": BUCKET,
@@ -46,8 +47,8 @@ def zero_config(train: TrainConfig, precision: Precision, *, gpu: bool) -> dict[
         "train_micro_batch_size_per_gpu": train.batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation,
         "gradient_clipping": train.max_grad_norm,
-        # A look at every gradient for infinity takes longer than the optimizer does, and bf16 has
-        # fp32's range; a loss that is no number ends the training anyway.
+        # A look at each gradient for infinity takes longer than the optimizer, and bf16 has fp32's
+        # range; a loss that is no number ends the training anyway.
         "bf16": {"enabled": precision == "bf16", "check_grad_overflow": False},
         "fp16": {"enabled": precision == "fp16", "initial_scale_power": 12},
         "zero_optimization": stage,
