@@ -13,7 +13,7 @@ from typing import TypeVar
 from llava_ray.artifacts.storage import Storage, cache_folder, check_writable
 from llava_ray.cluster import commands
 from llava_ray.config.run import RunConfig, load_config, to_yaml
-from llava_ray.console import fail, set_up_logging
+from llava_ray.console import errors_in_one_line, fail, set_up_logging
 from llava_ray.errors import ConfigError, LlavaRayError, ResourceError
 from llava_ray.resources.capacity import find_fleet
 from llava_ray.shipped import shipped
@@ -46,10 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif name == "quickstart":
         from llava_ray.quickstart import run
 
-        try:
+        with errors_in_one_line():
             sys.exit(run(rest))
-        except LlavaRayError as error:
-            fail(error)
     elif name in commands.COMMANDS:
         commands.main([name, *rest])
     else:

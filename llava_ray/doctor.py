@@ -202,7 +202,7 @@ def _env_vars(tree: Any) -> Iterator[str]:
     if isinstance(tree, dict):
         yield from tree["env_vars"] if isinstance(tree.get("env_vars"), dict) else ()
     for text in strings_of(tree):
-        if "env_vars" in text:
+        if re.search(r"^\s*env_vars:", text, re.MULTILINE):
             yield from _env_vars(yaml.safe_load(text))
     for node in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
         if not isinstance(node, str):

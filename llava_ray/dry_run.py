@@ -16,8 +16,8 @@ from llava_ray.prepare.readers import readers
 from llava_ray.prepare.sources import SCENE_TEXT
 from llava_ray.quantize.registry import spec_for
 from llava_ray.resources.capacity import Resources
+from llava_ray.train.estimate import DTYPE_BYTES
 
-_WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}
 _CACHED_WEIGHTS = (WEIGHTS_INDEX, "model.safetensors")
 
 
@@ -37,7 +37,7 @@ class Base:
         if self.folder is None:
             return self.weight_bytes
         shapes = llava_folder.weight_shapes(self.folder).values()
-        return _WIDTHS[dtype] * sum(math.prod(shape) for shape in shapes)
+        return DTYPE_BYTES[dtype] * sum(math.prod(shape) for shape in shapes)
 
 
 def describe_requests(config: RunConfig) -> str:

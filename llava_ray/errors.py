@@ -12,6 +12,8 @@ A message says what is wrong, the value seen and what to do. Each class takes on
 message, so that it survives pickling across Ray processes.
 """
 
+from collections.abc import Callable, Iterable, Iterator
+
 
 class LlavaRayError(Exception):
     """Root of all expected failures; job scripts print it in one line and exit with 2."""
@@ -39,3 +41,18 @@ class StorageError(ResourceError):
 
 class VariantError(LlavaRayError):
     """One quantization method failed."""
+
+
+def said_by(checks: Iterable[Callable[[], object]]) -> Iterator[str]:
+    """Run all checks, and yield what those say that fail."""
+    for check in checks:
+        try:
+            check()
+        except LlavaRayError as error:
+            yield str(error)
+
+
+def raise_all(checks: Iterable[Callable[[], object]]) -> None:
+    """Run all checks; raise ConfigError with what all that fail say."""
+    if mistakes := list(said_by(checks)):
+        raise ConfigError("; ".join(mistakes))

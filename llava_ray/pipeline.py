@@ -25,7 +25,7 @@ from llava_ray.artifacts.records import (
 )
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import RunConfig, changed
-from llava_ray.errors import ConfigError
+from llava_ray.sweep.space import check_space
 from llava_ray.trial_score import scorer_for
 
 logger = logging.getLogger(__name__)
@@ -44,10 +44,9 @@ def run_prepare(config: RunConfig) -> DatasetRecord:
 def run_sweep(config: RunConfig) -> SweepResult:
     """Search the train section's settings.
 
-    Raises ConfigError when sweep.space is empty or sweep.objective unknown.
+    Raises ConfigError for a wrong or empty sweep.space and for an unknown sweep.objective.
     """
-    if not config.sweep.space:
-        raise ConfigError("sweep.space is empty: name keys of train, such as learning_rate")
+    check_space(config)
     score = scorer_for(config)
     return _stage("sweep", sweep.run, config, run_prepare(config), score)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llava_ray.artifacts.storage import Storage
 from llava_ray.config.run import RunConfig
-from llava_ray.errors import ConfigError, VariantError
+from llava_ray.errors import ConfigError, VariantError, raise_all
 from llava_ray.models.check import check_base
 from llava_ray.prepare.sources import check_source
 from llava_ray.quantize.registry import spec_for
@@ -20,14 +20,7 @@ logger = logging.getLogger(__name__)
 
 def check(config: RunConfig) -> None:
     """Raise ConfigError that lists every mistake which no section can see by itself."""
-    mistakes = []
-    for look in _checks(config):
-        try:
-            look()
-        except ConfigError as error:
-            mistakes.append(str(error))
-    if mistakes:
-        raise ConfigError("; ".join(mistakes))
+    raise_all(_checks(config))
 
 
 def _checks(config: RunConfig) -> Iterator[Callable[[], object]]:

@@ -17,7 +17,7 @@ from llava_ray.cluster.local import NODE_TYPES
 from llava_ray.config.run import RunConfig, changed
 from llava_ray.deploy import resources as deploy
 from llava_ray.dry_run import find_base
-from llava_ray.errors import LlavaRayError, ResourceError
+from llava_ray.errors import LlavaRayError, ResourceError, said_by
 from llava_ray.merge import merge_resources
 from llava_ray.quantize.registry import spec_for
 from llava_ray.resources.capacity import Fleet
@@ -73,11 +73,7 @@ def shortages(config: RunConfig, fleet: Fleet) -> Iterator[str]:
         plan_workers(config.train, fleet)
     except LlavaRayError as error:
         yield f"nothing can train here: {error}"
-    for look in _demands(config, fleet):
-        try:
-            look()
-        except LlavaRayError as error:
-            yield str(error)
+    yield from said_by(_demands(config, fleet))
 
 
 def _demands(config: RunConfig, fleet: Fleet) -> Iterator[Callable[[], object]]:

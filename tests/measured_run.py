@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from small_data import png_of, write_dataset
 
 from llava_ray.artifacts.records import (
     DatasetRecord,
@@ -17,6 +18,8 @@ from llava_ray.artifacts.records import (
 )
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import RunConfig, load_config
+from llava_ray.models.chat_template import Turn
+from llava_ray.models.conversation import Sample
 
 # slug, bytes, tokens/s, KL, words read
 SHAPES = (
@@ -48,21 +51,16 @@ def make_config(storage: Path, *overrides: str) -> RunConfig:
 
 def make_dataset(store: ArtifactStore) -> DatasetRecord:
     with store.build(DatasetRecord, "dataset-aaaaaaaaaaaa", settings={}) as build:
-        (build.folder / "images").mkdir()
         rows = []
         for index, words in enumerate(SIGNS):
             image = Image.new("RGB", (640, 420), (40 + 60 * index, 90, 130))
             draw = ImageDraw.Draw(image)
             draw.rectangle((120, 130, 520, 290), fill=(250, 245, 230))
             draw.text((150, 170), words, fill=(20, 20, 20), font_size=52)
-            image.save(build.folder / "images" / f"{index}.png")
-            turns = [
-                {"from": "human", "value": "<image>\nDescribe this image in detail."},
-                {"from": "gpt", "value": reference(words)},
-            ]
-            rows.append({"id": str(index), "image": f"{index}.png", "conversations": turns})
-        for split in ("train", "test"):
-            (build.folder / f"{split}.json").write_text(json.dumps(rows), encoding="utf-8")
+            turn = Turn("Describe this image in detail.", 1, reference(words))
+            name = f"{index}.png"
+            rows.append(Sample(str(index), (name,), (turn,), pictures=(png_of(image),)))
+        write_dataset(build.folder, rows, rows)
         return build.finish(
             DatasetRecord, device="cpu", source="scene-text", num_train=3, num_test=3, rejected={},
         )  # fmt: skip

@@ -17,7 +17,7 @@ from llava_ray.quantize.awq_linear import pack
 from llava_ray.quantize.spec import Calibration, QuantizationSpec
 
 TINY = EMBEDDED
-NO_CALIBRATION = Calibration(dataset_folder=Path(), num_samples=0)
+NO_CALIBRATION = Calibration(dataset_uri="", num_samples=0)
 
 
 def quantized(spec: QuantizationSpec, out: Path) -> Path:

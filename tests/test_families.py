@@ -5,6 +5,7 @@ With LLAVA_RAY_SLOW=1 it writes jobs/results/families.json; a default run looks 
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,13 @@ def run_line(name: str, folder: Path, port: int) -> dict[str, Any]:
     config = config_of(folder, port)
     adapter = pipeline.run_train(config)
     merged = pipeline.run_merge(config)
-    methods: dict[str, Any] = {}
+    methods, refused = dict[str, Any](), ""
     for found in pipeline.run_benchmark(config):
         if isinstance(found, Scorecard):
-            methods[found.slug] = {"kl_divergence": found.kl_divergence.median}
+            methods[found.slug] = float(f"{found.kl_divergence.median:.2g}")
         else:
-            methods[found.slug] = {"refused": found.reason}
+            methods[found.slug] = "refused"
+            refused = re.sub(r"^variant '\S+': ", "", found.reason)
     deployed = pipeline.run_deploy(config)
     content = [
         {"type": "text", "text": "What does the sign say?"},
@@ -80,23 +82,24 @@ def run_line(name: str, folder: Path, port: int) -> dict[str, Any]:
     assert answer.status_code == 200, answer.text
     return {
         "family": name,
-        "train_loss": adapter.train_loss,
-        "merge_max_logit_difference": merged.max_logit_difference,
-        "methods": methods,
+        "train_loss": round(adapter.train_loss, 2),
+        "merge": float(f"{merged.max_logit_difference:.2g}"),
+        **methods,
         "served": deployed.model_name,
-        "served_usage": answer.json()["usage"],
+        "answer_tokens": answer.json()["usage"]["completion_tokens"],
+        "why_refused": refused,
     }
 
 
 def check(row: dict[str, Any]) -> None:
-    assert set(row["methods"]) == set(SLUGS)
-    for slug, found in row["methods"].items():
-        reason = REFUSED.get(row["family"]) if slug.startswith("gguf") else None
-        if reason is None:
-            assert found["kl_divergence"] < 0.05, (row["family"], slug, found)
+    reason = REFUSED.get(row["family"], "")
+    for slug in SLUGS:
+        if slug.startswith("gguf") and reason:
+            assert row[slug] == "refused", (row["family"], slug)
         else:
-            assert reason in found["refused"], (row["family"], slug, found)
-    assert row["served_usage"]["completion_tokens"] == 8
+            assert row[slug] < 0.05, (row["family"], slug)
+    assert reason in row["why_refused"] and bool(reason) == bool(row["why_refused"])
+    assert row["merge"] < 1e-4 and row["answer_tokens"] == 8
 
 
 def test_the_results_are_of_every_family_and_method() -> None:

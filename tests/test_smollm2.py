@@ -1,5 +1,6 @@
 """SmolLM2-135M as a backbone: fine-tuned on scene text it answers, and stops (D1, D2, D10)."""
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,9 @@ from web_server import data_url
 
 from llava_ray import pipeline
 from llava_ray.artifacts.records import Scorecard, Variant
-from llava_ray.artifacts.store import local_folder
 from llava_ray.bench.results import write
 from llava_ray.config.run import load_config
-from llava_ray.models.conversation import read_samples
+from llava_ray.models.dataset import open_split
 
 VARIANTS = (
     "none-fp16", "bnb-nf4", "hqq-w4-g64", "awq-w4-g64", "awq-w4-g128", "gguf-q8_0", "gguf-q4_k_m",
@@ -48,10 +48,10 @@ def test_it_is_trained_measured_and_served(ray_local: None, tmp_path: Path) -> N
     variants = {found.slug: found for found in pipeline.run_quantize(config)}
     cards = {found.slug: found for found in pipeline.run_benchmark(config)}
     deployed = pipeline.run_deploy(config)
-    data = local_folder(pipeline.run_prepare(config))
+    data = open_split(pipeline.run_prepare(config), "test").first(6)
     answers = [
-        ask(port, deployed.model_name, data / "images" / sample.images[0])
-        for sample in read_samples(data / "test.json")[:6]
+        ask(port, deployed.model_name, Image.open(io.BytesIO(sample.pictures[0])))
+        for sample in data
     ]
     rows = [
         {
@@ -79,9 +79,9 @@ def test_it_is_trained_measured_and_served(ray_local: None, tmp_path: Path) -> N
     assert all("<|" not in answer["text"] and '"' in answer["text"] for answer in answers)
 
 
-def ask(port: int, model: str, picture: Path) -> dict[str, Any]:
+def ask(port: int, model: str, picture: Image.Image) -> dict[str, Any]:
     content = [
-        {"type": "image_url", "image_url": {"url": data_url(Image.open(picture))}},
+        {"type": "image_url", "image_url": {"url": data_url(picture)}},
         {"type": "text", "text": "Describe this image in detail."},
     ]
     answer = httpx.post(

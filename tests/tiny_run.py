@@ -5,9 +5,9 @@ import random
 import shutil
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
+from small_data import png_of, write_dataset
 
 from llava_ray.artifacts.records import DatasetRecord
 from llava_ray.artifacts.store import ArtifactStore
@@ -47,10 +47,11 @@ def squares(storage: Path, *, num_train: int = 24, num_test: int = 4) -> Dataset
     store = ArtifactStore(str(storage))
     draw = random.Random(0)
     with store.build(DatasetRecord, "dataset-squares", settings={}) as build:
-        (build.folder / "images").mkdir()
-        for split, number in (("train", num_train), ("test", num_test)):
-            rows = [_row(build.folder, f"{split}{i}", draw) for i in range(number)]
-            (build.folder / f"{split}.json").write_text(json.dumps(rows))
+        train, test = (
+            [_row(f"{split}{i}", draw) for i in range(number)]
+            for split, number in (("train", num_train), ("test", num_test))
+        )
+        write_dataset(build.folder, train, test)
         return build.finish(
             DatasetRecord, device="cpu", source="squares", num_train=num_train, num_test=num_test,
             rejected={},
@@ -62,40 +63,30 @@ def mixed(storage: Path) -> DatasetRecord:
     store = ArtifactStore(str(storage))
     draw = random.Random(1)
     with store.build(DatasetRecord, "dataset-mixed", settings={}) as build:
-        (build.folder / "images").mkdir()
         samples = []
         for index, (pictures, exchanges) in enumerate(product((0, 1, 2), (1, 2, 3, 1))):
-            rows = [_row(build.folder, f"{index}-{i}", draw) for i in range(max(1, pictures))]
-            answer = rows[0]["conversations"][1]["value"]
+            rows = [_row(f"{index}-{i}", draw) for i in range(max(1, pictures))]
+            answer = rows[0].answer
             turns = [Turn(f"Question {i}?", 0, f"{answer} {i}") for i in range(exchanges)]
             turns[-1] = Turn(turns[-1].text, pictures, turns[-1].answer)
-            names = tuple(row["image"] for row in rows[:pictures])
+            names = tuple(row.images[0] for row in rows[:pictures])
+            files = tuple(row.pictures[0] for row in rows[:pictures])
             system = "Be brief." if index % 2 else None
-            samples.append(Sample(str(index), names, tuple(turns), system))
-        for split, part in (("train", samples), ("test", samples[:3])):
-            (build.folder / f"{split}.json").write_text(
-                json.dumps([sample.as_llava() for sample in part])
-            )
+            samples.append(Sample(str(index), names, tuple(turns), system, files))
+        write_dataset(build.folder, samples, samples[:3])
         return build.finish(
             DatasetRecord, device="cpu", source="mixed", num_train=12, num_test=3, rejected={}
         )
 
 
-def _row(folder: Path, name: str, draw: random.Random) -> dict[str, Any]:
+def _row(name: str, draw: random.Random) -> Sample:
     left, right = draw.choice(list(COLOURS)), draw.choice(list(COLOURS))
     image = Image.new("RGB", (40, 30), COLOURS[left])
     image.paste(COLOURS[right], (20, 0, 40, 30))
-    image.save(folder / "images" / f"{name}.png")
     words = f"{left} and {right}" if left != right else f"all {left}"
     caption = f"{words}." * draw.choice((1, 1, 2))
-    return {
-        "id": name,
-        "image": f"{name}.png",
-        "conversations": [
-            {"from": "human", "value": "<image>\nDescribe this image in detail."},
-            {"from": "gpt", "value": caption},
-        ],
-    }
+    turn = Turn("Describe this image in detail.", 1, caption)
+    return Sample(name, (f"{name}.png",), (turn,), pictures=(png_of(image),))
 
 
 def config_for(storage: Path, model: Path, *overrides: str) -> RunConfig:

@@ -39,6 +39,7 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "mixed_rows_h100": ("llava_ray.train.worker",),
     "node_kills": ("llava_ray.sweep", *_LINE),
     "photographs_report": _REPORT,
+    "prepare": ("llava_ray.prepare",),
     "pretrain": ("llava_ray.embedded.pretrain.scores",),
     "quickstart_report": _REPORT,
     "report": _REPORT,

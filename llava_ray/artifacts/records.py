@@ -50,7 +50,8 @@ class Record(Frozen):
 
 
 class DatasetRecord(Record):
-    """LLaVA JSON (train.json, test.json), images/ and rejected.jsonl."""
+    """LLaVA JSON (train.json, test.json), images-*.tar, where rows lie in them (train.npz,
+    test.npz), and rejected.jsonl."""
 
     kind: ClassVar[str] = "dataset"
 

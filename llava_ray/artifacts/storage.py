@@ -114,6 +114,11 @@ class Storage:
                 raise missing_bucket(f"{self._setting} {self.uri!r}") from error
             return None
 
+    def read_range(self, relative: str, start: int, size: int) -> bytes:
+        """Return a part of a file; raises FileNotFoundError where there is no such file."""
+        path = f"{self.root}/{relative}"
+        return bytes(self._call("cat_file", path, start=start, end=start + size))
+
     def write_text(self, relative: str, text: str, *, wait_s: float | None = None) -> None:
         """Write a file in a folder that is there, over an older one of the name.
 

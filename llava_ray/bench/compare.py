@@ -65,7 +65,7 @@ def base_variant(
     with store.build(Variant, name, settings=settings) as build:
         if build.found:
             return build.found
-        spec.quantize(base, build.folder, Calibration(build.folder, 0), device)
+        spec.quantize(base, build.folder, Calibration("", 0), device)
         return build.finish(
             Variant, device=device, slug=slug, method=spec.method,
             bits_per_weight=spec.bits_per_weight(), quantize_s=0, peak_memory_bytes=0,

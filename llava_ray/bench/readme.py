@@ -350,29 +350,16 @@ _VARIANTS_7B = _by_row(
 )
 
 
-def _families(tree: Any) -> str:
-    """Make the table of families by stages: by each method the nats of KL a token, or why not."""
-    slugs = list(tree["rows"][0]["methods"])
-    rows = []
-    for row in tree["rows"]:
-        found = [row["methods"][slug] for slug in slugs]
-        cells = [f"{f['kl_divergence']:.1e}" if "kl_divergence" in f else "refused" for f in found]
-        why = {re.sub(r"^variant '\S+': ", "", f["refused"]) for f in found if "refused" in f}
-        loss, merged = row["train_loss"], row["merge_max_logit_difference"]
-        cells = [row["family"], f"{loss:.2f}", f"{merged:.1e}", *cells, row["served"]]
-        rows.append([*cells, "; ".join(sorted(why))])
-    return _table(["family", "train loss", "merge", *slugs, "served", "why refused"], rows)
-
-
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "costs": ("costs", _COSTS),
     "decode": ("decode_h100", _DECODE),
     "embedded": ("embedded", _embedded),
-    "families": ("families", _families),
+    "families": ("families", _plain),
     "families_gpu": ("families_h100", _plain),
     "hardware": ("train_h100", _hardware),
     "hqq_recovery": ("hqq_recovery", _hqq_recovery),
     "photographs": ("photographs_report", _REPORT),
+    "prepare": ("prepare", _plain),
     "quickstart": ("quickstart_report", _REPORT),
     "serving": ("serving", _serving),
     "serving_7b": ("serving_7b_h100", _serving),

@@ -108,11 +108,11 @@ def measure(
 def measure_captions(plan: Plan, variant: Variant, dataset: DatasetRecord) -> dict[str, float]:
     """Generate for the held-out samples in this process and score the captions."""
     _set_threads(plan)
-    variant_folder, folder = local_folder(variant), local_folder(dataset)
+    variant_folder = local_folder(variant)
     context = _context(plan, variant_folder, dataset)
     with closing(_open(plan, variant, variant_folder, context)) as engine:
-        captioned = held_out(folder, plan.config.caption_samples)
-        generations = _generate(engine, plan, captioned, folder)
+        captioned = held_out(dataset, plan.config.caption_samples)
+        generations = _generate(engine, plan, captioned)
     return caption_scores([g.reference for g in generations], [g.text for g in generations])
 
 
@@ -154,13 +154,12 @@ def measure_engine(
     engine: Engine, plan: Plan, dataset: DatasetRecord, reference: ReferenceScores
 ) -> tuple[dict[str, Any], list[SampleFidelity]]:
     """Return a scorecard's fields of speed, fidelity and captions, and fidelity by sample."""
-    folder = local_folder(dataset)
-    captioned = held_out(folder, plan.config.caption_samples)
+    captioned = held_out(dataset, plan.config.caption_samples)
     with quiet_turn():
-        prompt = _prompt(engine, plan, captioned[0], folder)
+        prompt = _prompt(engine, plan, captioned[0])
         prefill_s, decode_rate = time_engine(engine, plan, prompt)
-    samples = score_fidelity(engine, reference)
-    generations = _generate(engine, plan, captioned, folder)
+    samples = score_fidelity(engine, plan, dataset, reference)
+    generations = _generate(engine, plan, captioned)
     references, texts = [g.reference for g in generations], [g.text for g in generations]
     with shared_turn():
         scores = caption_scores(references, texts)
@@ -183,7 +182,9 @@ def time_engine(engine: Engine, plan: Plan, prompt: Prompt) -> tuple[Spread, Spr
     return spread([prefill for prefill, _ in timed]), spread([rate for _, rate in timed])
 
 
-def score_fidelity(engine: Engine, reference: ReferenceScores) -> list[SampleFidelity]:
+def score_fidelity(
+    engine: Engine, plan: Plan, dataset: DatasetRecord, reference: ReferenceScores
+) -> list[SampleFidelity]:
     """Compare with the baseline on each stored sample.
 
     Raises VariantError where the engine's vocabulary is not the baseline's.
@@ -191,16 +192,17 @@ def score_fidelity(engine: Engine, reference: ReferenceScores) -> list[SampleFid
     import torch
 
     samples = []
-    for stored in read_reference(reference):
+    held = held_out(dataset, reference.num_samples)
+    for sample, (log_probs, top1) in zip(held, read_reference(reference), strict=True):
         with shared_turn():
-            logits = engine.score(stored.prompt, stored.continuation)
-            if logits.shape != stored.log_probs.shape:
+            prompt, caption = encode(engine.tokenizer, sample, plan, engine.family)
+            logits = engine.score(prompt, caption)
+            if logits.shape != log_probs.shape:
                 raise VariantError(
                     f"scores of shape {tuple(logits.shape)} where the baseline has "
-                    f"{tuple(stored.log_probs.shape)}: the vocabularies differ"
+                    f"{tuple(log_probs.shape)}: the vocabularies differ"
                 )
-            caption = torch.tensor(stored.continuation)
-            samples.append(compare(stored.log_probs, stored.top1, logits, caption))
+            samples.append(compare(log_probs, top1, logits, torch.tensor(caption)))
     return samples
 
 
@@ -212,23 +214,21 @@ def _device(device: str) -> str:
     return name if device == "cuda" else f"{name}, {torch.get_num_threads()} CPU thread(s)"
 
 
-def _generate(
-    engine: Engine, plan: Plan, samples: Sequence[Sample], folder: Path
-) -> list[Generation]:
+def _generate(engine: Engine, plan: Plan, samples: Sequence[Sample]) -> list[Generation]:
     sampling = SamplingParams(max_tokens=plan.config.max_new_tokens)
     generations = []
     for sample in samples:
         with shared_turn():
-            prompt = _prompt(engine, plan, sample, folder)
+            prompt = _prompt(engine, plan, sample)
             text = generate_text(engine, prompt, sampling).text.strip()
         shown = sample.images[-1] if sample.images else ""
         generations.append(Generation(image=shown, reference=sample.answer, text=text))
     return generations
 
 
-def _prompt(engine: Engine, plan: Plan, sample: Sample, folder: Path) -> Prompt:
+def _prompt(engine: Engine, plan: Plan, sample: Sample) -> Prompt:
     limit = plan.run.data.max_image_pixels
-    images = [open_image(folder / "images" / name, max_pixels=limit) for name in sample.images]
+    images = [open_image(file, max_pixels=limit) for file in sample.pictures]
     system = plan.run.model.system_prompt if sample.system is None else sample.system
     return make_prompt(engine, sample.asked, images, system=system)
 
@@ -243,11 +243,10 @@ def _context(plan: Plan, baseline_folder: Path, dataset: DatasetRecord) -> int:
     from transformers import AutoTokenizer
 
     config = plan.config
-    source = local_folder(dataset)
-    samples = held_out(source, max(config.fidelity_samples, config.caption_samples))
+    samples = held_out(dataset, max(config.fidelity_samples, config.caption_samples))
     tokenizer = AutoTokenizer.from_pretrained(baseline_folder)
     family = family_of(baseline_folder)
-    encoded = (encode(tokenizer, sample, plan, source, family) for sample in samples)
+    encoded = (encode(tokenizer, sample, plan, family) for sample in samples)
     longest = max(len(prompt.input_ids) + len(caption) for prompt, caption in encoded)
     return longest + max(config.max_new_tokens, config.decode_tokens + 1)
 

@@ -1,13 +1,13 @@
 """What shapes every measurement, and the held-out samples it is made on."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from llava_ray.artifacts.records import DatasetRecord
 from llava_ray.config.run import BenchmarkConfig, RunConfig
 from llava_ray.errors import ConfigError, DataError
-from llava_ray.models.conversation import Sample, read_samples
+from llava_ray.models.conversation import Sample
+from llava_ray.models.dataset import open_split
 from llava_ray.resources.capacity import Fleet, Resources
 
 
@@ -70,14 +70,14 @@ def check_room(plan: Plan, fleet: Fleet) -> None:
     fleet.check(what, plan.resources)
 
 
-def held_out(folder: Path, count: int) -> list[Sample]:
-    """Return the first samples of the held-out split.
+def held_out(dataset: DatasetRecord, count: int) -> list[Sample]:
+    """Return the first samples of the held-out split, with their pictures.
 
-    Raises DataError when there are none.
+    Raises DataError where there is none.
     """
-    samples = read_samples(folder / "test.json")[:count]
+    samples = open_split(dataset, "test").first(count)
     if not samples:
-        raise DataError(f"{folder}: the held-out split is empty; raise data.test_share")
+        raise DataError(f"{dataset.uri}: the held-out split is empty; raise data.test_share")
     return samples
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from llava_ray.cluster.local import down, processes_of, running, up
-from llava_ray.console import fail
-from llava_ray.errors import LlavaRayError, ResourceError
+from llava_ray.console import errors_in_one_line
+from llava_ray.errors import ResourceError
 from llava_ray.shipped import shipped
 
 COMMANDS = {
@@ -29,13 +29,11 @@ def main(argv: Sequence[str]) -> None:
         "yaml", type=Path, nargs="?", default=shipped("cluster/local.yaml"),
         help="a cluster YAML whose head is this machine; default: %(default)s",
     )  # fmt: skip
-    try:
+    with errors_in_one_line():
         if argv[0] == "submit":
             _submit(argv[1:])
         path = parser.parse_args(argv[1:]).yaml
         {"up": _up, "down": _down, "status": _status, "env": _env}[argv[0]](path)
-    except LlavaRayError as error:
-        fail(error)
 
 
 def _submit(argv: Sequence[str]) -> NoReturn:

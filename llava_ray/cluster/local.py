@@ -5,7 +5,6 @@ environment, and only those are stopped.
 """
 
 import json
-import logging
 import os
 import re
 import secrets
@@ -26,8 +25,6 @@ from llava_ray.artifacts.faults import disk_errors
 from llava_ray.artifacts.storage import cache_folder, check_writable
 from llava_ray.cluster.schema import read_cluster
 from llava_ray.errors import ConfigError, ResourceError
-
-logger = logging.getLogger(__name__)
 
 MARK = "LLAVA_RAY_CLUSTER_ID"
 WORKER_PORTS = range(10002, 20000)

@@ -3,21 +3,18 @@
 All mistakes are reported at once, before a worker is asked for.
 """
 
-import contextlib
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from llava_ray.config.overrides import load_section, read_yaml
 from llava_ray.config.section import Count, Integer, Natural, NotNegative, Positive, Section, Share
 from llava_ray.config.train import TrainConfig as TrainConfig
 from llava_ray.errors import ConfigError
-from llava_ray.shipped import or_shipped
 
 Stage = Literal["prepare", "sweep", "train", "merge", "quantize", "benchmark", "choose", "deploy"]
 
@@ -83,6 +80,9 @@ class DataConfig(Section):
     max_image_pixels: Count = Field(default=50_000_000)
     """Larger images are rejected before they are decoded."""
     seed: Integer = Field(default=0)
+    cache_bytes: Natural = Field(default=100_000_000_000)
+    """What a training node may keep of a prepared data set on remote storage; of a larger one it
+    reads each row by range whenever the row is trained on."""
     mix: tuple[MixConfig, ...] = Field(default=())
     """Several sources in place of `source`, such as [{source: a.csv}, {source: b, weight: 0.5}]."""
 
@@ -214,6 +214,10 @@ class EndpointConfig(Section):
     """Of one request, as far as the context goes."""
     max_image_bytes: Count = Field(default=10_000_000)
     max_image_pixels: Count = Field(default=40_000_000)
+    canary: str | None = Field(default=None)
+    """A further served model that answers a share of the first one's requests unseen, to be
+    compared; of a run one of serve.beside."""
+    canary_share: Share = Field(default=0.1)
     image_hosts: tuple[str, ...] = Field(default=())
     """Hosts whose image URLs are fetched, such as images.example.com; default: data URLs only."""
 
@@ -240,9 +244,6 @@ class ServeConfig(EndpointConfig):
     about itself to all interfaces: a firewall has to close their ports."""
     beside: tuple[str, ...] = Field(default=())
     """Slugs of further variants, served under their slugs as `model`."""
-    canary: str | None = Field(default=None)
-    """One of `beside` that answers a share of the winner's requests unseen, to be compared."""
-    canary_share: Share = Field(default=0.1)
 
     @model_validator(mode="after")
     def _check(self) -> "ServeConfig":
@@ -312,16 +313,10 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError that lists every mistake, with the nearest known key for unknown ones.
     """
-    tree = _read_yaml(path) if path else {}
-    mistakes = [m for text in overrides if (m := _apply(tree, text))]
     try:
-        config = RunConfig.model_validate(tree)
-    except ValidationError as error:
-        mistakes += [_explain(item) for item in error.errors()]
-    if mistakes:
-        where = f"{path}: " if path else ""
-        raise ConfigError(where + "; ".join(mistakes))
-    return config
+        return load_section(RunConfig, read_yaml(path) if path else {}, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}" if path else str(error)) from error
 
 
 def changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
@@ -335,94 +330,3 @@ def changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 def to_yaml(config: RunConfig) -> str:
     """Write a config so that `load_config` reads the same one back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def known_keys() -> list[str]:
-    """Return every dotted key, sections left out."""
-    tree = RunConfig().model_dump()
-    return [f"{section}.{key}" for section, keys in tree.items() for key in keys]
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(or_shipped(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"no config file at {path}: give --config an existing YAML") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds a {type(tree).__name__}, not sections such as 'train:'")
-    return tree
-
-
-def _apply(tree: dict[str, Any], text: str) -> str | None:
-    """Set one override in the tree; return the mistake, if any."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        return f"override {text!r} has no '=': write section.key=value"
-    *sections, last = key.split(".")
-    parsed: Any = value
-    kinds = _kinds(sections, last)
-    # Of a key that is a text or a list, such as resources.node_types.
-    is_list = value.lstrip().startswith("[") and any(get_origin(kind) is tuple for kind in kinds)
-    if str not in kinds or is_list or (value == "null" and NoneType in kinds):
-        try:
-            parsed = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError:
-            return f"override {text!r}: the value is not YAML"
-        # YAML 1.1 reads 1e-4 (without a dot) as text.
-        if isinstance(parsed, str):
-            with contextlib.suppress(ValueError):
-                parsed = float(parsed)
-    node = tree
-    for section in sections:
-        child = node.setdefault(section, {})
-        if not isinstance(child, dict):
-            return f"override {text!r}: {section!r} is not a section"
-        node = child
-    node[last] = parsed
-    return None
-
-
-def _kinds(sections: Sequence[str], last: str) -> tuple[Any, ...]:
-    """Return the types that a key takes.
-
-    A key of text takes it as typed, whatever YAML would make of it; only `null` is none, where the
-    key need not be set.
-    """
-    model: Any = RunConfig
-    for section in sections:
-        found = getattr(model, "model_fields", {}).get(section)
-        model = found and found.annotation
-    field = getattr(model, "model_fields", {}).get(last)
-    kind = None if field is None else field.annotation
-    return get_args(kind) if isinstance(kind, UnionType) else (kind,)
-
-
-_TYPES = {
-    "tuple_type": "give a list, such as [a, b]",
-    "model_type": "give a section's keys, such as section.key=value",
-    "float_parsing": "give a number",
-    "int_parsing": "give a whole number",
-    "int_from_float": "give a whole number",
-    "bool_parsing": "give true or false",
-    "string_type": "give text",
-    "string_too_short": "give text that is not empty",
-}
-"""Instead of pydantic's words for kinds of mistakes."""
-
-
-def _explain(item: Any) -> str:
-    key, kind = ".".join(str(part) for part in item["loc"]), item["type"]
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        return f"unknown key '{key}'{hint}"
-    message: str = _TYPES.get(kind, item["msg"].removeprefix("Value error, "))
-    if not key:
-        return message
-    return f"{key}: {message}" if kind == "value_error" else f"{key}={item['input']!r}: {message}"

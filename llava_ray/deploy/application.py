@@ -26,7 +26,7 @@ from llava_ray.resources.crash import last_line
 from llava_ray.resources.memory import memory_bytes
 from llava_ray.server import memory
 from llava_ray.server.application import build
-from llava_ray.server.settings import AppArgs, CanaryArgs, ModelArgs
+from llava_ray.server.settings import AppArgs, ModelArgs
 
 logger = logging.getLogger(__name__)
 
@@ -113,15 +113,11 @@ def _app_args(target: Target, gpus: float) -> AppArgs:
         return ModelArgs(variant_uri=uri, name=name, scorecard_uri=scorecard_uri)
 
     free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    canary = None
-    if endpoint.canary is not None:
-        canary = CanaryArgs(model=endpoint.canary, share=endpoint.canary_share)
     return AppArgs(
         models=(
             model(chosen.slug, chosen.variant_uri, target.model_name),
             *(model(slug, cards[slug].variant_uri, slug) for slug in endpoint.beside),
         ),
-        canary=canary,
         deployment_id=target.deployment_id,
         system_prompt=target.config.model.system_prompt,
         gpus_per_replica=gpus,

@@ -8,10 +8,12 @@ import urllib.request
 from email.message import Message
 from typing import Any
 
+import numpy as np
+
 from llava_ray.artifacts.records import ChosenVariant, DatasetRecord, Scorecard
-from llava_ray.artifacts.store import ArtifactStore, local_folder
+from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.errors import ArtifactError, ResourceError
-from llava_ray.models.conversation import read_samples
+from llava_ray.models.dataset import open_split
 from llava_ray.models.images import jpeg_url
 from llava_ray.models.rgb import open_image
 
@@ -32,11 +34,11 @@ def probe_request(
 
     Raises ArtifactError when the data set that the choice rests on is gone.
     """
-    folder = local_folder(_dataset(store, chosen))
-    images = [name for sample in read_samples(folder / "test.json") for name in sample.images]
+    split = open_split(_dataset(store, chosen), "test")
+    shown = np.flatnonzero(split.num_images).tolist()
     content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-    if images:
-        small = open_image(folder / "images" / images[0], max_pixels=10**9)
+    if shown:
+        small = open_image(split.read(shown[0]).pictures[0], max_pixels=10**9)
         small.thumbnail((_SIDE, _SIDE))
         url = jpeg_url(small, quality=90)
         content.insert(0, {"type": "image_url", "image_url": {"url": url}})

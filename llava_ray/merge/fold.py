@@ -15,7 +15,8 @@ from llava_ray.artifacts.store import ArtifactStore, local_folder, read_record
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ArtifactError
 from llava_ray.inference.prompts import eos_token_id
-from llava_ray.models.conversation import encode_with_images, read_samples
+from llava_ray.models.conversation import encode_with_images
+from llava_ray.models.dataset import open_split
 from llava_ray.models.family import family_of
 from llava_ray.models.folder import model_folder, weights_sha256
 from llava_ray.models.low_bits import fake_quantize_base
@@ -49,8 +50,8 @@ def merge_task(
             return build.found
         device = _device(base)
         reset_peaks(device)
-        data = local_folder(read_record(DatasetRecord, adapter.dataset_uri))
-        probe = list(_probe(config, data, base, device))
+        dataset = read_record(DatasetRecord, adapter.dataset_uri)
+        probe = list(_probe(config, dataset, base, device))
         adapted = adapted_model(base, local_folder(adapter), device, hqq=hqq_of(adapter))
         before = [_logits(adapted, inputs) for inputs in probe]
         logger.info("merge: folding the adapter in")
@@ -135,17 +136,19 @@ def _check_base(path: str, base: Path, adapter: AdapterCheckpoint) -> None:
 
 
 def _probe(
-    config: RunConfig, data: Path, base: Path, device: str
+    config: RunConfig, dataset: DatasetRecord, base: Path, device: str
 ) -> Iterator[dict[str, "torch.Tensor"]]:
     """Give the first held-out samples (training ones where none is held out) as model inputs."""
     import torch
     from transformers import AutoTokenizer
 
-    samples = read_samples(data / "test.json") or read_samples(data / "train.json")
     tokenizer, family = AutoTokenizer.from_pretrained(base), family_of(base)
-    for sample in samples[: config.merge.probe_samples]:
+    firsts = (
+        open_split(dataset, name).first(config.merge.probe_samples) for name in ("test", "train")
+    )
+    for sample in next(filter(None, firsts), []):
         encoded, images = encode_with_images(
-            tokenizer, sample, data, family, max_length=max(2048, 2 * family.max_image_tokens),
+            tokenizer, sample, family, max_length=max(2048, 2 * family.max_image_tokens),
             max_pixels=config.data.max_image_pixels, system=config.model.system_prompt,
         )  # fmt: skip
         found = {"input_ids": torch.tensor([encoded.input_ids], device=device)}

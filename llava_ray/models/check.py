@@ -1,8 +1,9 @@
 """What stages will need of a base model's folder, looked at before anything is spent."""
 
+from functools import partial
 from pathlib import Path
 
-from llava_ray.errors import ConfigError
+from llava_ray.errors import raise_all
 from llava_ray.models.chat_template import IMAGE_TOKEN, chat_template
 from llava_ray.models.family import base_error, family_of
 from llava_ray.models.folder import check_model
@@ -14,14 +15,7 @@ _SHOWN = 3
 def check_base(folder: Path) -> None:
     """Raise ConfigError that lists all that is wrong with a folder whose files can be read."""
     check_model(folder)
-    problems = []
-    for look in (check_tokenizer, check_shapes):
-        try:
-            look(folder)
-        except ConfigError as error:
-            problems.append(str(error))
-    if problems:
-        raise ConfigError("; ".join(problems))
+    raise_all(partial(look, folder) for look in (check_tokenizer, check_shapes))
 
 
 def check_tokenizer(folder: Path) -> None:

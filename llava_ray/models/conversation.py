@@ -1,13 +1,10 @@
 """Conversations of a data set, and conversations as token ids and labels."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.errors import DataError
 from llava_ray.models.chat_template import IMAGE_TOKEN, Turn, chat_template, inside
 from llava_ray.models.images import ImagePixels, read_pixels
 
@@ -24,11 +21,13 @@ class Sample:
 
     id: str
     images: tuple[str, ...]
-    """Paths relative to the data set's images/ folder, in the order in which turns show them."""
+    """The names of its pictures, in the order in which turns show them."""
     turns: tuple[Turn, ...]
     """All of them answered."""
     system: str | None = None
     """Default: the run's."""
+    pictures: tuple[bytes, ...] = ()
+    """The files of its pictures, once they are read."""
 
     @property
     def asked(self) -> tuple[Turn, ...]:
@@ -72,17 +71,6 @@ class Sample:
         if len(images) != (mentioned := sum(turn.num_images for turn in turns)):
             raise ValueError(f"row {row['id']!r} names {len(images)} images, shows {mentioned}")
         return cls(str(row["id"]), images, tuple(turns), system)
-
-
-def read_samples(path: Path) -> list[Sample]:
-    """Read LLaVA JSON as the prepare stage writes it.
-
-    Raises DataError when the file does not hold that.
-    """
-    try:
-        return [Sample.from_llava(row) for row in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise DataError(f"{path}: not LLaVA JSON ({type(error).__name__}: {error})") from error
 
 
 def encode_prompt(
@@ -140,15 +128,14 @@ def encode_sample(
 def encode_with_images(
     tokenizer: Any,
     sample: Sample,
-    folder: Path,
     family: "Family",
     *,
     max_length: int,
     max_pixels: int,
     system: str = "",
 ) -> tuple[Encoded, list[ImagePixels]]:
-    """Return a sample of a data set's folder, and those of its images that cutting leaves."""
-    images = read_pixels(folder, sample.images, family, max_pixels)
+    """Return a sample whose pictures were read, and those of its images that cutting leaves."""
+    images = read_pixels(sample.pictures, family, max_pixels)
     tokens = [image.num_tokens for image in images]
     encoded = encode_sample(tokenizer, sample, tokens, max_length=max_length, system=system)
     return encoded, images[: encoded.num_images]

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 from PIL import Image
 
 from llava_ray.errors import ConfigError
-from llava_ray.models.images import CLIP_MEAN, CLIP_STD, Colour, ImagePixels
+from llava_ray.models.images import CLIP_MEAN, CLIP_STD, Colour, ImagePixels, normalize
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +49,12 @@ class Family(ABC):
     vision: VisionShape
 
     @classmethod
-    @abstractmethod
     def read(cls, tree: Mapping[str, Any], vision: VisionShape) -> Self:
-        """Read what else config.json says; raises ValueError for what transformers cannot run."""
+        """Read what else config.json says, by default nothing.
+
+        Raises ValueError for what transformers cannot run.
+        """
+        return cls(vision)
 
     @property
     @abstractmethod
@@ -65,14 +69,17 @@ class Family(ABC):
     def pixels(self, image: Image.Image) -> ImagePixels:
         """Return an RGB picture as the model takes it."""
 
-    @abstractmethod
     def inputs(
         self, images: Sequence[ImagePixels], device: str = "cpu"
     ) -> "dict[str, torch.Tensor]":
         """Return what the model's forward and `get_image_features` take beside the ids.
 
-        `pixel_values` is float32 [tiles, 3, size, size].
+        `pixel_values` is float32 [tiles, 3, size, size]; by default there is nothing else.
         """
+        size, mean, std = self.vision.image_size, self.vision.mean, self.vision.std
+        none = np.zeros((0, size, size, 3), np.uint8)
+        tiles = np.concatenate([none, *(image.tiles for image in images)])
+        return {"pixel_values": normalize(tiles, device, mean, std)}
 
     def obstacle(self, method: str) -> str:
         """Say why a quantization method cannot take such models; empty where it can."""

@@ -6,9 +6,8 @@ pad to a square with CLIP's mean colour, then resize. Training, benchmark and se
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,17 +64,9 @@ def square_pixels(image: Image.Image, size: int, mean: Colour = CLIP_MEAN) -> Pi
     return np.asarray(image, dtype=np.uint8)
 
 
-def read_pixels(
-    folder: Path, names: "Iterable[str]", family: "Family", max_pixels: int
-) -> list[ImagePixels]:
-    """Read image files of a data set as a model takes them."""
-    opened = (open_image(folder / "images" / name, max_pixels=max_pixels) for name in names)
-    return [family.pixels(image) for image in opened]
-
-
-def stack_tiles(images: Sequence[ImagePixels], size: int) -> Pixels:
-    """Return the tiles of all images, one after another, [tiles, size, size, 3]."""
-    return np.concatenate([np.zeros((0, size, size, 3), np.uint8), *(i.tiles for i in images)])
+def read_pixels(files: "Iterable[bytes]", family: "Family", max_pixels: int) -> list[ImagePixels]:
+    """Decode image files as a model takes them."""
+    return [family.pixels(open_image(file, max_pixels=max_pixels)) for file in files]
 
 
 def normalize(

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from llava_ray.models.family import Family, VisionShape
-from llava_ray.models.images import ImagePixels, normalize, stack_tiles
+from llava_ray.models.images import ImagePixels
 
 if TYPE_CHECKING:
     import torch
@@ -86,14 +86,11 @@ class LlavaNext(Family):
     def inputs(
         self, images: Sequence[ImagePixels], device: str = "cpu"
     ) -> "dict[str, torch.Tensor]":
-        """Return `pixel_values`, and `image_sizes` [images, 2] on the CPU, where they are read."""
+        """Return `image_sizes` [images, 2] too, on the CPU, where they are read."""
         import torch
 
-        tiles = stack_tiles(images, self.vision.image_size)
-        return {
-            "pixel_values": normalize(tiles, device, self.vision.mean, self.vision.std),
-            "image_sizes": torch.tensor([i.size for i in images]).reshape(-1, 2),
-        }
+        sizes = torch.tensor([image.size for image in images]).reshape(-1, 2)
+        return {**super().inputs(images, device), "image_sizes": sizes}
 
     def obstacle(self, method: str) -> str:
         """Refuse GGUF."""

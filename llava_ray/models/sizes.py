@@ -18,7 +18,6 @@ class Sizes:
     kv_width: int
     """Of all key heads together."""
     vocabulary: int
-    positions: int
     vision_hidden: int
     vision_inner: int
     vision_layers: int
@@ -44,7 +43,6 @@ class Sizes:
             heads=heads,
             kv_width=hidden // heads * text.get("num_key_value_heads", heads),
             vocabulary=text["vocab_size"],
-            positions=text.get("max_position_embeddings", 2048),
             vision_hidden=vision["hidden_size"],
             vision_inner=vision["intermediate_size"],
             vision_layers=vision["num_hidden_layers"],
@@ -109,17 +107,3 @@ class Sizes:
             shared = {"q_proj", "k_proj", "v_proj"} & set(targets)
             count += self.vision_layers * len(shared) * r * 2 * self.vision_hidden
         return count
-
-
-def accelerate_estimate(sizes: Sizes, bits: int) -> tuple[float, float, float]:
-    """Return what `accelerate estimate-memory` of early 2024 says of the language model alone.
-
-    In bytes: the largest layer, all, and a training.
-    It counts no head, since it opens the model without one, and each layer's cosines and sines
-    of all positions, which transformers kept then; training is four times the weights (Adam).
-    """
-    rotary = 2 * sizes.positions * sizes.hidden // sizes.heads
-    layer = (sizes.layer() + rotary) * bits / 8
-    rest = (sizes.vocabulary + 1) * sizes.hidden * bits / 8
-    total = sizes.layers * layer + rest
-    return layer, total, 4 * total

@@ -1,56 +1,50 @@
 """The sources of a data set, opened: one, or those of data.mix with their weights."""
 
+import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from llava_ray.config.run import DataConfig
 from llava_ray.errors import ConfigError, DataError
-from llava_ray.prepare.pictures import Read, hash_images, image_reader, store_images
-from llava_ray.prepare.rows import Rejection, Row, RowReader
-from llava_ray.prepare.sources import SCENE_TEXT, open_file, open_table
+from llava_ray.prepare.pictures import hash_images, image_reader
+from llava_ray.prepare.rows import RowReader
+from llava_ray.prepare.sources import SCENE_TEXT, here_or_copied, open_table
 
 SCENE_TEXT_ROWS = 240
 
 
 @dataclass(frozen=True)
 class Part:
-    """One source."""
+    """One source, whose rows' own file or folder is on this machine."""
 
     config: DataConfig
     weight: float
     folder: str
-    """Below images/, where several sources may have pictures of the same name."""
-    reader: RowReader
-    read: Read
+    """Before the names of its pictures: several sources may have pictures of the same name."""
+    open: Callable[[], RowReader]
+    images: str | None
+    """Where pictures lie that are not among the rows."""
+
+    @functools.cached_property
+    def reader(self) -> RowReader:
+        """The rows."""
+        return self.open()
 
     def content_sha256(self) -> str:
         """Hash the rows, and the pictures that lie apart from them."""
         found = self.reader.sha256
         if self.reader.has_image_files:
-            found += f" {hash_images(self.reader, self.read)}"
+            found += f" {hash_images(self.reader, image_reader(self.images))}"
         return hashlib.sha256(found.encode()).hexdigest()
 
-    def checked(self, images: Path) -> Iterator[Row | Rejection]:
-        """Check all rows and store their pictures."""
-        found = store_images(
-            self.reader,
-            self.read,
-            target=images,
-            folder=self.folder,
-            max_pixels=self.config.max_image_pixels,
-            num_rows=self.reader.num_rows,
-        )
-        for each in found:
-            yield replace(each, repeats=self._repeats(each)) if isinstance(each, Row) else each
-
-    def _repeats(self, row: Row) -> int:
-        """Return the weight, its fraction by chance."""
+    def repeats(self, number: int) -> int:
+        """Return how often a row is trained on in an epoch: the weight, its fraction by chance."""
         whole, fraction = divmod(self.weight, 1)
-        key = f"{self.config.seed}:{self.folder}:{row.number}"
+        key = f"{self.config.seed}:{self.folder}:{number}"
         place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
         return int(whole) + (place < fraction)
 
@@ -75,17 +69,23 @@ def _open(config: DataConfig, weight: float, folder: str, stack: ExitStack) -> P
 
         count = config.limit or SCENE_TEXT_ROWS
         captions = write_scene_text(Path(scratch), count=count, seed=config.seed)
-        reader = RowReader(open_file(captions), config)
-        return Part(config, weight, folder, reader, image_reader(str(captions.parent / "images")))
-    try:
-        table = open_table(config, Path(scratch))
-    except (ConfigError, DataError) as error:
-        # Of a copy nobody knows where it was.
-        raise type(error)(str(error).replace(scratch, config.source)) from error
-    images = config.images or (str(table.folder) if table.folder else None)
+        here = config.model_copy(update={"source": str(captions)})
+        read = functools.partial(_reader, here, SCENE_TEXT)
+        return Part(config, weight, folder, read, str(captions.parent / "images"))
+    here = config.model_copy(update={"source": here_or_copied(config.source, Path(scratch))})
+    read = functools.partial(_reader, here, config.source)
+    images = config.images or read().folder
     if images == scratch and not config.images and len(list(Path(scratch).iterdir())) == 1:
         # The rows' own file alone was copied, so its pictures are where it is.
         images = config.source.rpartition("/")[0]
     if images and "://" not in images and not Path(images).expanduser().is_dir():
         raise ConfigError(f"data.images {config.images!r}: no such folder")
-    return Part(config, weight, folder, RowReader(table, config), image_reader(images))
+    return Part(config, weight, folder, read, images)
+
+
+def _reader(config: DataConfig, name: str) -> RowReader:
+    """Open the rows of a source on this machine, which people call by another name."""
+    try:
+        return RowReader(open_table(config), config)
+    except (ConfigError, DataError) as error:
+        raise type(error)(str(error).replace(config.source, name)) from error

@@ -1,4 +1,4 @@
-"""Read and check images in parallel, and copy the good ones; hash those apart from the table."""
+"""Read and check images in parallel; hash those apart from the table."""
 
 import hashlib
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from llava_ray.artifacts.storage import Storage
-from llava_ray.console import Progress
 from llava_ray.errors import DataError
+from llava_ray.models.conversation import Sample
 from llava_ray.models.rgb import open_image
 from llava_ray.prepare.dialogue import RowProblem
 from llava_ray.prepare.rows import Rejection, Row
@@ -19,23 +19,17 @@ from llava_ray.prepare.rows import Rejection, Row
 A = TypeVar("A")
 B = TypeVar("B")
 
-_SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"BM": ".bmp"}
-
 Read = Callable[[str], bytes]
 """From an image's path in a row to its file. Raises RowProblem where there is none."""
 
 
 def image_reader(folder: str | None) -> Read:
     """Return what reads images below a path or an fsspec URI; None: rows must hold them."""
-    if folder is None:
-
-        def nowhere(name: str) -> bytes:
-            raise RowProblem("missing_file", f"{name}: data.images names no folder")
-
-        return nowhere
-    storage = Storage(folder, setting="data.images")
+    storage = None if folder is None else Storage(folder, setting="data.images")
 
     def read(name: str) -> bytes:
+        if storage is None:
+            raise RowProblem("missing_file", f"{name}: data.images names no folder")
         try:
             # A folder or a pipe is no image file either.
             there = not storage.is_local or Path(storage.root, name).is_file()
@@ -49,51 +43,60 @@ def image_reader(folder: str | None) -> Read:
     return read
 
 
-def store_images(
-    rows: Iterable[Row | Rejection],
-    read: Read,
-    *,
-    target: Path,
-    folder: str,
-    max_pixels: int,
-    num_rows: int,
-) -> Iterator[Row | Rejection]:
-    """Decode every image once and copy the good ones below `target/folder`; the order is kept.
+def fetched(row: Row | Rejection, read: Read) -> Row | Rejection:
+    """Return a row with its pictures' files, or why they cannot be had."""
+    if isinstance(row, Rejection):
+        return row
+    sample = row.sample
+    named = zip(sample.images, sample.pictures, strict=True)
+    try:
+        files = tuple(file or read(name) for name, file in named)
+    except RowProblem as problem:
+        return Rejection(row.number, sample.id, problem.reason, problem.detail)
+    return replace(row, sample=replace(sample, pictures=files))
 
-    A row then has its images' paths there. Decoding releases Python's lock, so threads are enough.
+
+def checked(
+    rows: Iterable[Row | Rejection], read: Read, *, folder: str, max_pixels: int
+) -> Iterator[Row | Rejection]:
+    """Read what is not read yet, and decode every picture once; the order is kept.
+
+    Names of pictures then have `folder` before. Decoding releases Python's lock, so threads are
+    enough.
     """
 
     def check(row: Row | Rejection) -> Row | Rejection:
+        row = fetched(row, read)
         if isinstance(row, Rejection):
             return row
+        sample = row.sample
         try:
-            return _store(row, read, target, folder, max_pixels)
-        except RowProblem as problem:
-            return Rejection(row.number, row.id, problem.reason, problem.detail)
+            for file in sample.pictures:
+                open_image(file, max_pixels=max_pixels)
+        except DataError as error:
+            return Rejection(row.number, sample.id, "unusable_image", str(error))
+        names = tuple(folder + name for name in sample.images)
+        return replace(row, sample=replace(sample, images=names), contents=_digests(sample))
 
-    progress = Progress("prepare", num_rows, "rows")
-    for done, result in enumerate(_in_order(check, rows), 1):
-        progress.at(done)
-        yield result
+    return _in_order(check, rows)
 
 
 def hash_images(rows: Iterable[Row | Rejection], read: Read) -> str:
     """Hash the files that rows name."""
 
-    def digests(row: Row | Rejection) -> bytes:
-        found = hashlib.sha256()
-        for image in row.images if isinstance(row, Row) else ():
-            if isinstance(image, str):
-                try:
-                    found.update(hashlib.sha256(image.encode() + b"\0" + read(image)).digest())
-                except RowProblem as problem:
-                    found.update(f"{image} {problem.reason}".encode())
-        return found.digest()
+    def digest(row: Row | Rejection) -> bytes:
+        row = fetched(row, read)
+        found = row if isinstance(row, Rejection) else (row.sample.images, _digests(row.sample))
+        return hashlib.sha256(repr(found).encode()).digest()
 
     whole = hashlib.sha256()
-    for part in _in_order(digests, rows):
+    for part in _in_order(digest, rows):
         whole.update(part)
     return whole.hexdigest()
+
+
+def _digests(sample: Sample) -> tuple[str, ...]:
+    return tuple(hashlib.sha256(file).hexdigest() for file in sample.pictures)
 
 
 def _in_order(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
@@ -107,27 +110,3 @@ def _in_order(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def _store(row: Row, read: Read, target: Path, folder: str, max_pixels: int) -> Row:
-    names, contents = [], []
-    for image in row.images:
-        content, name = _content(image, read)
-        try:
-            open_image(content, max_pixels=max_pixels)
-        except DataError as error:
-            raise RowProblem("unusable_image", str(error)) from error
-        name = f"{folder}{name}"
-        path = target / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        names.append(name)
-        contents.append(hashlib.sha256(content).hexdigest())
-    return replace(row, images=tuple(names), contents=tuple(contents))
-
-
-def _content(image: str | bytes, read: Read) -> tuple[bytes, str]:
-    if isinstance(image, str):
-        return read(image), image
-    suffix = next((s for magic, s in _SUFFIXES.items() if image.startswith(magic)), ".webp")
-    return image, hashlib.sha256(image).hexdigest()[:16] + suffix

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 from llava_ray.config.run import DataConfig
 from llava_ray.errors import DataError
 from llava_ray.models.chat_template import IMAGE_TOKEN, Turn
+from llava_ray.models.conversation import Sample
 from llava_ray.prepare.dialogue import Dialogue, RowProblem, read_dialogue, shorten
 from llava_ray.prepare.table import BrokenRow, Cells, Table
 
@@ -24,6 +25,7 @@ IMAGES = (
 )  # fmt: skip
 CAPTIONS = ("caption_condensed", "caption", "text", "txt", "captions", "sentence", "answer")
 QUESTION = "question"
+_SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"BM": ".bmp"}
 IDS = ("id", "__key__", "image_id")
 
 
@@ -33,15 +35,10 @@ class Row:
 
     number: int
     """The row's number in the source, from 1."""
-    id: str
-    images: tuple[str | bytes, ...]
-    """Paths relative to the folder of images, URLs or the files' bytes."""
-    turns: tuple[Turn, ...]
-    system: str | None = None
+    sample: Sample
+    """Its pictures are paths relative to the folder of images, or were among the rows."""
     contents: tuple[str, ...] = ()
-    """The digests of the pictures' files, once they were read."""
-    repeats: int = 1
-    """How often it is trained on in an epoch."""
+    """The SHA-256 of its pictures' files, once they are read."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +81,11 @@ class RowReader:
     def sha256(self) -> str:
         """The digest of the rows' content; image files lying apart are not part of it."""
         return self._table.sha256
+
+    @property
+    def folder(self) -> str | None:
+        """Where the table's own folder has pictures, if it has one."""
+        return str(self._table.folder) if self._table.folder else None
 
     @property
     def has_image_files(self) -> bool:
@@ -148,8 +150,9 @@ class RowReader:
             found = read_dialogue(cells.get(self._said), pictures)
         else:
             found = self._captioned(cells, pictures)
-        images = tuple(_image(each) for each in found.images)
-        row = Row(number, row_id, images, found.turns, found.system)
+        images = [_image(each) for each in found.images]
+        names, files = tuple(name for name, _ in images), tuple(file for _, file in images)
+        row = Row(number, Sample(row_id, names, found.turns, found.system, files))
         for text in (row_id, found.system, *(t for turn in found.turns for t in _texts(turn))):
             _check_text(text)
         return row
@@ -190,17 +193,19 @@ def printable(text: str) -> str:
     return text.encode("utf-8", errors="backslashreplace").decode()
 
 
-def _image(value: Any) -> str | bytes:
+def _image(value: Any) -> tuple[str, bytes]:
+    """Return a picture's name, and its file where it is among the rows."""
     if isinstance(value, bytes):
-        return value
+        suffix = next((s for magic, s in _SUFFIXES.items() if value.startswith(magic)), ".webp")
+        return hashlib.sha256(value).hexdigest()[:16] + suffix, value
     if not isinstance(value, str):
         raise RowProblem("no_image", f"a {type(value).__name__}, neither a path nor bytes")
     if value[:5].lower() == "data:":
-        return _inline(value)
+        return _image(_inline(value))
     _check_text(value)
     if re.match(r"https?://", value):
         raise RowProblem("remote_image", f"{shorten(value)}: download it, and name the file")
-    return safe_path(value.removeprefix("file://"))
+    return safe_path(value.removeprefix("file://")), b""
 
 
 def _inline(url: str) -> bytes:

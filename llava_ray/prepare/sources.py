@@ -20,41 +20,36 @@ _PICTURES = {
 }  # fmt: skip
 
 
-def open_table(config: DataConfig, scratch: Path) -> Table:
-    """Open a file or folder, local or at an fsspec URI, or a Hugging Face id.
+def open_table(config: DataConfig) -> Table:
+    """Open a local file or folder, or a Hugging Face id.
 
-    scratch: where what is remote is copied to. Raises DataError where there is no such source,
-    ConfigError for another kind of file.
+    Raises DataError where there is no such source, ConfigError for another kind of file.
     """
-    if "://" in config.source:
-        return _open_path(_copy(config.source, scratch), config)
     path = Path(config.source).expanduser()
     if path.exists():
-        return _open_path(path, config)
+        return open_folder(path, config) if path.is_dir() else open_file(path)
     check_source(config.source)
     if path.suffix in readers() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source):
         raise DataError(f"data.source {config.source!r}: no such file (looked in {Path.cwd()})")
     return open_hub(config.source, config.split)
 
 
-def _open_path(path: Path, config: DataConfig) -> Table:
-    return open_folder(path, config) if path.is_dir() else open_file(path)
-
-
-def _copy(uri: str, scratch: Path) -> Path:
-    """Copy a remote file or folder here; a folder's pictures come along."""
-    storage = Storage(uri, setting="data.source")
+def here_or_copied(source: str, scratch: Path) -> str:
+    """Copy a remote file or folder here, a folder with its pictures; return where it is then."""
+    if "://" not in source:
+        return source
+    storage = Storage(source, setting="data.source")
     if storage.is_local:
-        return Path(storage.root)
+        return storage.root
     names = storage.all_files()
     if not names:
-        raise DataError(f"data.source {uri!r}: no such file or folder")
+        raise DataError(f"data.source {source!r}: no such file or folder")
     if names == [""]:
-        parent, _, name = uri.rpartition("/")
+        parent, _, name = source.rpartition("/")
         Storage(parent, setting="data.source").get_files("", [name], scratch)
-        return scratch / name
+        return str(scratch / name)
     storage.get_files("", names, scratch)
-    return scratch
+    return str(scratch)
 
 
 def check_source(source: str) -> None:

@@ -3,7 +3,6 @@
 import logging
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from llava_ray.artifacts.identity import artifact_id
@@ -53,7 +52,7 @@ def make_variant(job: Job, device: str) -> Variant:
     spec = spec_for(job.slug)
     merged = local_folder(job.merged)
     calibration = Calibration(
-        dataset_folder=local_folder(job.dataset) if spec.calibrated else Path(),
+        dataset_uri=job.dataset.uri,
         num_samples=job.settings.get("calibration_samples", 0),
         system_prompt=job.settings.get("system_prompt", ""),
     )

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from llava_ray.artifacts.identity import versions
+from llava_ray.artifacts.storage import Storage
 from llava_ray.errors import VariantError
 from llava_ray.models import tensors as llava_folder
-from llava_ray.models.conversation import Sample, encode_with_images, read_samples
+from llava_ray.models.conversation import Sample, encode_with_images
+from llava_ray.models.dataset import Split
 from llava_ray.models.family import Family, family_of
 from llava_ray.resources.capacity import Resources
 
@@ -40,14 +42,13 @@ def whole_model(model_bytes: int, *, gpu: bool) -> Resources:
 class Calibration:
     """Training samples for the methods that look at activations."""
 
-    dataset_folder: Path
-    """Holds train.json and images/."""
+    dataset_uri: str
     num_samples: int
     system_prompt: str = ""
 
     def samples(self) -> list[Sample]:
-        """Return the first samples of the training split; raises VariantError without any."""
-        found = read_samples(self.dataset_folder / "train.json")[: self.num_samples]
+        """Return the first training samples, pictures read; raises VariantError without any."""
+        found = Split(Storage(self.dataset_uri), "train").first(self.num_samples)
         if not found:
             raise VariantError("no calibration samples: the data set's train.json is empty")
         return found
@@ -61,7 +62,6 @@ class Calibration:
         encoded, images = encode_with_images(
             tokenizer,
             sample,
-            self.dataset_folder,
             family,
             max_length=max(max_tokens, family.max_image_tokens + _TEXT_TOKENS),
             max_pixels=10**9,

@@ -1,10 +1,9 @@
 """Held-out images beside what each variant says about them."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from llava_ray.artifacts.store import local_folder
 from llava_ray.benchmark.caption_scores import quoted_words, words
+from llava_ray.models.dataset import open_split
 from llava_ray.models.images import jpeg_url
 from llava_ray.models.rgb import open_image
 from llava_ray.report.findings import Findings, Origins
@@ -30,26 +29,26 @@ class Shown:
 def show(findings: Findings, origins: Origins) -> list[Shown]:
     """Return the images that the baseline (or the winner) was shown, with all variants' answers."""
     lead = findings.baseline or findings.winner
-    images = local_folder(origins.dataset) / "images"
+    samples = open_split(origins.dataset, "test").first(len(lead.generations))
     limit = findings.config.data.max_image_pixels
     order = sorted(
         findings.scorecards,
         key=lambda card: (card is not lead, card is not findings.winner, card.variant_bytes),
     )
     shown = []
-    for index, generation in enumerate(lead.generations):
+    for index, (sample, generation) in enumerate(zip(samples, lead.generations, strict=True)):
         answers = tuple(
             (card.slug, mark(card.generations[index].text, generation.reference))
             for card in order
             if index < len(card.generations)
         )
-        uri = _thumbnail(images / generation.image, limit) if generation.image else ""
+        uri = _thumbnail(sample.pictures[-1], limit) if sample.pictures else ""
         shown.append(Shown(generation.image, uri, generation.reference, answers))
     return shown
 
 
-def _thumbnail(path: Path, max_pixels: int) -> str:
-    image = open_image(path, max_pixels=max_pixels)
+def _thumbnail(file: bytes, max_pixels: int) -> str:
+    image = open_image(file, max_pixels=max_pixels)
     image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     return jpeg_url(image, quality=82)
 

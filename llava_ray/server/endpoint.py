@@ -1,7 +1,6 @@
 """The HTTP routes: OpenAI's chat completions and models, health, metrics and a small page."""
 
 import asyncio
-import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -49,8 +48,6 @@ from llava_ray.server.replies import Choice, Delta, Reply, model_object
 from llava_ray.server.settings import AppArgs
 from llava_ray.server.streams import Bodies, EventStream, merge, until_disconnect
 
-logger = logging.getLogger(__name__)
-
 _DECODERS = 2
 """Images decoded at a time: each may take some 200 MB while it is."""
 _BODIES = 8
@@ -73,8 +70,8 @@ class Endpoint:
         self._bodies = Bodies(args.max_body_bytes, together=_BODIES * args.max_body_bytes)
         self._canary: Canary | None = None
         if args.canary is not None:
-            newcomer = self._backends[args.canary.model]
-            self._canary = Canary(backends[0], newcomer, args.canary.share)
+            newcomer = self._backends[args.canary]
+            self._canary = Canary(backends[0], newcomer, args.canary_share)
         self._under_way = 0
         slots = sum(backend.slots for backend in backends)
         self._capacity = slots + args.max_queued_requests

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from llava_ray.config.run import EndpointConfig
-from llava_ray.config.section import Count, Natural, NotNegative, Section, Share
+from llava_ray.config.section import Count, Natural, NotNegative, Section
 
 
 class ModelArgs(Section):
@@ -41,20 +41,11 @@ class EngineArgs(Section):
     kept_prefixes: Natural
 
 
-class CanaryArgs(Section):
-    """A share of the first model's requests is asked of another too; the answers are compared."""
-
-    model: str
-    """Name of the newcomer, one of the other models."""
-    share: Share = Field(default=0.1)
-
-
 class AppArgs(EndpointConfig):
     """Arguments of `build`, the Serve application."""
 
     models: tuple[ModelArgs, ...]
     """The first one is what the page asks by default."""
-    canary: CanaryArgs | None = Field(default=None)
     deployment_id: str = Field(default="")
     """Shown in /v1/models, so that two deployments of the same differ."""
     gpus_per_replica: NotNegative = Field(default=0)
@@ -79,8 +70,8 @@ class AppArgs(EndpointConfig):
         names = [m.name for m in self.models if m.name is not None]
         if len(set(names)) != len(names):
             raise ValueError(f"models have the same name: {', '.join(names)}")
-        if self.canary is not None and self.canary.model not in names[1:]:
-            raise ValueError(f"canary.model {self.canary.model!r} is not a later one of models")
+        if self.canary is not None and self.canary not in names[1:]:
+            raise ValueError(f"canary {self.canary!r} is not a later one of models")
         return self
 
     @property

@@ -9,9 +9,9 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader
 from llava_ray.errors import ConfigError
 from llava_ray.models.conversation import (
     IGNORE_INDEX,
-    Sample,
     encode_sample,
     encode_with_images,
 )
+from llava_ray.models.dataset import Split
 from llava_ray.models.family import Family
 from llava_ray.models.images import read_pixels
 
@@ -32,8 +32,6 @@ Batch = dict[str, torch.Tensor]
 
 _WINDOW = 16
 """Global batches among which samples are sorted by length."""
-_TURN_TOKENS = 64
-"""At most what a chat template writes around a question and its answer."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,8 @@ class StreamOrder:
     """Which sample stands at a position of the endless stream."""
 
     lengths: tuple[int, ...]
-    """Negative for samples of text alone."""
+    """The letters of each sample, which order them as their tokens would; negative for samples of
+    text alone, as in LLaVA's trainer."""
     seed: int
     group: int
     """Samples of one optimizer step."""
@@ -93,9 +92,7 @@ def rank_batches(
 class CaptionSamples:
     """A map-style data set: encodes text and decodes the image when a sample is asked for."""
 
-    samples: Sequence[Sample]
-    folder: Path
-    """Of the data set."""
+    split: Split
     tokenizer: Any
     family: Family
     max_length: int
@@ -103,13 +100,12 @@ class CaptionSamples:
     system: str
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.split)
 
     def __getitem__(self, index: int) -> Batch:
         encoded, images = encode_with_images(
             self.tokenizer,
-            self.samples[index],
-            self.folder,
+            self.split.read(index),
             self.family,
             max_length=self.max_length,
             max_pixels=self.max_image_pixels,
@@ -145,14 +141,17 @@ class CaptionSamples:
 
         Raises ConfigError when it leaves nothing of a sample's first answer.
         """
-        cut = []
-        for sample in self.samples:
-            images = len(sample.images) * self.family.max_image_tokens
-            letters = sum(len(f"{t.text}{t.answer}".encode()) + _TURN_TOKENS for t in sample.turns)
-            # No token is less than a byte, so long samples alone are tokenized.
-            if images + letters + len(sample.system or self.system) + 1 <= self.max_length:
-                continue
-            tokens = self._image_tokens(sample)
+        cut, split = [], self.split
+        most = self.family.max_image_tokens
+        needed = split.num_images * most + split.most_text_tokens + len(self.system.encode()) + 1
+        # Long samples alone are read and tokenized.
+        for index in np.flatnonzero(needed > self.max_length).tolist():
+            sample = split.row(index)
+            tokens = [most] * len(sample.images)
+            if self.family.vision.tokens != most:
+                files = split.read(index).pictures
+                images = read_pixels(files, self.family, self.max_image_pixels)
+                tokens = [image.num_tokens for image in images]
             encoded = encode_sample(
                 self.tokenizer, sample, tokens, max_length=2**31, system=self.system
             )
@@ -166,25 +165,6 @@ class CaptionSamples:
                     )
                 cut.append(sample.id)
         return cut
-
-    def _image_tokens(self, sample: Sample) -> list[int]:
-        most = self.family.max_image_tokens
-        if self.family.vision.tokens == most:
-            return [most] * len(sample.images)
-        images = read_pixels(self.folder, sample.images, self.family, self.max_image_pixels)
-        return [image.num_tokens for image in images]
-
-
-def text_lengths(samples: Sequence[Sample]) -> tuple[int, ...]:
-    """Return the characters of each sample, which order samples as their tokens would.
-
-    Negative for text alone, as in LLaVA's trainer.
-    """
-    return tuple(
-        sum(len(turn.text) + len(turn.answer or "") for turn in sample.turns)
-        * (1 if sample.images else -1)
-        for sample in samples
-    )
 
 
 def train_batches(

@@ -14,7 +14,7 @@ from llava_ray.config.run import ModelConfig, RunConfig, TrainConfig
 from llava_ray.errors import ConfigError
 from llava_ray.models.folder import EMBEDDED
 from llava_ray.models.shapes import LLAVA_7B
-from llava_ray.models.sizes import Sizes, accelerate_estimate
+from llava_ray.models.sizes import Sizes
 
 CAPTION_TOKENS, QUESTION_TOKENS = 160, 20
 """Tokens of an average sample of the article's data, where --tokens does not say otherwise."""
@@ -216,10 +216,4 @@ def run(config: RunConfig, *, workers: int, tokens: int | None = None) -> str:
             memory.workspace, memory.gpu, memory.host,
         )  # fmt: skip
         lines.append(f"{name:26}" + "".join(f"{part / 1e9:9.2f}" for part in parts))
-    lines.append("accelerate estimate-memory, language model: largest layer / total / Adam")
-    for kind, bits in (("fp32", 32), ("fp16", 16), ("int8", 8), ("int4", 4)):
-        layer, total, training = accelerate_estimate(sizes, bits)
-        lines.append(
-            f"{kind}: {layer / 2**20:.2f} MiB, {total / 2**30:.2f} GiB, {training / 2**30:.2f} GiB"
-        )
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ import torch
 import torch.distributed
 
 from llava_ray.artifacts.records import DatasetRecord, Frozen
-from llava_ray.artifacts.store import local_folder
 from llava_ray.config.run import RunConfig
 from llava_ray.console import Progress
 from llava_ray.models import low_bits
-from llava_ray.models.conversation import IGNORE_INDEX, read_samples
+from llava_ray.models.conversation import IGNORE_INDEX
+from llava_ray.models.dataset import Split, open_split
 from llava_ray.models.family import family_of
 from llava_ray.models.folder import max_positions, model_folder
 from llava_ray.resources.devices import device_name
@@ -34,7 +34,6 @@ from llava_ray.train.batches import (
     StreamOrder,
     eval_batches,
     rank_batches,
-    text_lengths,
     train_batches,
 )
 from llava_ray.train.checkpoint import TrainState
@@ -112,9 +111,8 @@ class Loop:
         if self.train.precision != "auto":
             self.precision = self.train.precision
         zero.prepare_environment(gpu=self.gpu)
-        data = local_folder(task.dataset)
-        self.data = self._samples(data / "train.json")
-        self.held_out = self._samples(data / "test.json")
+        self.data = self._samples("train")
+        self.held_out = replace(self.data, split=self._split("test"))
         self._check_lengths()
         self.engine = self._engine()
         self.base_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
@@ -191,7 +189,11 @@ class Loop:
                 self.data.max_length, len(cut), len(self.data), ", ".join(cut[:_SHOWN_CUTS]),
             )  # fmt: skip
 
-    def _samples(self, path: Path) -> CaptionSamples:
+    def _split(self, name: str) -> Split:
+        cache_bytes = self.task.config.data.cache_bytes
+        return open_split(self.task.dataset, name, cache_bytes=cache_bytes)
+
+    def _samples(self, name: str) -> CaptionSamples:
         from transformers import AutoTokenizer
 
         folder = model_folder(self.task.config.model)
@@ -199,8 +201,7 @@ class Loop:
         if self.train.max_length > longest and self.rank == 0:
             logger.warning("train: max_length is the model's %d, not more", longest)
         return CaptionSamples(
-            samples=read_samples(path),
-            folder=path.parent,
+            split=self._split(name),
             tokenizer=AutoTokenizer.from_pretrained(folder),
             family=family_of(folder),
             max_length=min(self.train.max_length, longest),
@@ -248,7 +249,7 @@ class Loop:
 
     def _batches(self) -> Iterator[Batch]:
         order = StreamOrder(
-            lengths=text_lengths(self.data.samples),
+            lengths=tuple(self.data.split.letters.tolist()),
             seed=self.train.seed,
             group=self.state.group,
             by_length=self.train.group_by_modality_length,

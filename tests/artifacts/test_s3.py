@@ -1,6 +1,7 @@
 """Storage on a real S3 server: one download a node, a server that goes away, one-line errors."""
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -12,12 +13,16 @@ from pathlib import Path
 import pytest
 from s3_server import S3Server, s3_server
 from sealed import FIELDS, open_at_once, seal, write
+from small_data import write_dataset
 
 from llava_ray.artifacts import faults
 from llava_ray.artifacts.records import DatasetRecord
 from llava_ray.artifacts.storage import Storage
 from llava_ray.artifacts.store import ArtifactStore, local_folder, read_record
 from llava_ray.errors import ConfigError, StorageError
+from llava_ray.models.chat_template import Turn
+from llava_ray.models.conversation import Sample
+from llava_ray.models.dataset import open_split
 
 _TESTS = Path(__file__).parents[1]
 FILES = {"images/a.txt": "hello", **{f"images/{n:03d}.txt": "x" * 100 for n in range(40)}}
@@ -122,6 +127,27 @@ def test_two_storages_have_two_copies(uri: str) -> None:
     first = seal(ArtifactStore(f"{uri}/1"), {"images/a.txt": "first"})
     second = seal(ArtifactStore(f"{uri}/2"), {"images/a.txt": "second"})
     assert open_at_once(first.uri, 1) + open_at_once(second.uri, 1) == ["first", "second"]
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 10**9])
+def test_rows_are_read_by_range_unless_the_node_may_keep_them(
+    uri: str, tmp_path: Path, cache_bytes: int
+) -> None:
+    """C12"""
+    picture = bytes(300_000)
+    rows = [
+        Sample(
+            str(i), (f"{i}.jpg",), (Turn("What?", 1, "A sign."),), pictures=(b"%d" % i + picture,)
+        )
+        for i in range(6)
+    ]
+    with ArtifactStore(uri).build(DatasetRecord, "dataset-1", settings={}) as build:
+        write_dataset(build.folder, rows)
+        record = build.finish(DatasetRecord, **FIELDS)
+    split = open_split(record, "train", cache_bytes=cache_bytes)
+    assert pickle.loads(pickle.dumps(split)).read(4) == rows[4]
+    kept = [path for path in (tmp_path / "cache").rglob("*.tar")]
+    assert len(kept) == bool(cache_bytes)
 
 
 _SLOW = pytest.mark.skipif("LLAVA_RAY_SLOW" not in os.environ, reason="slow: set LLAVA_RAY_SLOW=1")

@@ -11,8 +11,8 @@ from noisy_engine import NoisyEngine
 from llava_ray.artifacts.records import DatasetRecord, ReferenceScores, Variant
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.benchmark.measure import measure_engine, time_engine
-from llava_ray.benchmark.plan import Plan, check_room, make_plan
-from llava_ray.benchmark.reference import read_reference, write_reference
+from llava_ray.benchmark.plan import Plan, check_room, held_out, make_plan
+from llava_ray.benchmark.reference import encode, read_reference, write_reference
 from llava_ray.benchmark.timing import PeakMemory, copy_bytes_per_s
 from llava_ray.errors import DataError, ResourceError, VariantError
 from llava_ray.resources.capacity import Fleet, NodeType, Resources
@@ -58,16 +58,22 @@ def stored(folder: Path, dataset: DatasetRecord) -> ReferenceScores:
     return write_reference(NoisyEngine(), make_small_plan(folder), baseline, dataset, "cpu")
 
 
-def test_reference_holds_each_caption_once_in_order(stored: ReferenceScores) -> None:
-    tokenizer = NoisyEngine().tokenizer
-    samples = list(read_reference(stored))
-    assert stored.num_samples == len(samples) == len(SIGNS)
-    assert stored.num_tokens == sum(len(sample.continuation) for sample in samples)
-    for sample, words in zip(samples, SIGNS, strict=True):
-        assert tokenizer.decode(sample.continuation[:-1]).strip() == reference(words)
-        assert sample.continuation[-1] == NoisyEngine.eos_token_id
-        assert sample.prompt.input_ids.count(NoisyEngine.family.vision.image_token_id) == 4
-        assert sample.log_probs.dtype == torch.float16
+def test_reference_holds_each_caption_once_in_order(
+    folder: Path, dataset: DatasetRecord, stored: ReferenceScores
+) -> None:
+    engine, plan = NoisyEngine(), make_small_plan(folder)
+    encoded = [
+        encode(engine.tokenizer, sample, plan, engine.family)
+        for sample in held_out(dataset, stored.num_samples)
+    ]
+    rows = list(read_reference(stored))
+    assert stored.num_samples == len(rows) == len(SIGNS)
+    assert stored.num_tokens == sum(len(log_probs) for log_probs, _ in rows)
+    for (prompt, caption), (log_probs, top1), words in zip(encoded, rows, SIGNS, strict=True):
+        assert engine.tokenizer.decode(caption[:-1]).strip() == reference(words)
+        assert caption[-1] == engine.eos_token_id
+        assert prompt.input_ids.count(engine.family.vision.image_token_id) == 4
+        assert log_probs.dtype == torch.float16 and len(log_probs) == len(top1) == len(caption)
 
 
 def test_the_baseline_agrees_with_itself(
@@ -93,9 +99,10 @@ def test_more_noise_is_more_divergence_on_the_same_prompts(
         engine = NoisyEngine(noise)
         found.append(measure_engine(engine, plan, dataset, stored)[0])
         scored = engine.seen[-2 - 3 : -2]
-        for prompt, sample in zip(scored, read_reference(stored), strict=True):
-            assert prompt.input_ids == sample.prompt.input_ids
-            assert (prompt.images[0].tiles == sample.prompt.images[0].tiles).all()
+        for prompt, sample in zip(scored, held_out(dataset, 3), strict=True):
+            expected, _ = encode(engine.tokenizer, sample, plan, engine.family)
+            assert prompt.input_ids == expected.input_ids
+            assert (prompt.images[0].tiles == expected.images[0].tiles).all()
     divergences = [fields["kl_divergence"].median for fields in found]
     # Two tables add their noise: KL is about half the variance of the noise in the logits.
     assert divergences[0] == pytest.approx(0.1**2, rel=0.25)
@@ -112,10 +119,11 @@ def test_another_vocabulary_is_a_failure_of_the_variant(
         measure_engine(engine, make_small_plan(folder), dataset, stored)
 
 
-def test_timing_warms_up_and_repeats(folder: Path, stored: ReferenceScores) -> None:
+def test_timing_warms_up_and_repeats(folder: Path, dataset: DatasetRecord) -> None:
     engine = NoisyEngine()
     plan = make_small_plan(folder, "benchmark.warmup=2", "benchmark.repeats=4")
-    prompt = next(read_reference(stored)).prompt
+    (sample,) = held_out(dataset, 1)
+    prompt, _ = encode(engine.tokenizer, sample, plan, engine.family)
     prefill_s, rate = time_engine(engine, plan, prompt)
     assert len(engine.seen) == 2 + 4
     # Five tokens after the first one: five decodes, whatever the model says.

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llava_ray.config.run import RunConfig, known_keys, load_config, to_yaml
+from llava_ray.config.overrides import known_keys
+from llava_ray.config.run import RunConfig, load_config, to_yaml
 from llava_ray.errors import ConfigError
 
 
@@ -89,7 +90,7 @@ def test_baseline_must_be_among_the_variants() -> None:
 
 
 def test_every_key_states_a_default() -> None:
-    assert "train.lora_r" in known_keys()
+    assert "train.lora_r" in known_keys(RunConfig)
     assert RunConfig() == load_config(None)
 
 
@@ -114,11 +115,11 @@ def test_the_articles_run() -> None:
 def test_documented_keys_beside_llavas_flags_exist() -> None:
     table = Path("jobs/configs/llava_flags.md").read_text()
     named = set(re.findall(r"`((?:train|model|data)\.\w+)", table))
-    assert named <= set(known_keys())
+    assert named <= set(known_keys(RunConfig))
     own = {"num_workers", "cpus_per_worker", "max_failures", "fused_layers"}
     of_hqq_and_galore = {"hqq_group_size", "galore_rank", "galore_update_steps", "galore_scale"}
     documented = {key.removeprefix("train.") for key in named if key.startswith("train.")}
-    keys = {key.removeprefix("train.") for key in known_keys() if key.startswith("train.")}
+    keys = {key.removeprefix("train.") for key in known_keys(RunConfig) if key.startswith("train.")}
     assert keys - documented == own | of_hqq_and_galore
 
 

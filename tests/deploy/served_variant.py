@@ -1,8 +1,7 @@
 """Records of a finished run with the tiny model, made without training or measuring."""
 
-import json
-
 from PIL import Image, ImageDraw
+from small_data import png_of, write_dataset
 
 from llava_ray.artifacts.records import (
     ChosenVariant,
@@ -14,6 +13,8 @@ from llava_ray.artifacts.records import (
 )
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import RunConfig
+from llava_ray.models.chat_template import Turn
+from llava_ray.models.conversation import Sample
 from llava_ray.models.folder import EMBEDDED
 from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.spec import Calibration
@@ -24,7 +25,7 @@ SLUG = "none-fp32"
 def make_variant(store: ArtifactStore, slug: str = SLUG) -> Variant:
     spec = spec_for(slug)
     with store.build(Variant, f"variant-{slug}", settings={}) as build:
-        calibration = Calibration(dataset_folder=build.folder, num_samples=0)
+        calibration = Calibration(dataset_uri="", num_samples=0)
         spec.quantize(EMBEDDED, build.folder, calibration, "cpu")
         return build.finish(
             Variant, device="cpu", slug=slug, method="none", bits_per_weight=int(slug[-2:]),
@@ -49,14 +50,9 @@ def _dataset(store: ArtifactStore) -> DatasetRecord:
     with store.build(DatasetRecord, "dataset-test", settings={}) as build:
         image = Image.new("RGB", (300, 200), "white")
         ImageDraw.Draw(image).text((100, 90), "STOP", fill="red")
-        (build.folder / "images").mkdir()
-        image.save(build.folder / "images" / "0.png")
-        turns = [
-            {"from": "human", "value": "<image>\nDescribe this image in detail."},
-            {"from": "gpt", "value": "A sign."},
-        ]
-        rows = [{"id": "0", "image": "0.png", "conversations": turns}]
-        (build.folder / "test.json").write_text(json.dumps(rows))
+        turn = Turn("Describe this image in detail.", 1, "A sign.")
+        sample = Sample("0", ("0.png",), (turn,), pictures=(png_of(image),))
+        write_dataset(build.folder, [], [sample])
         return build.finish(
             DatasetRecord, device="cpu", source="test", num_train=0, num_test=1, rejected={}
         )

@@ -9,9 +9,8 @@ from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGenerati
 
 from llava_ray.embedded.captions import DESCRIBE
 from llava_ray.embedded.pretrain.augment import patch_targets, random_affine, warp
-from llava_ray.embedded.pretrain.checkpoint import save_checkpoint
 from llava_ray.embedded.pretrain.examples import Encoder, Examples
-from llava_ray.embedded.pretrain.export import export_model
+from llava_ray.embedded.pretrain.export import export_model, save_checkpoint
 from llava_ray.embedded.pretrain.loop import pretrain
 from llava_ray.embedded.pretrain.network import Reader, caption_loss, probe_loss, shipped_reader
 from llava_ray.embedded.pretrain.scores import describe
@@ -146,8 +145,8 @@ def test_exported_folder_is_the_shipped_one_with_other_weights(tmp_path: Path) -
     [
         (["minutes"], "has no '='"),
         (["minuts=3"], "did you mean 'minutes'"),
-        (["minutes=soon"], "minutes=soon: .* valid number"),
-        (["compile=maybe"], "compile=maybe: .* valid boolean"),
+        (["minutes=soon"], "minutes='soon': give a number"),
+        (["compile=maybe"], "compile='maybe': give true or false"),
     ],
 )
 def test_wrong_arguments_are_named(pairs: list[str], message: str) -> None:

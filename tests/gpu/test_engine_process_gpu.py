@@ -26,7 +26,7 @@ def test_a_killed_parent_frees_the_gpu_in_5_s(stopped: bool, tmp_path: Path) -> 
 
     spec = spec_for("none-fp16")
     with ArtifactStore(str(tmp_path)).build(Variant, "variant-gpu", settings={}) as build:
-        spec.quantize(EMBEDDED, build.folder, Calibration(build.folder, 0), "cuda")
+        spec.quantize(EMBEDDED, build.folder, Calibration("", 0), "cuda")
         variant = build.finish(
             Variant, device="cuda", slug="none-fp16", method="none", bits_per_weight=16,
             quantize_s=1.0, peak_memory_bytes=1,

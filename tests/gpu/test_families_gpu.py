@@ -44,7 +44,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     family, out = family_of(folder / "base"), folder / "out"
     out.mkdir()
     spec = spec_for("none-fp16")
-    spec.quantize(folder / "base", out, Calibration(out, 0), "cuda")
+    spec.quantize(folder / "base", out, Calibration("", 0), "cuda")
     engine: Any = spec.open_engine(out, device="cuda", slots=2, context=256)
     draw = np.random.default_rng(0)
     image = family.pixels(Image.fromarray(draw.integers(0, 255, (40, 75, 3), dtype=np.uint8)))

@@ -51,7 +51,7 @@ class Case:
     def open(self, slug: str, out: Path) -> Engine:
         out.mkdir()
         spec = spec_for(slug)
-        spec.quantize(self.folder, out, Calibration(out, 0), "cpu")
+        spec.quantize(self.folder, out, Calibration("", 0), "cpu")
         return spec.open_engine(out, device="cpu", slots=2, context=256)
 
 
@@ -88,7 +88,7 @@ def test_the_loss_is_transformers(case: Case) -> None:
     labels = torch.tensor([-100] * len(case.ids) + case.answer)
     inputs = case.inputs(whole)
     tokenizer = AutoTokenizer.from_pretrained(case.folder)
-    samples = CaptionSamples([], case.folder, tokenizer, case.family, 2048, 10**6, "")
+    samples = CaptionSamples(None, tokenizer, case.family, 2048, 10**6, "")
     batch = samples.collate([inputs | {"input_ids": torch.tensor(whole), "labels": labels}])
     with torch.no_grad():
         expected = case.model(**inputs, labels=labels[None]).loss * len(case.answer)

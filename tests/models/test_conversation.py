@@ -1,17 +1,12 @@
-import json
-from pathlib import Path
-
 import pytest
 from transformers import AutoTokenizer
 
-from llava_ray.errors import DataError
 from llava_ray.models.chat_template import Turn
 from llava_ray.models.conversation import (
     IGNORE_INDEX,
     Sample,
     encode_prompt,
     encode_sample,
-    read_samples,
 )
 from llava_ray.models.family import family_of
 from llava_ray.models.folder import EMBEDDED
@@ -54,14 +49,9 @@ def test_a_cut_inside_of_an_image_leaves_none_of_it(tokenizer) -> None:  # type:
     assert encoded.input_ids[-1] != SHAPE.image_token_id
 
 
-def test_llava_json_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "train.json"
-    turns = [
-        {"from": "human", "value": "<image>\nDescribe."},
-        {"from": "gpt", "value": "A sign."},
-    ]
-    path.write_text(json.dumps([{"id": 7, "image": "a.jpg", "conversations": turns}]))
-    assert read_samples(path) == [Sample("7", ("a.jpg",), (Turn("Describe.", 1, "A sign."),))]
-    path.write_text("[{}]")
-    with pytest.raises(DataError, match="not LLaVA JSON"):
-        read_samples(path)
+def test_a_row_reads_back_as_it_was_written() -> None:
+    turns = (Turn("Describe.", 2, "Signs."), Turn("And?", 0, "No."))
+    sample = Sample("7", ("a.jpg", "b.jpg"), turns, "Be brief.")
+    assert Sample.from_llava(sample.as_llava()) == sample
+    with pytest.raises(ValueError, match="names 1 images, shows 2"):
+        Sample.from_llava(sample.as_llava() | {"image": "a.jpg"})

@@ -20,3 +20,8 @@ def config(tmp_path: Path) -> Callable[..., RunConfig]:
         )
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def on_ray(ray_local: None) -> None:
+    """Rows are checked by Ray."""

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from small_data import stored_pictures, stored_samples
 
 from llava_ray import prepare
 from llava_ray.artifacts.records import DatasetRecord
 from llava_ray.artifacts.store import local_folder
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError, DataError
-from llava_ray.models.conversation import read_samples
 
 Row = dict[str, Any]
 
@@ -62,8 +62,8 @@ def test_jsonl_becomes_llava_json(tmp_path: Path, config: Callable[..., RunConfi
         ],
     }
     folder = local_folder(record)
-    assert (folder / "images" / "3.png").read_bytes() == png(3)
-    sample = read_samples(folder / "train.json")[0]
+    assert stored_pictures(record)["3.png"] == png(3)
+    sample = stored_samples(record, "train")[0]
     assert sample.turns[0].text == "Describe this image in detail."
     assert (folder / "rejected.jsonl").read_text() == ""
 
@@ -119,8 +119,7 @@ def test_every_bad_row_is_counted_and_listed(
         "row": 11, "id": "gone.png", "reason": "missing_file",
         "detail": f"gone.png is not in {tmp_path}: set data.images",
     }  # fmt: skip
-    stored = {path.name for path in (folder / "images").iterdir()}
-    assert stored == {f"{i}.png" for i in range(10)}
+    assert stored_pictures(record).keys() == {f"{i}.png" for i in range(10)}
 
     with pytest.raises(DataError, match=r"17 of 27 rows rejected \(.*4 path_outside_folder"):
         prepare.run(config(source))
@@ -179,7 +178,7 @@ def test_limit_takes_the_first_rows(tmp_path: Path, config: Callable[..., RunCon
     source = write_jsonl(tmp_path / "c.jsonl", rows_of(tmp_path, 9))
     record = prepare.run(config(source, limit=4))
     assert ids(record, "train") | ids(record, "test") == {f"{i}.png" for i in range(4)}
-    assert len(list((local_folder(record) / "images").iterdir())) == 4
+    assert len(stored_pictures(record)) == 4
 
 
 def test_larger_images_than_allowed_are_rejected(

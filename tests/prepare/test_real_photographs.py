@@ -2,9 +2,9 @@ import json
 from pathlib import Path
 
 from PIL import Image
+from small_data import stored_pictures
 
 from llava_ray import prepare
-from llava_ray.artifacts.store import local_folder
 from llava_ray.config.run import load_config
 
 REAL = Path(__file__).parents[1] / "data" / "real"
@@ -57,5 +57,4 @@ def test_prepare_accepts_all(tmp_path: Path) -> None:
     assert record.rejected == {}
     assert record.num_train + record.num_test == len(captions())
     assert record.num_test >= 2
-    stored = local_folder(record) / "images" / "images"
-    assert len(list(stored.iterdir())) == len(captions())
+    assert len(stored_pictures(record)) == len(captions())

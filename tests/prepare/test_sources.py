@@ -1,10 +1,13 @@
 import codecs
+import functools
 import io
 import json
 import tarfile
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from small_data import stored_pictures, stored_samples
 from test_prepare import png, read_split, rows_of, write_jsonl
 
 from llava_ray import prepare
@@ -21,7 +25,6 @@ from llava_ray.artifacts.store import local_folder
 from llava_ray.config.run import DataConfig, RunConfig
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.models.chat_template import Turn
-from llava_ray.models.conversation import read_samples
 from llava_ray.prepare.rows import RowReader
 from llava_ray.prepare.sources import open_file, open_hub
 from llava_ray.prepare.table import Table
@@ -54,7 +57,7 @@ def test_parquet_with_an_image_column(
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
     record = prepare.run(config(tmp_path / "c.parquet"))
     assert sorted(captions(record).values()) == [f"Sign {i}." for i in range(5)]
-    stored = {p.read_bytes() for p in (local_folder(record) / "images").iterdir()}
+    stored = set(stored_pictures(record).values())
     assert stored == {png(i) for i in range(5)}
 
 
@@ -177,8 +180,7 @@ def test_conversations_are_read_as_people_write_them(
     other = json.loads(json.dumps(row).replace("0.png", "1.png"))
     write_jsonl(tmp_path / "c.jsonl", [row, other])
     record = prepare.run(config(tmp_path / "c.jsonl"))
-    folder = local_folder(record)
-    samples = read_samples(folder / "train.json") + read_samples(folder / "test.json")
+    samples = stored_samples(record)
     assert {sample.images for sample in samples} == {("0.png",), ("1.png",)}
     for sample in samples:
         assert sample.turns == (Turn("What?", 1, "A sign."), Turn("And?", 0, "No more."))
@@ -271,25 +273,36 @@ def test_data_come_in_the_shapes_that_people_have(
     record = prepare.run(config(SHAPES[shape](folder)))
     assert record.rejected == {}
     assert sorted(captions(record).values()) == [f"Sign {i}." for i in range(4)]
-    stored = {p.read_bytes() for p in (local_folder(record) / "images").rglob("*.png")}
+    stored = set(stored_pictures(record).values())
     assert stored == {png(i) for i in range(4)}
 
 
+@pytest.fixture
+def website(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A URL, and the folder that it shows."""
+    folder = tmp_path / "website"
+    folder.mkdir()
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", folder
+        server.shutdown()
+
+
 def test_data_and_pictures_come_from_any_file_system(
-    tmp_path: Path, config: Callable[..., RunConfig]
+    tmp_path: Path, config: Callable[..., RunConfig], website: tuple[str, Path]
 ) -> None:
     """C12"""
-    memory = fsspec.filesystem("memory")
+    memory, (url, folder) = fsspec.filesystem("memory"), website
     rows = [{"image": f"{i}.png", "caption": f"Sign {i}."} for i in range(4)]
     memory.pipe("/bucket/c.jsonl", "\n".join(map(json.dumps, rows)).encode())
-    for i in range(4):
-        memory.pipe(f"/bucket/pictures/{i}.png", png(i))
+    rows_of(folder, 4)
     source = "memory://bucket/c.jsonl"
-    record = prepare.run(config(source, images="memory://bucket/pictures"))
+    record = prepare.run(config(source, images=url))
     assert sorted(captions(record).values()) == [f"Sign {i}." for i in range(4)]
-    assert prepare.run(config(source, images="memory://bucket/pictures")) == record
-    memory.pipe("/bucket/pictures/2.png", png(9))
-    assert prepare.run(config(source, images="memory://bucket/pictures")) != record
+    assert prepare.run(config(source, images=url)) == record
+    (folder / "2.png").write_bytes(png(9))
+    assert prepare.run(config(source, images=url)) != record
     local = rows_of(tmp_path, 4)
     memory.pipe("/folder/train/metadata.jsonl", "\n".join(map(json.dumps, local)).encode())
     for i in range(4):
@@ -306,7 +319,9 @@ def test_quotes_that_are_doubled_late_are_read(
     plain = "".join(f"0.png,plain {'x' * 300}\n" for _ in range(300))
     late = '1.png,"A sign, reading ""STOP"", and\na second ""line"""\n'
     path = _csv(tmp_path, "image,caption\n" + plain + late)
-    said = [row.turns[0].answer for row in RowReader(open_file(path), DataConfig(source="x"))]
+    said = [
+        row.sample.turns[0].answer for row in RowReader(open_file(path), DataConfig(source="x"))
+    ]
     assert said[-1] == 'A sign, reading "STOP", and\na second "line"'
     assert len(said) == 301
 
@@ -324,15 +339,12 @@ def test_a_damaged_tar_is_no_shorter_tar(tmp_path: Path, damage: str) -> None:
 
 
 def test_pictures_beside_a_remote_table_and_files_by_uri(
-    tmp_path: Path, config: Callable[..., RunConfig]
+    tmp_path: Path, config: Callable[..., RunConfig], website: tuple[str, Path]
 ) -> None:
-    memory = fsspec.filesystem("memory")
-    rows = rows_of(tmp_path, 4)
-    memory.pipe("/beside/c.jsonl", "\n".join(map(json.dumps, rows)).encode())
-    for i in range(4):
-        memory.pipe(f"/beside/{i}.png", png(i))
-    remote = prepare.run(config("memory://beside/c.jsonl"))
-    local = prepare.run(config(f"file://{write_jsonl(tmp_path / 'c.jsonl', rows)}"))
+    url, folder = website
+    rows = rows_of(folder, 4)
+    path = write_jsonl(folder / "c.jsonl", rows)
+    remote, local = prepare.run(config(f"{url}/c.jsonl")), prepare.run(config(f"file://{path}"))
     assert captions(remote) == captions(local)
     with pytest.raises(DataError, match=r"data.source 'memory://beside/x.jsonl'"):
         prepare.run(config("memory://beside/x.jsonl"))
@@ -360,11 +372,11 @@ def test_sources_are_mixed_by_weight(tmp_path: Path, config: Callable[..., RunCo
     held_out = sum(row["conversations"][1]["value"].startswith("b") for row in test)
     assert set(halves) == {1}
     assert 0.25 < len(halves) / (60 - held_out) < 0.75
-    images = local_folder(record) / "images"
+    images = stored_pictures(record)
     for row in train + test:
         name, number = row["conversations"][1]["value"].split()
         expected = png(int(number) if name == "a" else 100 + int(number), 8 if name == "a" else 9)
-        assert (images / row["image"]).read_bytes() == expected
+        assert images[row["image"]] == expected
         asked = row["conversations"][0]["value"]
         assert asked.endswith("And this?") == (name == "b")
     assert prepare.run(config("unused", mix=mix, test_share=0.2)) == record
@@ -466,7 +478,9 @@ def test_prepared_json_prepares_again_to_the_same_split(
     source.write_text("\n".join(json.dumps(row) for row in rows_of(tmp_path, 8)))
     first = prepare.run(config(source))
     folder = local_folder(first)
-    again = prepare.run(config(folder / "train.json", images=str(folder / "images")))
+    with tarfile.open(folder / "images-00000.tar") as tar:
+        tar.extractall(tmp_path / "images", filter="data")
+    again = prepare.run(config(folder / "train.json", images=str(tmp_path / "images")))
     everything = captions(again)
     assert everything == {
         row["image"]: row["conversations"][1]["value"] for row in read_split(first, "train")

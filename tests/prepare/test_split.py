@@ -1,11 +1,15 @@
 """The split: the share that was asked for, and no picture on both sides (C7, G2)."""
 
+import hashlib
+from collections.abc import Sequence
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_ray.models.chat_template import Turn
-from llava_ray.prepare import split_rows
+from llava_ray.models.conversation import Sample
 from llava_ray.prepare.rows import Row
+from llava_ray.prepare.split import Shown
 
 SHARES = st.floats(0, 1)
 
@@ -13,7 +17,19 @@ SHARES = st.floats(0, 1)
 def row(number: int, pictures: tuple[int, ...]) -> Row:
     names = tuple(f"{picture}.png" for picture in pictures)
     turns = (Turn(f"Question {number}", len(pictures), "Yes."),)
-    return Row(number, "x", names, turns, contents=tuple(f"sha of {name}" for name in names))
+    contents = tuple(hashlib.sha256(name.encode()).hexdigest() for name in names)
+    return Row(number, Sample("x", names, turns), contents)
+
+
+def split_rows(rows: Sequence[Row], *, test_share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    shown = Shown()
+    for each in rows:
+        shown.add(each)
+    held_out = shown.held_out(test_share=test_share, seed=seed).tolist()
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for each, held in zip(rows, held_out, strict=True):
+        sides[held].append(each)
+    return sides
 
 
 @given(st.integers(2, 300), SHARES, st.integers(0, 9))

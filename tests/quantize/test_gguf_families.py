@@ -139,5 +139,5 @@ def test_rows_that_fall_back_carry_their_own_bits(tmp_path: Path) -> None:
     write_family("llama-wide", tmp_path / "base")
     spec = spec_for("gguf-q2_k")
     (tmp_path / "out").mkdir()
-    spec.quantize(tmp_path / "base", tmp_path / "out", Calibration(tmp_path, 0), "cpu")
+    spec.quantize(tmp_path / "base", tmp_path / "out", Calibration("", 0), "cpu")
     assert spec.measured_bits(tmp_path / "out") > spec.bits_per_weight() + 0.5

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_inputs import small_model
+from small_data import write_dataset
 from tiny_run import squares
 
 from llava_ray.errors import VariantError
@@ -25,7 +26,7 @@ pytest.importorskip("llama_cpp", reason="needs 'pip install llava_ray[gguf]'")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
     """Three pictures with captions, of which two count."""
     dataset = squares(tmp_path_factory.mktemp("dataset"), num_train=3)
-    return Calibration(Path(dataset.uri), num_samples=2)
+    return Calibration(dataset.uri, num_samples=2)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,6 @@ def test_a_variant_is_made_from_the_calibration_samples(
 
 
 def test_no_samples_are_refused(small: Path, tmp_path: Path) -> None:
-    (tmp_path / "train.json").write_text("[]")
+    write_dataset(tmp_path, [])
     with pytest.raises(VariantError, match="no calibration samples"):
-        importance_matrix(small, Calibration(tmp_path, 8), "cpu")
+        importance_matrix(small, Calibration(str(tmp_path), 8), "cpu")

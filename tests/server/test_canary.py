@@ -50,7 +50,7 @@ def _await_outcomes(outcomes: Counter[str], *kinds: str) -> None:
 
 def test_an_equal_newcomer_agrees_on_every_request(outcomes: Counter[str]) -> None:
     engines = {"old": TableEngine(), "new": TableEngine()}
-    with serving(engines, canary={"model": "new", "share": 1.0}) as running:
+    with serving(engines, canary="new", canary_share=1.0) as running:
         _ask(running)
         _await_outcomes(outcomes, "equal")
         assert "[DONE]" in _ask(running, stream=True, temperature=0.7)
@@ -64,7 +64,7 @@ def test_another_newcomer_is_seen_to_differ_and_clients_do_not_notice(
     outcomes: Counter[str],
 ) -> None:
     engines = {"old": TableEngine(), "new": TableEngine(letters="xyz")}
-    with serving(engines, canary={"model": "new", "share": 1.0}) as running:
+    with serving(engines, canary="new", canary_share=1.0) as running:
         answer = json.loads(_ask(running))["choices"][0]["message"]["content"]
         assert not set("xyz") & set(answer)
         _await_outcomes(outcomes, "different")
@@ -80,6 +80,6 @@ def test_a_newcomer_that_sees_otherwise_is_refused() -> None:
         pytest.raises(
             ConfigError, match="canary 'new' has family=.*tokens=9.*'old' has .*tokens=4"
         ),
-        serving({"old": TableEngine(), "new": other}, canary={"model": "new"}),
+        serving({"old": TableEngine(), "new": other}, canary="new"),
     ):
         pass

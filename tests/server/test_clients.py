@@ -227,7 +227,7 @@ def real(
     """Serves the embedded model by one of the engines."""
     spec = spec_for(request.param)
     folder = tmp_path_factory.mktemp(request.param)
-    spec.quantize(EMBEDDED, folder, Calibration(dataset_folder=folder, num_samples=0), "cpu")
+    spec.quantize(EMBEDDED, folder, Calibration(dataset_uri="", num_samples=0), "cpu")
     engine = spec.open_engine(folder, device="cpu", slots=3, context=512)
     with (
         serving({"tiny": engine}, max_new_tokens=200) as running,

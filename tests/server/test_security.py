@@ -394,5 +394,5 @@ def test_no_code_of_a_model_is_run_and_nothing_is_unpickled() -> None:
 
 
 def test_the_arguments_name_a_canary_that_exists() -> None:
-    with pytest.raises(ValueError, match="canary.model 'other'"):
-        app_args(("a", "b"), canary={"model": "other"})
+    with pytest.raises(ValueError, match="canary 'other'"):
+        app_args(("a", "b"), canary="other")

@@ -1,16 +1,21 @@
 """The order of samples, their encoding and the learning rate."""
 
+import io
+import os
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_run import small_model, squares
 
+from llava_ray.artifacts.storage import Storage
 from llava_ray.config.run import TrainConfig
 from llava_ray.errors import ConfigError, DataError
-from llava_ray.models.chat_template import Turn
-from llava_ray.models.conversation import IGNORE_INDEX, Sample, read_samples
+from llava_ray.models.conversation import IGNORE_INDEX
+from llava_ray.models.dataset import Split
 from llava_ray.models.family import family_of
 from llava_ray.models.folder import EMBEDDED
 from llava_ray.train.adapt import rate_factor
@@ -19,7 +24,6 @@ from llava_ray.train.batches import (
     StreamOrder,
     eval_batches,
     rank_batches,
-    text_lengths,
     train_batches,
 )
 
@@ -62,6 +66,21 @@ def test_ranks_share_the_stream_and_resume_by_position() -> None:
     assert [i for batch in resumed[0] for i in batch] == merged[12:]
 
 
+@pytest.mark.parametrize("workers", [1, 4])
+def test_what_two_workers_began_others_go_on_with(workers: int) -> None:
+    stream = order()
+    begun = [take(rank_batches(stream, 0, 2, rank, 2), 3) for rank in range(2)]
+    rest = [take(rank_batches(stream, 12, 2, rank, workers), 3) for rank in range(workers)]
+    seen = [
+        index
+        for ranks in (begun, rest)
+        for step in zip(*ranks, strict=True)
+        for batch in step
+        for index in batch
+    ]
+    assert seen == [stream.at(i) for i in range(12 + 6 * workers)]
+
+
 @pytest.fixture(scope="module")
 def captions(tmp_path_factory: pytest.TempPathFactory) -> CaptionSamples:
     from transformers import AutoTokenizer
@@ -70,7 +89,7 @@ def captions(tmp_path_factory: pytest.TempPathFactory) -> CaptionSamples:
     model = small_model(root / "model")
     data = Path(squares(root / "store", num_train=10, num_test=3).uri)
     return CaptionSamples(
-        read_samples(data / "train.json"), data, AutoTokenizer.from_pretrained(model),
+        Split(Storage(str(data)), "train"), AutoTokenizer.from_pretrained(model),
         family_of(model), 2048, 10**6, "",
     )  # fmt: skip
 
@@ -90,7 +109,7 @@ def test_padding_carries_no_loss_and_no_attention(captions: CaptionSamples) -> N
 
 @pytest.mark.parametrize("loader_workers", [0, 2])
 def test_loader_gives_what_the_order_says(captions: CaptionSamples, loader_workers: int) -> None:
-    stream = StreamOrder(text_lengths(captions.samples), 0, 4, True)
+    stream = StreamOrder(tuple(captions.split.letters.tolist()), 0, 4, True)
     mine = rank_batches(stream, 0, 2, 0, 1)
     loader = train_batches(captions, mine, loader_workers=loader_workers, pin_memory=False)
     for indices, batch in zip(take(rank_batches(stream, 0, 2, 0, 1), 3), loader, strict=False):
@@ -111,20 +130,18 @@ def test_every_rank_evaluates_as_many_batches_and_each_sample_once(
 
 def test_a_question_that_would_be_cut_is_refused(captions: CaptionSamples) -> None:
     captions.check_room()
-    short = CaptionSamples(
-        captions.samples, captions.folder, captions.tokenizer, captions.family, 20, 10**6, ""
-    )
+    short = CaptionSamples(captions.split, captions.tokenizer, captions.family, 20, 10**6, "")
     with pytest.raises(ConfigError, match=r"train\.max_length=20 cuts the question"):
         short.check_room()
 
 
-def test_a_missing_image_is_named(captions: CaptionSamples) -> None:
-    lost = CaptionSamples(
-        [Sample("x", ("gone.png",), (Turn("q", 1, "a"),))], captions.folder, captions.tokenizer,
-        captions.family, 2048, 10**6, "",
-    )  # fmt: skip
-    with pytest.raises(DataError, match="gone.png"):
-        lost[0]
+def test_a_cut_shard_is_named(captions: CaptionSamples, tmp_path: Path) -> None:
+    data = Path(squares(tmp_path / "store").uri)
+    shutil.copytree(data, tmp_path / "data")
+    os.truncate(tmp_path / "data" / "images-00000.tar", 1000)
+    lost = replace(captions, split=Split(Storage(str(tmp_path / "data")), "train"))
+    with pytest.raises(DataError, match="images-00000.tar: no .* bytes from"):
+        lost[5]
 
 
 def test_ids_and_labels_are_those_of_transformers_own_processor(tmp_path: Path) -> None:
@@ -135,11 +152,11 @@ def test_ids_and_labels_are_those_of_transformers_own_processor(tmp_path: Path) 
     data = Path(squares(tmp_path, num_train=6, num_test=1).uri)
     processor = LlavaProcessor.from_pretrained(EMBEDDED)
     ours = CaptionSamples(
-        read_samples(data / "train.json"), data, processor.tokenizer,
+        Split(Storage(str(data)), "train"), processor.tokenizer,
         family_of(EMBEDDED), 2048, 10**6, "",
     )  # fmt: skip
-    for index, sample in enumerate(ours.samples):
-        image = Image.open(data / "images" / sample.images[0]).convert("RGB")
+    for index, sample in enumerate(ours.split.first(6)):
+        image = Image.open(io.BytesIO(sample.pictures[0])).convert("RGB")
         prompt = f"USER: <image>\n{sample.turns[0].text} ASSISTANT:"
         whole = processor(images=image, text=f"{prompt} {sample.answer}</s>", return_tensors="pt")
         asked = processor(images=image, text=prompt, return_tensors="pt")["input_ids"][0]

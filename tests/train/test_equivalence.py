@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llava_ray.artifacts.storage import Storage
 from llava_ray.train.adapt import lora_pattern
-from llava_ray.train.batches import CaptionSamples, StreamOrder, text_lengths
+from llava_ray.train.batches import CaptionSamples, StreamOrder
 from llava_ray.train.trackers import read_metrics
 
 TOLERANCE = 2e-5
@@ -76,7 +77,7 @@ def train_plainly(base: Path, data: Path, *, steps: int, by_length: bool) -> Tra
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
-    from llava_ray.models.conversation import read_samples
+    from llava_ray.models.dataset import Split
     from llava_ray.models.family import family_of
 
     model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
@@ -96,10 +97,10 @@ def train_plainly(base: Path, data: Path, *, steps: int, by_length: bool) -> Tra
     optimizer = torch.optim.AdamW(groups, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     samples = CaptionSamples(
-        read_samples(data / "train.json"), data,
+        Split(Storage(str(data)), "train"),
         AutoTokenizer.from_pretrained(base), family_of(base), 2048, 10**6, "",
     )  # fmt: skip
-    order = StreamOrder(text_lengths(samples.samples), seed=0, group=2, by_length=by_length)
+    order = StreamOrder(tuple(samples.split.letters.tolist()), seed=0, group=2, by_length=by_length)
     found, gradients = [], {}
     for step in range(steps):
         batch = samples.collate([samples[order.at(2 * step + i)] for i in range(2)])

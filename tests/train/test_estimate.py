@@ -1,6 +1,5 @@
 """Memory estimates against the article's figures, real models and a measured run."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from llava_ray.config.run import ModelConfig, TrainConfig, load_config
 from llava_ray.errors import ConfigError
 from llava_ray.models.folder import EMBEDDED
 from llava_ray.models.shapes import LLAVA_7B, TINY, random_model
-from llava_ray.models.sizes import Sizes, accelerate_estimate
+from llava_ray.models.sizes import Sizes
 from llava_ray.train.adapt import adapt
 from llava_ray.train.estimate import (
     default_load,
@@ -36,23 +35,6 @@ def test_the_articles_trainable_parameters() -> None:
     lora = sizes.lora(8, ARTICLE_TARGETS, in_vision_tower=True)
     assert (lora, sizes.total() + lora) == (17_301_504, 7_080_728_576)
     assert int(1e6 * lora / (sizes.total() + lora)) == 2443
-
-
-@pytest.mark.parametrize(
-    ("bits", "largest_mib", "total_gib", "training_gib"),
-    [(32, 776.03, 24.74, 98.96), (16, 388.02, 12.37, 49.48), (8, 194.01, 6.18, None),
-     (4, 97.0, 3.09, None)],
-)  # fmt: skip
-def test_the_articles_table_of_accelerate(
-    bits: int, largest_mib: float, total_gib: float, training_gib: float | None
-) -> None:
-    """Of vicuna-7b, whose vocabulary lacks the 64 tokens that LLaVA's Hugging Face form adds."""
-    vicuna = dataclasses.replace(Sizes.of(LLAVA_7B), vocabulary=32000)
-    layer, total, training = accelerate_estimate(vicuna, bits)
-    assert layer / 2**20 == pytest.approx(largest_mib, abs=0.0051)
-    assert round(total / 2**30, 2) == total_gib
-    if training_gib is not None:
-        assert round(training / 2**30, 2) == training_gib
 
 
 @pytest.mark.parametrize("tree", [TINY, json.loads((EMBEDDED / "config.json").read_text())])

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, LlavaConfig, get_wsd_schedule
 
 from llava_ray.embedded.pretrain.augment import patch_targets, random_affine, relight, warp
-from llava_ray.embedded.pretrain.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from llava_ray.embedded.pretrain.examples import Encoder, Examples
+from llava_ray.embedded.pretrain.export import CHECKPOINT, load_checkpoint, save_checkpoint
 from llava_ray.embedded.pretrain.network import Reader, caption_loss, probe_loss
 from llava_ray.embedded.pretrain.scores import read_scenes
 from llava_ray.embedded.pretrain.settings import PretrainSettings

@@ -1,15 +1,13 @@
 """The keys of `llava-ray pretrain ACTION key=value ...`."""
 
-import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
+from llava_ray.config.overrides import load_section
 from llava_ray.config.section import Count, Positive, Section
-from llava_ray.errors import ConfigError
 from llava_ray.models.folder import EMBEDDED
 
 
@@ -49,23 +47,5 @@ class PretrainSettings(Section):
 
 
 def parse_settings(pairs: Sequence[str]) -> PretrainSettings:
-    """Read key=value pairs.
-
-    Raises ConfigError that lists every mistake, with the nearest known key for unknown ones.
-    """
-    if wrong := [pair for pair in pairs if "=" not in pair]:
-        raise ConfigError(f"argument {wrong[0]!r} has no '=': write key=value")
-    try:
-        return PretrainSettings.model_validate(dict(pair.split("=", 1) for pair in pairs))
-    except ValidationError as error:
-        raise ConfigError("; ".join(map(_explain, error.errors()))) from error
-
-
-def _explain(mistake: Mapping[str, Any]) -> str:
-    key = str(mistake["loc"][0])
-    if mistake["type"] != "extra_forbidden":
-        return f"{key}={mistake['input']}: {mistake['msg']}"
-    known = PretrainSettings.model_fields
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-    return f"unknown key {key!r}; {hint}"
+    """Read key=value pairs; raises ConfigError as `load_config` does."""
+    return load_section(PretrainSettings, {}, pairs)

@@ -5,7 +5,6 @@ Surprising: a graph fills the cache's spare slot, whose rows are then copied to 
 since a graph's addresses are fixed.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +12,6 @@ import torch
 
 from llava_ray.inference.torch.cache import Segment, SlotCache
 from llava_ray.inference.torch.llama import LlamaForward
-
-logger = logging.getLogger(__name__)
 
 STEP = 64
 """Prompt lengths are rounded up to it; rows beyond the prompt come after it, so none sees them."""

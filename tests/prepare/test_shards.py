@@ -1,0 +1,113 @@
+"""What prepare writes: the same bytes whatever happens, a few bytes of memory a row."""
+
+import gc
+import os
+import pickle
+import signal
+import tracemalloc
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from small_data import png_of, write_dataset
+from test_prepare import rows_of, write_jsonl
+
+from llava_ray.artifacts.storage import Storage
+from llava_ray.config.run import DataConfig, RunConfig
+from llava_ray.errors import ArtifactError, StorageError
+from llava_ray.models.chat_template import Turn
+from llava_ray.models.conversation import Sample
+from llava_ray.models.dataset import Split
+from llava_ray.prepare.checked import portions_of
+from llava_ray.prepare.parts import Part, opened_parts
+from llava_ray.prepare.rows import Rejection, Row
+from llava_ray.prepare.shards import DatasetWriter
+from llava_ray.prepare.split import Shown
+
+BYTES_A_ROW = 200
+"""That the driver may hold."""
+
+
+def samples(count: int) -> list[Sample]:
+    return [
+        Sample(
+            f"row {i}", (f"{i % 7}.png",), (Turn(f"What is {i}?", 1, "Ünïcödé 漢字"),),
+            pictures=(png_of(Image.new("RGB", (4, 4), (i % 7, 0, 0))),),
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def test_neither_portions_nor_a_killed_worker_change_a_byte(
+    tmp_path: Path, config: Callable[..., RunConfig]
+) -> None:
+    rows = rows_of(tmp_path, 40)
+    rows[3]["filename"] = "gone.png"
+    data = config(write_jsonl(tmp_path / "c.jsonl", rows)).data
+    flag = tmp_path / "died"
+    with opened_parts(data) as (part,):
+
+        def read() -> Iterator[Row | Rejection]:
+            for row in part.open():
+                if row.number == 20 and not flag.exists():
+                    flag.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield row
+
+        mortal = replace(part, open=read)  # type: ignore[arg-type]
+        found = [
+            [row for portion in portions for row in pickle.loads(portion)]
+            for portions in (portions_of(part), portions_of(mortal, size=3))
+        ]
+    assert flag.exists() and found[0] == found[1]
+    assert [getattr(row, "number", 4) for row in found[0]] == list(range(1, 41))
+    assert isinstance(found[0][3], Rejection)
+
+
+def test_a_shard_is_closed_when_it_is_full_and_pictures_are_stored_once(tmp_path: Path) -> None:
+    with_pictures = samples(30)
+    writer = DatasetWriter(tmp_path, shard_bytes=2048)
+    for sample in with_pictures:
+        writer.add(sample)
+    writer.finish(range(0, 30, 2), range(1, 30, 2))
+    writer.close()
+    assert len(list(tmp_path.glob("images-*.tar"))) == 4
+    train, test = (Split(Storage(str(tmp_path)), name) for name in ("train", "test"))
+    assert train.first(99) == with_pictures[::2] and test.first(99) == with_pictures[1::2]
+    assert train.num_images.tolist() == [1] * 15 and set(train.letters.tolist()) == {20, 21}
+
+
+def test_the_driver_holds_few_bytes_a_row(tmp_path: Path) -> None:
+    count = 20_000
+    turns = (Turn("What is it?", 1, "A sign."),)
+    writer, shown, repeats = DatasetWriter(tmp_path), Shown(), array("i")
+    gc.collect()
+    tracemalloc.start()
+    for i in range(count):
+        sample = Sample(str(i), (f"{i}.png",), turns, pictures=(i.to_bytes(8, "big"),))
+        writer.add(sample)
+        shown.add(Row(i, sample, (i.to_bytes(32, "big").hex(),)))
+        repeats.append(1)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    writer.close()
+    assert held / count < BYTES_A_ROW
+
+
+def test_without_an_index_it_is_no_data_set(tmp_path: Path) -> None:
+    write_dataset(tmp_path, samples(3))
+    os.unlink(tmp_path / "train.npz")
+    with pytest.raises(ArtifactError, match="no train.npz; give a finished data set"):
+        Split(Storage(str(tmp_path)), "train")
+
+
+def test_what_fails_on_the_way_is_one_line() -> None:
+    def gone() -> None:
+        raise StorageError("s3://bucket: the server does not answer")
+
+    with pytest.raises(StorageError) as caught:
+        list(portions_of(Part(DataConfig(), 1.0, "", gone, None)))  # type: ignore[arg-type]
+    assert str(caught.value) == "s3://bucket: the server does not answer"
