@@ -141,7 +141,7 @@ CHOSEN = {"slug": "s", "variant_uri": "u", "reasons": (), "against": {}}
 
 
 def test_a_forced_stage_is_made_anew_once_without_what_was_made_from_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sections = {"storage": {"uri": str(tmp_path)}, "data": {"limit": 4}}
     dataset = pipeline.run_prepare(changed(RunConfig(), **sections))

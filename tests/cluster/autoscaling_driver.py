@@ -33,6 +33,8 @@ def main(storage: str, captions: str) -> None:
             "quantize.calibration_samples=2",
         ],
     )
+    ray.init(logging_level="ERROR")
+    before, counts, over = alive(), [], threading.Event()
     dataset = prepare.run(config)
     with ArtifactStore(storage).build(MergedModel, "merged-0", settings={}) as build:
         shutil.copytree(EMBEDDED, build.folder, dirs_exist_ok=True)
@@ -45,8 +47,6 @@ def main(storage: str, captions: str) -> None:
             mean_logit_difference=0,
             rounded_max_logit_difference=0,
         )
-    ray.init(logging_level="ERROR")
-    before, counts, over = alive(), [], threading.Event()
 
     def watch() -> None:
         while not over.wait(0.5):
