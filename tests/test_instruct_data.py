@@ -101,5 +101,5 @@ def test_the_results_are_of_all_rows() -> None:
 def test_five_thousand_rows_become_a_served_answer(ray_local: None, tmp_path: Path) -> None:
     found = run_line(tmp_path)
     command = "LLAVA_RAY_SLOW=1 python -m pytest -n 0 tests/test_instruct_data.py"
-    write(RESULTS, "families", {"command": command, "rows": [found]})
+    write(RESULTS, "instruct", {"command": command, "rows": [found]})
     check(found)

@@ -67,7 +67,7 @@ def test_it_is_trained_measured_and_served(ray_local: None, tmp_path: Path) -> N
         "steps": adapter.steps, "train_loss": adapter.train_loss, "eval_loss": adapter.eval_loss,
         "rows": rows, "answers": answers,
     }  # fmt: skip
-    write(RESULTS, "families", tree)
+    write(RESULTS, "smollm2", tree)
     assert "rows must divide by 128" in str(cards["awq-w4-g128"])
     assert [slug for slug, card in cards.items() if not isinstance(card, Scorecard)] == [
         "awq-w4-g128"

@@ -31,7 +31,7 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "decode_h100": ("llava_ray.bench.decode",),
     "drill": ("llava_ray.sweep", *_LINE),
     "embedded": ("llava_ray.bench.embedded", *_MEASURED),
-    "families": _LINE,
+    **dict.fromkeys(("families", "instruct", "smollm2"), _LINE),
     "families_h100": ("llava_ray.inference.torch.engine",),
     "hqq_recovery": ("llava_ray.bench.embedded", *_MEASURED),
     "llama_amx": ("llava_ray.inference.llama_cpp.trial",),
@@ -49,7 +49,7 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "serving_memory_h100": ("llava_ray.server.memory", "llava_ray.inference.torch.engine"),
     "storage": ("llava_ray.bench.storage",),
     "sweep": ("llava_ray.sweep",),
-    "train_h100": ("llava_ray.bench.train",),
+    **dict.fromkeys(("train_h100", "zero2_h100"), ("llava_ray.bench.train",)),
 }
 """By results file, without `.json`: the modules that measure it. `report` is choose's own."""
 _HOME = Path(__file__).parents[2]

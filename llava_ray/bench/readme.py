@@ -368,6 +368,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "stages_7b": ("llava_7b_h100", _STAGES_7B),
     "storage": ("storage", _STORAGE),
     "train": ("train_h100", _TRAIN),
+    "zero2": ("zero2_h100", _TRAIN),
     "variants_7b": ("llava_7b_h100", _VARIANTS_7B),
 }
 """By name: the results file, without `.json`, and what makes the table of it."""

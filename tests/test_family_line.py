@@ -113,7 +113,7 @@ def test_the_results_are_of_every_family_and_method() -> None:
 def test_every_family_goes_through_the_line(ray_local: None, tmp_path: Path) -> None:
     port = free_port()
     rows = [run_line(name, tmp_path / name, port) for name in FAMILIES]
-    command = "LLAVA_RAY_SLOW=1 python -m pytest -n 0 tests/test_families.py"
+    command = "LLAVA_RAY_SLOW=1 python -m pytest -n 0 tests/test_family_line.py"
     write(RESULTS, "families", {"command": command, "rows": rows})
     for row in rows:
         check(row)
