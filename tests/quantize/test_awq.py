@@ -1,6 +1,7 @@
 """AWQ's layout and loader; what AutoAWQ itself makes is in the slow contract test."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,7 @@ def test_transformers_reads_the_layout_from_the_config() -> None:
 
 
 def test_rows_that_groups_do_not_divide_are_refused(tmp_path: Path) -> None:
+    shutil.copy(TINY / "config.json", tmp_path)
     from safetensors.torch import save_file
 
     name = "language_model.model.layers.0.mlp.up_proj.weight"
