@@ -14,7 +14,7 @@ from llava_ray.artifacts.storage import Storage, cache_folder, check_writable
 from llava_ray.cluster import commands
 from llava_ray.config.run import RunConfig, load_config, to_yaml
 from llava_ray.console import errors_in_one_line, fail, set_up_logging
-from llava_ray.errors import ConfigError, LlavaRayError, ResourceError
+from llava_ray.errors import ConfigError, ResourceError
 from llava_ray.resources.capacity import find_fleet
 from llava_ray.shipped import shipped
 
@@ -78,6 +78,7 @@ def _run_script(group: str, command: str, arguments: Sequence[str]) -> None:
     print(_EXAMPLES)
 
 
+@errors_in_one_line()
 def run_job(
     description: str | None, stage: Callable[[RunConfig], T], argv: Sequence[str] | None = None
 ) -> T | None:
@@ -100,32 +101,29 @@ def run_job(
     overrides = [*args.overrides]
     overrides += [f"storage.force=[{', '.join(args.force)}]"] if args.force else []
     overrides += [f"train.resume_from={args.resume}"] if args.resume else []
-    try:
-        config = load_config(args.config, overrides)
-        # Imported here: the stages that they ask know large libraries.
-        from llava_ray import preflight, settle
+    config = load_config(args.config, overrides)
+    # Imported here: the stages that they ask know large libraries.
+    from llava_ray import preflight, settle
 
-        config = settle.with_node_types(config)
-        preflight.check(config)
-        if isinstance(config.resources.node_types, tuple):
-            fleet = find_fleet(config)
-            config = settle.settle(config, fleet)
-            for shortage in settle.shortages(config, fleet):
-                logger.warning("%s", shortage)
-        if args.dry_run:
-            from llava_ray.dry_run import describe_requests
+    config = settle.with_node_types(config)
+    preflight.check(config)
+    if isinstance(config.resources.node_types, tuple):
+        fleet = find_fleet(config)
+        config = settle.settle(config, fleet)
+        for shortage in settle.shortages(config, fleet):
+            logger.warning("%s", shortage)
+    if args.dry_run:
+        from llava_ray.dry_run import describe_requests
 
-            print(to_yaml(config) + describe_requests(config))
-            return None
-        storage = Storage(config.storage.uri)
-        if storage.is_local:
-            check_writable(Path(storage.root), f"storage.uri {config.storage.uri!r}")
-        storage.check()
-        check_writable(cache_folder(), "LLAVA_RAY_CACHE")
-        connect()
-        return stage(settle.settle(config, find_fleet(config, idle=True)))
-    except LlavaRayError as error:
-        fail(error)
+        print(to_yaml(config) + describe_requests(config))
+        return None
+    storage = Storage(config.storage.uri)
+    if storage.is_local:
+        check_writable(Path(storage.root), f"storage.uri {config.storage.uri!r}")
+    storage.check()
+    check_writable(cache_folder(), "LLAVA_RAY_CACHE")
+    connect()
+    return stage(settle.settle(config, find_fleet(config, idle=True)))
 
 
 def connect() -> None:

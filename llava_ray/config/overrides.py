@@ -34,10 +34,10 @@ def load_section(kind: type[S], tree: dict[str, Any], overrides: Sequence[str]) 
 
 def known_keys(section: type[Section]) -> list[str]:
     """Return every dotted key, sections left out."""
-    keys = []
-    for name, value in section().model_dump().items():
-        is_section = isinstance(getattr(section(), name), Section)
-        keys += [f"{name}.{key}" for key in value] if is_section else [name]
+    keys: list[str] = []
+    for name, value in section():
+        inner = type(value).model_fields if isinstance(value, Section) else None
+        keys += [name] if inner is None else [f"{name}.{key}" for key in inner]
     return keys
 
 

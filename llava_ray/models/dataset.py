@@ -85,12 +85,17 @@ class Split:
 
 
 def open_split(dataset: DatasetRecord, name: str, *, cache_bytes: int = 0) -> Split:
-    """Return one side of a data set.
+    """Return one side of a data set; see `storage_of`."""
+    return Split(storage_of(dataset, cache_bytes=cache_bytes), name)
+
+
+def storage_of(dataset: DatasetRecord, *, cache_bytes: int = 0) -> Storage:
+    """Return where to read a data set from; its files are checked if they are on this node.
 
     cache_bytes: data sets of at most so many bytes are downloaded to this node once; of larger ones
     each row is read by range where it lies.
     """
     storage = Storage(dataset.uri)
     if storage.is_local or dataset.size_bytes <= cache_bytes:
-        storage = Storage(str(local_folder(dataset)))
-    return Split(storage, name)
+        return Storage(str(local_folder(dataset)))
+    return storage

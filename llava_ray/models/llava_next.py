@@ -79,7 +79,7 @@ class LlavaNext(Family):
         whole = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
         return ImagePixels(
             np.concatenate([whole[None], tiles.swapaxes(1, 2).reshape(-1, size, size, 3)]),
-            self.image_tokens(image.height, image.width),
+            self._tokens(image.height, image.width, height, width),
             (image.height, image.width),
         )
 

@@ -8,7 +8,7 @@ order, so what is made of them hangs neither on nodes nor on blocks or tries.
 import functools
 import logging
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from llava_ray.artifacts.storage import Storage
@@ -40,11 +40,11 @@ def portions_of(part: Part, *, size: int = _PORTION_ROWS) -> Iterator[bytes]:
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    portions = (
-        ray.data.from_items([0])
-        .map_batches(functools.partial(_read, part, size), num_cpus=0, label_selector=here)
-        .map(functools.partial(_check, part))
-    )
+    # Not the part itself: its reader may hold all rows.
+    read = functools.partial(_read, part.open, part.images, size)
+    check = functools.partial(_check, part.images, part.folder, part.config.max_image_pixels)
+    portions = ray.data.from_items([0]).map_batches(read, num_cpus=0, label_selector=here)
+    portions = portions.map(check)
     portions.context.execution_options.preserve_order = True
     portions.context.enable_progress_bars = False
     try:
@@ -57,13 +57,15 @@ def portions_of(part: Part, *, size: int = _PORTION_ROWS) -> Iterator[bytes]:
         raise type(error.cause)(str(error.cause).splitlines()[0]) from error
 
 
-def _read(part: Part, most_rows: int, _: Any) -> Iterator[dict[str, list[bytes]]]:
+def _read(
+    rows: Callable[[], Iterable[Row | Rejection]], images: str | None, most_rows: int, _: Any
+) -> Iterator[dict[str, list[bytes]]]:
     """Yield a source's rows in portions, with those of their pictures that are on this machine."""
-    read = image_reader(part.images)
-    here = part.images is not None and Storage(part.images).is_local
+    read = image_reader(images)
+    here = images is not None and Storage(images).is_local
     portion: list[Row | Rejection] = []
     size = 0
-    for row in part.open():
+    for row in rows():
         portion.append(fetched(row, read) if here else row)
         if isinstance(portion[-1], Row):
             size += sum(map(len, portion[-1].sample.pictures))
@@ -74,8 +76,9 @@ def _read(part: Part, most_rows: int, _: Any) -> Iterator[dict[str, list[bytes]]
         yield {"rows": [pickle.dumps(portion)]}
 
 
-def _check(part: Part, portion: dict[str, Any]) -> dict[str, Any]:
+def _check(
+    images: str | None, folder: str, max_pixels: int, portion: dict[str, Any]
+) -> dict[str, Any]:
     """Read what is not read yet of a portion's pictures, and decode all."""
-    rows, read = pickle.loads(portion["rows"]), image_reader(part.images)
-    found = checked(rows, read, folder=part.folder, max_pixels=part.config.max_image_pixels)
-    return {"rows": pickle.dumps(list(found))}
+    rows, read = pickle.loads(portion["rows"]), image_reader(images)
+    return {"rows": pickle.dumps(list(checked(rows, read, folder=folder, max_pixels=max_pixels)))}

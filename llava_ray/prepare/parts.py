@@ -26,13 +26,10 @@ class Part:
     folder: str
     """Before the names of its pictures: several sources may have pictures of the same name."""
     open: Callable[[], RowReader]
+    """Opens the rows once more, in another process of this machine."""
+    reader: RowReader
     images: str | None
     """Where pictures lie that are not among the rows."""
-
-    @functools.cached_property
-    def reader(self) -> RowReader:
-        """The rows."""
-        return self.open()
 
     def content_sha256(self) -> str:
         """Hash the rows, and the pictures that lie apart from them."""
@@ -71,16 +68,17 @@ def _open(config: DataConfig, weight: float, folder: str, stack: ExitStack) -> P
         captions = write_scene_text(Path(scratch), count=count, seed=config.seed)
         here = config.model_copy(update={"source": str(captions)})
         read = functools.partial(_reader, here, SCENE_TEXT)
-        return Part(config, weight, folder, read, str(captions.parent / "images"))
+        return Part(config, weight, folder, read, read(), str(captions.parent / "images"))
     here = config.model_copy(update={"source": here_or_copied(config.source, Path(scratch))})
     read = functools.partial(_reader, here, config.source)
-    images = config.images or read().folder
-    if images == scratch and not config.images and len(list(Path(scratch).iterdir())) == 1:
+    images = config.images
+    if images and "://" not in images and not Path(images).expanduser().is_dir():
+        raise ConfigError(f"data.images {images!r}: no such folder")
+    reader = read()
+    if not images and reader.folder == scratch and len(list(Path(scratch).iterdir())) == 1:
         # The rows' own file alone was copied, so its pictures are where it is.
         images = config.source.rpartition("/")[0]
-    if images and "://" not in images and not Path(images).expanduser().is_dir():
-        raise ConfigError(f"data.images {config.images!r}: no such folder")
-    return Part(config, weight, folder, read, images)
+    return Part(config, weight, folder, read, reader, images or reader.folder)
 
 
 def _reader(config: DataConfig, name: str) -> RowReader:

@@ -9,6 +9,7 @@ from llava_ray.artifacts.identity import artifact_id
 from llava_ray.artifacts.records import DatasetRecord, MergedModel, Variant
 from llava_ray.artifacts.store import ArtifactStore, local_folder
 from llava_ray.config.run import RunConfig
+from llava_ray.models.dataset import storage_of
 from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.spec import Calibration
 from llava_ray.resources.devices import device_name
@@ -52,7 +53,7 @@ def make_variant(job: Job, device: str) -> Variant:
     spec = spec_for(job.slug)
     merged = local_folder(job.merged)
     calibration = Calibration(
-        dataset_uri=job.dataset.uri,
+        dataset_uri=storage_of(job.dataset).uri if spec.calibrated else "",
         num_samples=job.settings.get("calibration_samples", 0),
         system_prompt=job.settings.get("system_prompt", ""),
     )

@@ -18,11 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from llava_ray.errors import ConfigError
-from llava_ray.models.conversation import (
-    IGNORE_INDEX,
-    encode_sample,
-    encode_with_images,
-)
+from llava_ray.models.conversation import IGNORE_INDEX, encode_sample, encode_with_images
 from llava_ray.models.dataset import Split
 from llava_ray.models.family import Family
 from llava_ray.models.images import read_pixels
@@ -34,9 +30,9 @@ _WINDOW = 16
 """Global batches among which samples are sorted by length."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StreamOrder:
-    """Which sample stands at a position of the endless stream."""
+    """Which sample stands at a position of the endless stream; its hash reads no lengths."""
 
     lengths: tuple[int, ...]
     """The letters of each sample, which order them as their tokens would; negative for samples of
@@ -143,14 +139,14 @@ class CaptionSamples:
         """
         cut, split = [], self.split
         most = self.family.max_image_tokens
+        varies = self.family.vision.tokens != most
         needed = split.num_images * most + split.most_text_tokens + len(self.system.encode()) + 1
         # Long samples alone are read and tokenized.
         for index in np.flatnonzero(needed > self.max_length).tolist():
-            sample = split.row(index)
+            sample = split.read(index) if varies else split.row(index)
             tokens = [most] * len(sample.images)
-            if self.family.vision.tokens != most:
-                files = split.read(index).pictures
-                images = read_pixels(files, self.family, self.max_image_pixels)
+            if varies:
+                images = read_pixels(sample.pictures, self.family, self.max_image_pixels)
                 tokens = [image.num_tokens for image in images]
             encoded = encode_sample(
                 self.tokenizer, sample, tokens, max_length=2**31, system=self.system

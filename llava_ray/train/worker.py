@@ -111,7 +111,7 @@ class Loop:
         if self.train.precision != "auto":
             self.precision = self.train.precision
         zero.prepare_environment(gpu=self.gpu)
-        self.data = self._samples("train")
+        self.data = self._samples()
         self.held_out = replace(self.data, split=self._split("test"))
         self._check_lengths()
         self.engine = self._engine()
@@ -190,10 +190,10 @@ class Loop:
             )  # fmt: skip
 
     def _split(self, name: str) -> Split:
-        cache_bytes = self.task.config.data.cache_bytes
-        return open_split(self.task.dataset, name, cache_bytes=cache_bytes)
+        data = self.task.config.data
+        return open_split(self.task.dataset, name, cache_bytes=data.cache_bytes)
 
-    def _samples(self, name: str) -> CaptionSamples:
+    def _samples(self) -> CaptionSamples:
         from transformers import AutoTokenizer
 
         folder = model_folder(self.task.config.model)
@@ -201,7 +201,7 @@ class Loop:
         if self.train.max_length > longest and self.rank == 0:
             logger.warning("train: max_length is the model's %d, not more", longest)
         return CaptionSamples(
-            split=self._split(name),
+            split=self._split("train"),
             tokenizer=AutoTokenizer.from_pretrained(folder),
             family=family_of(folder),
             max_length=min(self.train.max_length, longest),

@@ -4,6 +4,7 @@ import gc
 import os
 import pickle
 import signal
+import threading
 import tracemalloc
 from array import array
 from collections.abc import Callable, Iterator
@@ -108,6 +109,8 @@ def test_what_fails_on_the_way_is_one_line() -> None:
     def gone() -> None:
         raise StorageError("s3://bucket: the server does not answer")
 
+    unsendable = threading.Lock()
+
     with pytest.raises(StorageError) as caught:
-        list(portions_of(Part(DataConfig(), 1.0, "", gone, None)))  # type: ignore[arg-type]
+        list(portions_of(Part(DataConfig(), 1.0, "", gone, unsendable, None)))  # type: ignore[arg-type]
     assert str(caught.value) == "s3://bucket: the server does not answer"
