@@ -42,6 +42,9 @@ class Split:
         """That each row shows."""
         self.most_text_tokens = self._index["size"] + _TURN_TOKENS * self._index["turns"]
         """More than each row's text has, its system text apart: no token is less than a byte."""
+        pictures = np.concatenate([[0], np.cumsum(self._index["bytes"])])[self._index["images"]]
+        self.num_bytes = self._index["size"] + np.diff(pictures)
+        """That reading each row takes."""
 
     def __len__(self) -> int:
         return len(self.letters)

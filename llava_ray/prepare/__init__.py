@@ -19,7 +19,7 @@ from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import DataConfig, RunConfig
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.models.chat_template import IMAGE_TOKEN
-from llava_ray.prepare.checked import checked_rows
+from llava_ray.prepare.checked import checked_rows, content_sha256
 from llava_ray.prepare.parts import Part, opened_parts
 from llava_ray.prepare.rows import Rejection
 from llava_ray.prepare.shards import DatasetWriter
@@ -50,7 +50,7 @@ def run(config: RunConfig) -> DatasetRecord:
             return _accepted(found, config.data)
     with opened_parts(config.data) as parts:
         if config.data.source != SCENE_TEXT or config.data.mix:
-            content = " ".join(part.content_sha256() for part in parts)
+            content = " ".join(content_sha256(part) for part in parts)
             digest = hashlib.sha256(content.encode()).hexdigest()
             settings = _settings(config.data, digest, parts)
         identity = artifact_id(DatasetRecord.kind, settings)

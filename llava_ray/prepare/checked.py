@@ -6,6 +6,7 @@ order, so what is made of them hangs neither on nodes nor on blocks or tries.
 """
 
 import functools
+import hashlib
 import logging
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,11 +16,32 @@ from llava_ray.artifacts.storage import Storage
 from llava_ray.console import Progress
 from llava_ray.errors import LlavaRayError
 from llava_ray.prepare.parts import Part
-from llava_ray.prepare.pictures import checked, fetched, image_reader
+from llava_ray.prepare.pictures import Read, checked, digests, fetched, image_reader
 from llava_ray.prepare.rows import Rejection, Row
 
 _PORTION_ROWS, _PORTION_BYTES = 256, 4 * 2**20
 """A portion is full with either."""
+
+
+Work = Callable[[Iterable[Row | Rejection], Read], Iterable[Any]]
+"""What is made of rows with what reads their pictures."""
+
+
+def content_sha256(part: Part) -> str:
+    """Hash a source's rows, and the pictures that lie apart from them."""
+    found = part.reader.sha256
+    if part.reader.has_image_files:
+        whole = hashlib.sha256()
+        for digest in _of_pictures(part):
+            whole.update(digest)
+        found += f" {whole.hexdigest()}"
+    return hashlib.sha256(found.encode()).hexdigest()
+
+
+def _of_pictures(part: Part) -> Iterator[bytes]:
+    if part.images is None or Storage(part.images).is_local:
+        return digests(part.reader, image_reader(part.images))
+    return (digest for portion in portions_of(part, digests) for digest in pickle.loads(portion))
 
 
 def checked_rows(parts: Sequence[Part]) -> Iterator[tuple[Part, Row | Rejection]]:
@@ -27,24 +49,25 @@ def checked_rows(parts: Sequence[Part]) -> Iterator[tuple[Part, Row | Rejection]
     total = sum(part.reader.num_rows for part in parts)
     progress, done = Progress("prepare", total, "rows"), 0
     for part in parts:
-        for portion in portions_of(part):
+        most = part.config.max_image_pixels
+        work = functools.partial(checked, folder=part.folder, max_pixels=most)
+        for portion in portions_of(part, work):
             for row in pickle.loads(portion):
                 yield part, row
                 done += 1
             progress.at(done)
 
 
-def portions_of(part: Part, *, size: int = _PORTION_ROWS) -> Iterator[bytes]:
-    """Yield lists of rows as pickle has them; whatever their size, the rows are the same."""
+def portions_of(part: Part, work: Work, *, size: int = _PORTION_ROWS) -> Iterator[bytes]:
+    """Yield lists of what is made of rows as pickle has them, the same whatever their size."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     # Not the part itself: its reader may hold all rows.
     read = functools.partial(_read, part.open, part.images, size)
-    check = functools.partial(_check, part.images, part.folder, part.config.max_image_pixels)
     portions = ray.data.from_items([0]).map_batches(read, num_cpus=0, label_selector=here)
-    portions = portions.map(check)
+    portions = portions.map(functools.partial(_work, work, part.images))
     portions.context.execution_options.preserve_order = True
     portions.context.enable_progress_bars = False
     try:
@@ -76,9 +99,7 @@ def _read(
         yield {"rows": [pickle.dumps(portion)]}
 
 
-def _check(
-    images: str | None, folder: str, max_pixels: int, portion: dict[str, Any]
-) -> dict[str, Any]:
-    """Read what is not read yet of a portion's pictures, and decode all."""
-    rows, read = pickle.loads(portion["rows"]), image_reader(images)
-    return {"rows": pickle.dumps(list(checked(rows, read, folder=folder, max_pixels=max_pixels)))}
+def _work(work: Work, images: str | None, portion: dict[str, Any]) -> dict[str, Any]:
+    """Read what is not read yet of a portion's pictures, and do the work."""
+    rows = pickle.loads(portion["rows"])
+    return {"rows": pickle.dumps(list(work(rows, image_reader(images))))}

@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 
 from llava_ray.config.run import DataConfig
 from llava_ray.errors import ConfigError, DataError
-from llava_ray.prepare.pictures import hash_images, image_reader
 from llava_ray.prepare.rows import RowReader
 from llava_ray.prepare.sources import SCENE_TEXT, here_or_copied, open_table
 
@@ -30,13 +29,6 @@ class Part:
     reader: RowReader
     images: str | None
     """Where pictures lie that are not among the rows."""
-
-    def content_sha256(self) -> str:
-        """Hash the rows, and the pictures that lie apart from them."""
-        found = self.reader.sha256
-        if self.reader.has_image_files:
-            found += f" {hash_images(self.reader, image_reader(self.images))}"
-        return hashlib.sha256(found.encode()).hexdigest()
 
     def repeats(self, number: int) -> int:
         """Return how often a row is trained on in an epoch: the weight, its fraction by chance."""

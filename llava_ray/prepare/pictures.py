@@ -1,4 +1,4 @@
-"""Read and check images in parallel; hash those apart from the table."""
+"""Read, check and hash images in parallel."""
 
 import hashlib
 import os
@@ -81,18 +81,15 @@ def checked(
     return _in_order(check, rows)
 
 
-def hash_images(rows: Iterable[Row | Rejection], read: Read) -> str:
-    """Hash the files that rows name."""
+def digests(rows: Iterable[Row | Rejection], read: Read) -> Iterator[bytes]:
+    """Hash the files that each row names, or why they cannot be had."""
 
     def digest(row: Row | Rejection) -> bytes:
         row = fetched(row, read)
         found = row if isinstance(row, Rejection) else (row.sample.images, _digests(row.sample))
         return hashlib.sha256(repr(found).encode()).digest()
 
-    whole = hashlib.sha256()
-    for part in _in_order(digest, rows):
-        whole.update(part)
-    return whole.hexdigest()
+    return _in_order(digest, rows)
 
 
 def _digests(sample: Sample) -> tuple[str, ...]:

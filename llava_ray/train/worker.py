@@ -130,6 +130,8 @@ class Loop:
         self.total_steps = -(-self.state.total_samples // self.per_step)
         self.rate_factor = adapt.rate_factor(self.train, self.total_steps)
         self.trackers: list[Log] = []
+        self.bytes_read = 0
+        """Of rows and pictures of this rank's batches, those that are fetched ahead among them."""
 
     @property
     def per_step(self) -> int:
@@ -179,6 +181,8 @@ class Loop:
                 self._report(self._evaluate() if evaluate else {}, save=True)
         if not self.state.tail_steps:
             raise _Diverged
+        megabytes = self.bytes_read / 1e6, self.task.dataset.size_bytes / 1e6
+        logger.info("train: worker %d read %.1f MB of a data set of %.1f MB", self.rank, *megabytes)
 
     def _check_lengths(self) -> None:
         """Say which samples are cut, before an hour is spent on their beginnings."""
@@ -257,10 +261,17 @@ class Loop:
         workers = self.train.loader_workers
         if workers is None:
             workers = 4 if self.gpu else 0
-        mine = rank_batches(
-            order, self.state.samples, self.train.batch_size, self.rank, self.world_size
+        mine = self._counted(
+            rank_batches(
+                order, self.state.samples, self.train.batch_size, self.rank, self.world_size
+            )
         )
         return train_batches(self.data, mine, loader_workers=workers, pin_memory=self.gpu)
+
+    def _counted(self, batches: Iterator[list[int]]) -> Iterator[list[int]]:
+        for batch in batches:
+            self.bytes_read += int(self.data.split.num_bytes[batch].sum())
+            yield batch
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, float] | None:
         """Take one optimizer step; return its measurements where they are logged."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from s3_server import S3Server, s3_server
@@ -131,7 +132,7 @@ def test_two_storages_have_two_copies(uri: str) -> None:
 
 @pytest.mark.parametrize("cache_bytes", [0, 10**9])
 def test_rows_are_read_by_range_unless_the_node_may_keep_them(
-    uri: str, tmp_path: Path, cache_bytes: int
+    uri: str, tmp_path: Path, cache_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """C12"""
     picture = bytes(300_000)
@@ -145,7 +146,15 @@ def test_rows_are_read_by_range_unless_the_node_may_keep_them(
         write_dataset(build.folder, rows)
         record = build.finish(DatasetRecord, **FIELDS)
     split = open_split(record, "train", cache_bytes=cache_bytes)
+    sizes, read_range = list[int](), Storage.read_range
+
+    def counted(self: Storage, *arguments: Any) -> bytes:
+        sizes.append(len(found := read_range(self, *arguments)))
+        return found
+
+    monkeypatch.setattr(Storage, "read_range", counted)
     assert pickle.loads(pickle.dumps(split)).read(4) == rows[4]
+    assert 300_001 < sum(sizes) == split.num_bytes[4] < 300_500
     kept = [path for path in (tmp_path / "cache").rglob("*.tar")]
     assert len(kept) == bool(cache_bytes)
 

@@ -1,5 +1,6 @@
 """What prepare writes: the same bytes whatever happens, a few bytes of memory a row."""
 
+import functools
 import gc
 import os
 import pickle
@@ -24,6 +25,7 @@ from llava_ray.models.conversation import Sample
 from llava_ray.models.dataset import Split
 from llava_ray.prepare.checked import portions_of
 from llava_ray.prepare.parts import Part, opened_parts
+from llava_ray.prepare.pictures import checked, digests
 from llava_ray.prepare.rows import Rejection, Row
 from llava_ray.prepare.shards import DatasetWriter
 from llava_ray.prepare.split import Shown
@@ -58,10 +60,11 @@ def test_neither_portions_nor_a_killed_worker_change_a_byte(
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield row
 
+        work = functools.partial(checked, folder="", max_pixels=10**6)
         mortal = replace(part, open=read)  # type: ignore[arg-type]
         found = [
             [row for portion in portions for row in pickle.loads(portion)]
-            for portions in (portions_of(part), portions_of(mortal, size=3))
+            for portions in (portions_of(part, work), portions_of(mortal, work, size=3))
         ]
     assert flag.exists() and found[0] == found[1]
     assert [getattr(row, "number", 4) for row in found[0]] == list(range(1, 41))
@@ -112,5 +115,5 @@ def test_what_fails_on_the_way_is_one_line() -> None:
     unsendable = threading.Lock()
 
     with pytest.raises(StorageError) as caught:
-        list(portions_of(Part(DataConfig(), 1.0, "", gone, unsendable, None)))  # type: ignore[arg-type]
+        list(portions_of(Part(DataConfig(), 1.0, "", gone, unsendable, None), digests))  # type: ignore[arg-type]
     assert str(caught.value) == "s3://bucket: the server does not answer"
