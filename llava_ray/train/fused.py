@@ -238,7 +238,8 @@ class Layer:
         shaped = gradient.view(batch, length, heads, width).transpose(1, 2)
         found = torch.autograd.grad(attention.output, attention.inputs, shaped)
         q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in found)
-        turned = (kernels.rotate(q, *rope, -1.0), kernels.rotate(k, *rope, -1.0), v)
+        cos, sin = rope
+        turned = (kernels.rotate(q, cos, -sin), kernels.rotate(k, cos, -sin), v)
         return [t.flatten(1) for t in turned]
 
     def feed(self, normed: Tensor, seed: int | None) -> FeedForward:

@@ -1,12 +1,14 @@
 """What lies between the matrix products of a LLaMA layer, forward and backward.
 
-Plain PyTorch, which CPUs run; GPUs have the same as Triton's kernels (kernels.py).
+Plain PyTorch; on a GPU each function is compiled into one kernel, so that a tensor is read and
+written once instead of at every operation.
 """
 
 import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -38,14 +40,14 @@ def rms_norm_backward(
     return (beside + value).to(x.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> Tensor:
-    """Turn [rows, heads, width] by angles [rows, 1, width]; with sign -1 it turns back.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn [rows, heads, width] by angles [rows, 1, width]; with -sin it turns back.
 
     Source: transformers, models/llama/modeling_llama.py, apply_rotary_pos_emb.
     """
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + turned * (sign * sin)
+    return x * cos + turned * sin
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ def dropout_mask(x: Tensor, rate: float, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions of this module, or of kernels.py."""
+    """The functions of this module, compiled or not."""
 
     rms_norm: Callable[..., Tensor] = rms_norm
     rms_norm_backward: Callable[..., Tensor] = rms_norm_backward
@@ -93,18 +95,20 @@ class Kernels:
 
 @functools.cache
 def kernels_for(device_type: str) -> Kernels:
-    """Return Triton's kernels for CUDA, plain PyTorch elsewhere or without a compiler."""
+    """Return compiled functions for CUDA, the plain ones elsewhere or without a compiler."""
     if device_type != "cuda":
         return Kernels()
     try:
-        from llava_ray.train import kernels as made
-
         # Triton needs a C compiler on the worker's image, which only the first call finds out.
-        made.swiglu(*torch.ones(2, 8, device=device_type))
+        torch.compile(_probe)(torch.ones(8, device=device_type))
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        logger.warning("train: layers run on plain PyTorch and slower (%s)", reason)
+        logger.warning("train: layers run uncompiled and slower (%s)", reason)
         return Kernels()
-    return Kernels(
-        made.rms_norm, made.rms_norm_backward, made.rotate, made.swiglu, made.swiglu_backward
-    )
+    functions = (rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward)
+    compiled: list[Any] = [torch.compile(function) for function in functions]
+    return Kernels(*compiled)
+
+
+def _probe(x: Tensor) -> Tensor:
+    return x + 1
