@@ -12,6 +12,8 @@ from llava_ray.artifacts.records import DatasetRecord
 from llava_ray.artifacts.store import local_folder
 from llava_ray.models.conversation import Sample
 from llava_ray.models.dataset import open_split
+from llava_ray.prepare.pictures import content_digests
+from llava_ray.prepare.rows import Row
 from llava_ray.prepare.shards import DatasetWriter
 
 
@@ -19,7 +21,7 @@ def write_dataset(folder: Path, train: Sequence[Sample], test: Sequence[Sample] 
     """Write samples whose pictures are read."""
     with closing(DatasetWriter(folder)) as writer:
         for sample in (*train, *test):
-            writer.add(sample)
+            writer.add(Row(0, sample, content_digests(sample)))
         writer.finish(range(len(train)), range(len(train), len(writer)))
 
 

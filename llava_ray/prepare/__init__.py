@@ -89,7 +89,7 @@ def _build(
                     counts[row.reason] += 1
                     first += [row] if len(first) < SHOWN_REJECTIONS else []
                     continue
-                writer.add(row.sample)
+                writer.add(row, folder=part.folder)
                 shown.add(row)
                 # Of rows that are held out each counts once.
                 repeats.append(part.repeats(row.number))

@@ -16,10 +16,18 @@ from llava_ray.artifacts.storage import Storage
 from llava_ray.console import Progress
 from llava_ray.errors import LlavaRayError
 from llava_ray.prepare.parts import Part
-from llava_ray.prepare.pictures import Read, checked, digests, fetched, image_reader
+from llava_ray.prepare.pictures import (
+    Read,
+    checked,
+    digests,
+    fetched,
+    image_reader,
+    in_order,
+    joined,
+)
 from llava_ray.prepare.rows import Rejection, Row
 
-_PORTION_ROWS, _PORTION_BYTES = 256, 4 * 2**20
+_PORTION_ROWS, _PORTION_BYTES = 256, 16 * 2**20
 """A portion is full with either."""
 
 
@@ -39,22 +47,32 @@ def content_sha256(part: Part) -> str:
 
 
 def _of_pictures(part: Part) -> Iterator[bytes]:
-    if part.images is None or Storage(part.images).is_local:
+    if part.has_files_here:
         return digests(part.reader, image_reader(part.images))
-    return (digest for portion in portions_of(part, digests) for digest in pickle.loads(portion))
+    return _each(portions_of(part, digests))
+
+
+def _each(portions: Iterable[bytes]) -> Iterator[Any]:
+    return (each for portion in portions for each in pickle.loads(portion))
 
 
 def checked_rows(parts: Sequence[Part]) -> Iterator[tuple[Part, Row | Rejection]]:
-    """Yield the rows of all sources in their order, good ones with their pictures' files."""
+    """Yield the rows of all sources in their order, good ones with their pictures' files.
+
+    Tasks say what they found; files that lie on this node are read here once more, which costs less
+    than to send them back.
+    """
     total = sum(part.reader.num_rows for part in parts)
     progress, done = Progress("prepare", total, "rows"), 0
     for part in parts:
-        most = part.config.max_image_pixels
-        work = functools.partial(checked, folder=part.folder, max_pixels=most)
-        for portion in portions_of(part, work):
-            for row in pickle.loads(portion):
-                yield part, row
-                done += 1
+        work = functools.partial(
+            checked, max_pixels=part.config.max_image_pixels, with_files=not part.has_files_here
+        )
+        read, found = image_reader(part.images), _each(portions_of(part, work))
+        pairs = zip(part.reader, found, strict=True)
+        for row in in_order(functools.partial(joined, read), pairs):
+            yield part, row
+            done += 1
             progress.at(done)
 
 
@@ -88,8 +106,8 @@ def _read(
     here = images is not None and Storage(images).is_local
     portion: list[Row | Rejection] = []
     size = 0
-    for row in rows():
-        portion.append(fetched(row, read) if here else row)
+    for row in in_order(lambda row: fetched(row, read), rows()) if here else rows():
+        portion.append(row)
         if isinstance(portion[-1], Row):
             size += sum(map(len, portion[-1].sample.pictures))
         if len(portion) == most_rows or size >= _PORTION_BYTES:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from llava_ray.artifacts.storage import Storage
 from llava_ray.config.run import DataConfig
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.prepare.rows import RowReader
@@ -29,6 +30,11 @@ class Part:
     reader: RowReader
     images: str | None
     """Where pictures lie that are not among the rows."""
+
+    @property
+    def has_files_here(self) -> bool:
+        """Whether pictures are files of this machine, or among the rows."""
+        return self.images is None or Storage(self.images).is_local
 
     def repeats(self, number: int) -> int:
         """Return how often a row is trained on in an epoch: the weight, its fraction by chance."""

@@ -5,7 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,29 +56,54 @@ def fetched(row: Row | Rejection, read: Read) -> Row | Rejection:
     return replace(row, sample=replace(sample, pictures=files))
 
 
-def checked(
-    rows: Iterable[Row | Rejection], read: Read, *, folder: str, max_pixels: int
-) -> Iterator[Row | Rejection]:
-    """Read what is not read yet, and decode every picture once; the order is kept.
+@dataclass(frozen=True)
+class Checked:
+    """A good row's pictures."""
 
-    Names of pictures then have `folder` before. Decoding releases Python's lock, so threads are
-    enough.
+    contents: tuple[str, ...]
+    """The SHA-256 of each file."""
+    files: tuple[bytes, ...] = ()
+    """Left out where the driver has them at hand."""
+
+
+def checked(
+    rows: Iterable[Row | Rejection], read: Read, *, max_pixels: int, with_files: bool
+) -> Iterator[Checked | Rejection]:
+    """Read what is not read yet of rows' pictures, and decode each once; the order is kept.
+
+    Decoding releases Python's lock, so threads are enough.
     """
 
-    def check(row: Row | Rejection) -> Row | Rejection:
+    def check(row: Row | Rejection) -> Checked | Rejection:
         row = fetched(row, read)
         if isinstance(row, Rejection):
             return row
-        sample = row.sample
+        files = row.sample.pictures
         try:
-            for file in sample.pictures:
+            for file in files:
                 open_image(file, max_pixels=max_pixels)
         except DataError as error:
-            return Rejection(row.number, sample.id, "unusable_image", str(error))
-        names = tuple(folder + name for name in sample.images)
-        return replace(row, sample=replace(sample, images=names), contents=_digests(sample))
+            return Rejection(row.number, row.sample.id, "unusable_image", str(error))
+        return Checked(content_digests(row.sample), files if with_files else ())
 
-    return _in_order(check, rows)
+    return in_order(check, rows)
+
+
+def joined(read: Read, pair: tuple[Row | Rejection, Checked | Rejection]) -> Row | Rejection:
+    """Return a row with its pictures as they were checked, or why it is left out."""
+    row, found = pair
+    if isinstance(found, Rejection) or isinstance(row, Rejection):
+        return found if isinstance(found, Rejection) else row
+    if found.files:
+        sample = replace(row.sample, pictures=found.files)
+    else:
+        again = fetched(row, read)
+        if isinstance(again, Rejection):
+            return again
+        sample = again.sample
+        if content_digests(sample) != found.contents:
+            return Rejection(row.number, sample.id, "unusable_image", "changed while it was read")
+    return replace(row, sample=sample, contents=found.contents)
 
 
 def digests(rows: Iterable[Row | Rejection], read: Read) -> Iterator[bytes]:
@@ -86,17 +111,20 @@ def digests(rows: Iterable[Row | Rejection], read: Read) -> Iterator[bytes]:
 
     def digest(row: Row | Rejection) -> bytes:
         row = fetched(row, read)
-        found = row if isinstance(row, Rejection) else (row.sample.images, _digests(row.sample))
+        found = (
+            row if isinstance(row, Rejection) else (row.sample.images, content_digests(row.sample))
+        )
         return hashlib.sha256(repr(found).encode()).digest()
 
-    return _in_order(digest, rows)
+    return in_order(digest, rows)
 
 
-def _digests(sample: Sample) -> tuple[str, ...]:
+def content_digests(sample: Sample) -> tuple[str, ...]:
+    """Return the SHA-256 of each of its pictures' files."""
     return tuple(hashlib.sha256(file).hexdigest() for file in sample.pictures)
 
 
-def _in_order(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
+def in_order(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
     """Work on items in threads; few wait at a time, so that image bytes do not pile up."""
     threads = min(16, os.cpu_count() or 1)
     waiting: deque[Future[B]] = deque()

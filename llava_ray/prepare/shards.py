@@ -5,12 +5,13 @@ import json
 import tarfile
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from llava_ray.models.conversation import Sample
+from llava_ray.prepare.rows import Row
 
 SHARD_BYTES = 2**28
 """A tar with so many bytes of pictures is closed."""
@@ -43,10 +44,15 @@ class DatasetWriter:
     def __len__(self) -> int:
         return len(self._letters)
 
-    def add(self, sample: Sample) -> None:
-        """Write a row and its pictures; those that were written before are not again."""
-        for name, content in zip(sample.images, sample.pictures, strict=True):
-            self.shown.append(self._picture(name, content))
+    def add(self, row: Row, *, folder: str = "") -> None:
+        """Write a row and its pictures; those that were written before are not again.
+
+        folder: stands before its pictures' names.
+        """
+        names = tuple(folder + name for name in row.sample.images)
+        sample = replace(row.sample, images=names)
+        for picture in zip(names, row.contents, sample.pictures, strict=True):
+            self.shown.append(self._picture(*picture))
         line = json.dumps(sample.as_llava(), ensure_ascii=False).encode()
         self._lines.write(line)
         letters = sum(len(turn.text) + len(turn.answer or "") for turn in sample.turns)
@@ -68,8 +74,8 @@ class DatasetWriter:
             self._shard.close()
         self._shard = None
 
-    def _picture(self, name: str, content: bytes) -> int:
-        digest = hashlib.sha256(name.encode() + b"\0" + content).digest()
+    def _picture(self, name: str, sha256: str, content: bytes) -> int:
+        digest = hashlib.sha256(f"{sha256} {name}".encode()).digest()
         number = self._known.setdefault(int.from_bytes(digest[:8], "big"), len(self._sizes))
         if number < len(self._sizes):
             return number
