@@ -24,6 +24,7 @@ from llava_ray.artifacts.records import (
     VariantFailure,
 )
 from llava_ray.artifacts.store import ArtifactStore
+from llava_ray.benchmark.plan import check_dataset
 from llava_ray.config.run import RunConfig, changed
 from llava_ray.sweep.space import check_space
 from llava_ray.trial_score import scorer_for
@@ -71,6 +72,8 @@ def run_quantize(config: RunConfig) -> list[Variant | VariantFailure]:
 
 def run_benchmark(config: RunConfig) -> list[Scorecard | VariantFailure]:
     """Measure all variants."""
+    # Known before anything is trained.
+    check_dataset(run_prepare(config))
     return _stage("benchmark", benchmark.run, config, run_quantize(config), run_prepare(config))
 
 

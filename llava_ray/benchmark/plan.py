@@ -84,4 +84,7 @@ def held_out(dataset: DatasetRecord, count: int) -> list[Sample]:
 def check_dataset(dataset: DatasetRecord) -> None:
     """Raise ConfigError where nothing is held out, before a worker starts."""
     if dataset.num_test == 0:
-        raise ConfigError(f"{dataset.id}: no held-out samples to measure on; raise data.test_share")
+        raise ConfigError(
+            f"{dataset.id}: no held-out samples to measure on: data.test_share leaves none, or all "
+            "rows show the same picture"
+        )

@@ -44,7 +44,7 @@ class MixConfig(Section):
     """One of several sources; what it leaves out is as in data."""
 
     source: str = Field(min_length=1)
-    weight: Positive = Field(default=1)
+    weight: Positive = Field(default=1, le=1000)
     """How often each of its rows is trained on in an epoch; 0.5: every other one, by chance."""
     images: str | None = Field(default=None)
     split: str | None = Field(default=None)

@@ -8,7 +8,6 @@ import functools
 import io
 import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,23 +24,6 @@ _MAY_MOVE = ("GIF", "PNG", "WEBP", "AVIF")
 the pages of a document."""
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
-# What Pillow's readers raise on broken files; not all of it is wrapped into OSError.
-_BROKEN = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    RuntimeError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    ImageCms.PyCMSError,
-)
-
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,6 +38,9 @@ _UPRIGHT = {
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
 """Of PNG's ancillary chunks those that change what is seen."""
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+"""TIFF's tags: the second is 0 where small values are white, the third 2 for signed ones."""
 _MOST_CHUNKS = 100_000
 """Of a PNG; encoders write some thousands at most."""
 
@@ -81,6 +66,8 @@ def open_image(
                 moves = image.format in _MAY_MOVE and getattr(image, "is_animated", False)
                 if moves and not allow_animation:
                     raise DataError(f"animated {image.format}: send one still image")
+                if image.format == "PNG":
+                    _scale_clear_colour(image, depth=data[24])
                 return _upright(image)
     except UnidentifiedImageError as error:
         raise DataError(_unknown(data)) from error
@@ -88,7 +75,9 @@ def open_image(
         raise DataError(f"no image file at {source!r}") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"image of far more than {max_pixels} pixels, which are allowed") from error
-    except _BROKEN as error:
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's readers raise anything, dividing by a file's zeros too.
         raise DataError(f"broken image: {error}") from error
 
 
@@ -105,7 +94,18 @@ def _formats() -> tuple[str, ...]:
 def _unknown(data: bytes) -> str:
     if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS and "HEIF" not in _formats():
         return "a HEIC picture: 'pip install pillow-heif' reads it, or convert it to JPEG"
+    if data[:4] in _TIFF:
+        return "a TIFF of a kind that is not read: save it with 8 or 16 bits a channel"
     return f"not an image in one of {_FOR_PEOPLE}"
+
+
+def _scale_clear_colour(image: Image.Image, *, depth: int) -> None:
+    """Bring a PNG's transparent colour to 8 bits, as Pillow does with its pixels alone."""
+    clear = image.info.get("transparency")
+    if isinstance(clear, int) and image.mode == "L" and depth in (2, 4):
+        image.info["transparency"] = clear * 255 // (2**depth - 1)
+    elif isinstance(clear, tuple) and depth == 16:
+        image.info["transparency"] = tuple(part >> 8 for part in clear)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -113,7 +113,7 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()  # Some readers turn the picture themselves, and say so only then.
     try:
         orientation = image.getexif().get(_ORIENTATION)
-    except _BROKEN:
+    except Exception:
         orientation = None  # What is said of a picture may be broken where the picture is not.
     upright = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     found = _rgb(image)
@@ -121,7 +121,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+    signed = image.mode == "L" and _first(getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, 1)) == 2
+    if signed or image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _grey(image).convert("RGB")
     if image.mode in ("CMYK", "LAB"):
         return _by_profile(image)
@@ -135,17 +136,42 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _grey(image: Image.Image) -> Image.Image:
     """Bring greys to 8 bits: of 16 bits by their range, others by that of their values."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
-    low, high = float(values.min()), float(values.max())
-    ranges = {"F": (1, 255), "I": (255, 65535)}.get(image.mode, (65535,))
-    fitting = [top for top in ranges if low >= 0 and high <= top]
-    if fitting:
-        low, high = 0.0, fitting[0]
+    tags = getattr(image, "tag_v2", {})
+    bits = int(_first(tags.get(_BITS, 16)))
+    pixels = np.asarray(image)
+    if image.mode == "L":
+        pixels = pixels.view(np.int8)
+    elif image.mode == "I" and bits == 32 and _first(tags.get(_SAMPLE_FORMAT, 0)) == 1:
+        pixels = pixels.view(np.uint32)
+    values = np.nan_to_num(pixels.astype(np.float64), posinf=0, neginf=0)
+    low, high = _range(image.mode, bits, float(values.min()), float(values.max()))
     grey = (values - low) * (255 / max(high - low, 1e-9))
+    if tags.get(_PHOTOMETRIC) == 0:
+        grey = 255 - grey
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         grey[values == clear] = 255
     return Image.fromarray(np.rint(grey).clip(0, 255).astype(np.uint8))
+
+
+def _range(mode: str, bits: int, low: float, high: float) -> tuple[float, float]:
+    """Return what is black and what is white, by a grey's mode and its darkest and brightest."""
+    if mode == "L":
+        return -128, 127
+    if mode.startswith("I;16"):
+        return 0, 2 ** min(bits, 16) - 1
+    # Floats go to 1 or 255, integers to 255 or 65535, a little over or far below by chance.
+    for top, least in ((1, 0), (255, 16), (65535, 16384)) if mode == "F" else (
+        (255, 0), (65535, 16384)
+    ):  # fmt: skip
+        if low >= -0.05 * top and least < high <= 1.05 * top:
+            return 0, top
+    return low, high
+
+
+def _first(value: object) -> float:
+    found = value[0] if isinstance(value, tuple) and value else value
+    return found if isinstance(found, int | float) else 0
 
 
 def _by_profile(image: Image.Image) -> Image.Image:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 _DRAWING = ("llava_ray.embedded.scene_text",)
 """The code from which, with the count and the seed, the pictures follow."""
 SHOWN_REJECTIONS = 5
+REJECTED = "rejected.jsonl"
 
 
 def run(config: RunConfig) -> DatasetRecord:
@@ -62,7 +64,7 @@ def run(config: RunConfig) -> DatasetRecord:
 
 def _accepted(found: DatasetRecord, config: DataConfig) -> DatasetRecord:
     """Return a data set that was made before, perhaps under another data.max_rejected_share."""
-    first = f"see {found.uri}/rejected.jsonl"
+    first = f"see {found.uri}/{REJECTED}"
     _check_share(config, found.num_rows, Counter(found.rejected), first)
     return found
 
@@ -78,10 +80,11 @@ def _build(
         if build.found:
             return build.found
         shown, repeats, counts = Shown(), array("i"), Counter[str]()
+        used = Counter[str]()
         first: list[Rejection] = []
         with (
             closing(DatasetWriter(build.folder)) as writer,
-            (build.folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected,
+            (build.folder / REJECTED).open("w", encoding="utf-8") as rejected,
         ):
             for part, row in checked_rows(parts):
                 if isinstance(row, Rejection):
@@ -89,11 +92,17 @@ def _build(
                     counts[row.reason] += 1
                     first += [row] if len(first) < SHOWN_REJECTIONS else []
                     continue
+                used[part.folder] += 1
                 writer.add(row, folder=part.folder)
                 shown.add(row)
                 # Of rows that are held out each counts once.
                 repeats.append(part.repeats(row.number))
-            _check_counts(config, len(writer), first, counts)
+            try:
+                _check_counts(config, len(writer), first, counts)
+                _check_parts(parts, used)
+            except DataError as error:
+                rejected.close()
+                raise DataError(f"{error}{_kept(store, identity, build.folder)}") from error
             held_out = shown.held_out(test_share=config.test_share, seed=config.seed)
             train = np.repeat(np.flatnonzero(~held_out), np.array(repeats)[~held_out])
             if not len(train):
@@ -153,6 +162,22 @@ def _check_counts(
             f"data.source {config.named!r}: {num_rows} usable rows of {num_rows + counts.total()}"
             f"{f' ({by_reason})' if by_reason else ''}, at least 2 are needed (train and test)"
         )
+
+
+def _check_parts(parts: Sequence[Part], used: Counter[str]) -> None:
+    for part in parts:
+        if not used[part.folder]:
+            raise DataError(f"data.mix: none of the rows of {part.config.source!r} can be used")
+
+
+def _kept(store: ArtifactStore, identity: str, folder: Path) -> str:
+    """Keep the list of rejected rows of a data set that is not made, and say where."""
+    text = (folder / REJECTED).read_text(encoding="utf-8")
+    place = f"work/{identity}/{REJECTED}"
+    if not text:
+        return ""
+    store.storage.create_text(place, text)
+    return f"; all are listed in {store.storage.join(place)}"
 
 
 def _check_share(config: DataConfig, num_rows: int, counts: Counter[str], where: str) -> str:

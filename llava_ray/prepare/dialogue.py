@@ -18,6 +18,9 @@ _ROLES = {
 }  # fmt: skip
 _WHO = ("from", "role", "speaker")
 _WHAT = ("value", "content", "text")
+_TEXTS = ("text", "input_text", "output_text")
+_PICTURES = ("image", "image_url", "input_image")
+"""Kinds of parts of a message, in OpenAI's chats and in its responses."""
 
 
 class RowProblem(Exception):
@@ -141,10 +144,10 @@ def _message(role: str, content: Any) -> _Message:
         if isinstance(part, str):
             part = {"type": "text", "text": part}
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
+        if kind in _TEXTS and isinstance(part.get("text"), str):
             found += [None] * part["text"].count(IMAGE_TOKEN)
             texts.append(_without_images(part["text"]))
-        elif kind in ("image", "image_url"):
+        elif kind in _PICTURES:
             found.append(_picture(part))
         else:
             raise RowProblem("no_exchange", f"a part of a turn is {shorten(str(part))}")

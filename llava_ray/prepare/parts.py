@@ -71,7 +71,8 @@ def _open(config: DataConfig, weight: float, folder: str, stack: ExitStack) -> P
     read = functools.partial(_reader, here, config.source)
     images = config.images
     if images and "://" not in images and not Path(images).expanduser().is_dir():
-        raise ConfigError(f"data.images {images!r}: no such folder")
+        what = "a file, not a folder" if Path(images).expanduser().exists() else "no such folder"
+        raise ConfigError(f"data.images {images!r}: {what}")
     reader = read()
     if not images and reader.folder == scratch and len(list(Path(scratch).iterdir())) == 1:
         # The rows' own file alone was copied, so its pictures are where it is.

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote
 
 from llava_ray.artifacts.storage import Storage
 from llava_ray.errors import DataError
@@ -26,6 +27,7 @@ Read = Callable[[str], bytes]
 def image_reader(folder: str | None) -> Read:
     """Return what reads images below a path or an fsspec URI; None: rows must hold them."""
     storage = None if folder is None else Storage(folder, setting="data.images")
+    on_web = folder is not None and folder.startswith(("http://", "https://"))
 
     def read(name: str) -> bytes:
         if storage is None:
@@ -33,7 +35,7 @@ def image_reader(folder: str | None) -> Read:
         try:
             # A folder or a pipe is no image file either.
             there = not storage.is_local or Path(storage.root, name).is_file()
-            content = storage.read_bytes(name) if there else None
+            content = storage.read_bytes(quote(name) if on_web else name) if there else None
         except OSError as error:
             raise RowProblem("unusable_image", f"{name}: {error.strerror or error}") from error
         if content is None:
@@ -62,6 +64,8 @@ class Checked:
 
     contents: tuple[str, ...]
     """The SHA-256 of each file."""
+    pixels: tuple[str, ...]
+    """The SHA-256 of what each shows: the same picture may lie in files of several formats."""
     files: tuple[bytes, ...] = ()
     """Left out where the driver has them at hand."""
 
@@ -80,11 +84,11 @@ def checked(
             return row
         files = row.sample.pictures
         try:
-            for file in files:
-                open_image(file, max_pixels=max_pixels)
+            images = (open_image(file, max_pixels=max_pixels) for file in files)
+            pixels = tuple(_sha256(image.tobytes(), repr(image.size)) for image in images)
         except DataError as error:
             return Rejection(row.number, row.sample.id, "unusable_image", str(error))
-        return Checked(content_digests(row.sample), files if with_files else ())
+        return Checked(content_digests(row.sample), pixels, files if with_files else ())
 
     return in_order(check, rows)
 
@@ -103,7 +107,7 @@ def joined(read: Read, pair: tuple[Row | Rejection, Checked | Rejection]) -> Row
         sample = again.sample
         if content_digests(sample) != found.contents:
             return Rejection(row.number, sample.id, "unusable_image", "changed while it was read")
-    return replace(row, sample=sample, contents=found.contents)
+    return replace(row, sample=sample, contents=found.contents, pixels=found.pixels)
 
 
 def digests(rows: Iterable[Row | Rejection], read: Read) -> Iterator[bytes]:
@@ -121,7 +125,13 @@ def digests(rows: Iterable[Row | Rejection], read: Read) -> Iterator[bytes]:
 
 def content_digests(sample: Sample) -> tuple[str, ...]:
     """Return the SHA-256 of each of its pictures' files."""
-    return tuple(hashlib.sha256(file).hexdigest() for file in sample.pictures)
+    return tuple(map(_sha256, sample.pictures))
+
+
+def _sha256(content: bytes, besides: str = "") -> str:
+    digest = hashlib.sha256(content)
+    digest.update(besides.encode())
+    return digest.hexdigest()
 
 
 def in_order(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:

@@ -3,11 +3,12 @@
 import base64
 import binascii
 import hashlib
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
@@ -16,7 +17,9 @@ from llava_ray.errors import DataError
 from llava_ray.models.chat_template import IMAGE_TOKEN, Turn
 from llava_ray.models.conversation import Sample
 from llava_ray.prepare.dialogue import Dialogue, RowProblem, read_dialogue, shorten
-from llava_ray.prepare.table import BrokenRow, Cells, Table
+from llava_ray.prepare.table import FOLDER, BrokenRow, Cells, Table
+
+logger = logging.getLogger(__name__)
 
 CONVERSATIONS = ("conversations", "messages", "conversation", "texts")
 IMAGES = (
@@ -25,8 +28,11 @@ IMAGES = (
 )  # fmt: skip
 CAPTIONS = ("caption_condensed", "caption", "text", "txt", "captions", "sentence", "answer")
 QUESTION = "question"
+MOVING = ("video", "videos", "audio")
+"""Columns, and tokens in angle brackets, of what no picture shows."""
 _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"BM": ".bmp"}
 IDS = ("id", "__key__", "image_id")
+_MOVING_TOKENS = tuple(f"<{name}>" for name in MOVING)
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class Row:
     """Its pictures are paths relative to the folder of images, or were among the rows."""
     contents: tuple[str, ...] = ()
     """The SHA-256 of its pictures' files, once they are read."""
+    pixels: tuple[str, ...] = ()
+    """The SHA-256 of what its pictures show."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +70,23 @@ class RowReader:
         if not table.num_rows:
             raise DataError(f"data.source {config.source!r} has no rows")
         self._said = None if config.caption_column else _first_of(CONVERSATIONS, table.columns)
-        self._caption = config.caption_column or _first_of(CAPTIONS, table.columns)
+        question = _first_of([QUESTION], table.columns)
+        known = ("answer", *CAPTIONS) if question else CAPTIONS
+        self._caption = config.caption_column or _first_of(known, table.columns)
         self.image_column = self._choose_image_column()
         self._check()
-        has_question = self._said is None and QUESTION in table.columns
-        self._question = QUESTION if has_question and self._caption != QUESTION else None
+        self._question = question if self._said is None and self._caption != question else None
         self._id = _first_of(IDS, table.columns)
-        chosen = (self._said or self._caption, self.image_column, self._question, self._id)
+        self._moving = [name for name in MOVING if name in table.columns]
+        others = () if config.image_column else _all_of(IMAGES, table.columns)
+        self._pictures = [name for name in dict.fromkeys((self.image_column, *others)) if name]
+        """The image column, and those that are looked into where it is empty."""
+        images = config.images or self.folder or ""
+        self._root = images if "://" in images else str(Path(images).expanduser().absolute())
+        self._lists = 0
+        chosen = (
+            self._said or self._caption, *self._pictures, self._question, self._id, *self._moving
+        )  # fmt: skip
         self.columns = list(dict.fromkeys(filter(None, chosen)))
         """What is read."""
 
@@ -109,10 +127,13 @@ class RowReader:
         columns, binary = self._table.columns, self._table.binary_columns
         if self._config.image_column is not None:
             return self._config.image_column
-        inside = sorted(binary, key=lambda name: (name not in IMAGES, name))
-        if inside and self._config.images is None:
-            return _first_of(IMAGES, inside) or inside[0]
-        return _first_of([name for name in IMAGES if name not in binary], columns)
+        apart = _first_of(IMAGES, [name for name in columns if name not in binary])
+        if self._config.images is not None or not binary:
+            return apart
+        inside = _first_of(IMAGES, sorted(binary)) or (sorted(binary)[0] if not apart else None)
+        if inside and inside.lower() not in IMAGES:
+            logger.info("prepare: pictures are read from the column %r (data.image_column)", inside)
+        return inside or apart
 
     def _check(self) -> None:
         columns, source = self._table.columns, self._config.source
@@ -145,22 +166,43 @@ class RowReader:
 
     def _row(self, number: int, cells: Cells) -> Row:
         row_id = self._row_id(number, cells)
-        pictures = as_list(cells.get(self.image_column)) if self.image_column else []
+        for name in self._moving:
+            if cells.get(name):
+                raise RowProblem("no_picture", f"column {name!r}: only pictures are read")
+        shown = (as_list(cells.get(name)) for name in self._pictures)
+        pictures = next(filter(None, shown), [])
         if self._said is not None:
             found = read_dialogue(cells.get(self._said), pictures)
         else:
             found = self._captioned(cells, pictures)
-        images = [_image(each) for each in found.images]
+        images = [self._image(each, cells.get(FOLDER, "")) for each in found.images]
         names, files = tuple(name for name, _ in images), tuple(file for _, file in images)
         row = Row(number, Sample(row_id, names, found.turns, found.system, files))
         for text in (row_id, found.system, *(t for turn in found.turns for t in _texts(turn))):
             _check_text(text)
+        if token := next((t for t in _MOVING_TOKENS if any(t in u.text for u in found.turns)), ""):
+            raise RowProblem("no_picture", f"{token}: only pictures are read")
         return row
+
+    def _image(self, value: Any, folder: str) -> tuple[str, bytes]:
+        """Return a picture's name, below the folder of images, and its file if it is in the row."""
+        name, file = _image(value, self._root)
+        if folder and not file and not self._config.images:
+            # Names mostly start where the row's own file lies, else at the source's folder.
+            own = f"{folder}/{name}"
+            name = own if (Path(self._root) / own).is_file() else name
+        return name, file
 
     def _captioned(self, cells: Cells, pictures: Sequence[Any]) -> Dialogue:
         if not pictures:
-            raise RowProblem("no_image", f"column {self.image_column!r} is empty")
-        caption = next(iter(as_list(cells.get(self._caption or ""))), "")
+            detail = f"column {self.image_column!r} is empty: data.image_column names another"
+            raise RowProblem("no_image", detail)
+        captions = as_list(cells.get(self._caption or ""))
+        if len(captions) > 1:
+            self._lists += 1
+            if self._lists == 1:
+                logger.warning("prepare: column %r has lists: the first is used", self._caption)
+        caption = next(iter(captions), "")
         if not isinstance(caption, str):
             raise RowProblem("empty_caption", f"a {type(caption).__name__}, not text")
         if not caption.strip():
@@ -180,7 +222,9 @@ def _texts(turn: Turn) -> tuple[str, str]:
 
 
 def _check_text(text: str | None) -> None:
-    """Refuse what no file can hold, such as half of a character of two UTF-16 units."""
+    """Refuse what no text holds: a NUL, bytes that are no UTF-8, half of a UTF-16 character."""
+    if "\0" in (text or ""):
+        raise RowProblem("broken_text", f"{shorten(text or '')!r}: it holds a NUL")
     try:
         (text or "").encode("utf-8")
     except UnicodeEncodeError as error:
@@ -193,19 +237,20 @@ def printable(text: str) -> str:
     return text.encode("utf-8", errors="backslashreplace").decode()
 
 
-def _image(value: Any) -> tuple[str, bytes]:
-    """Return a picture's name, and its file where it is among the rows."""
+def _image(value: Any, root: str) -> tuple[str, bytes]:
+    """Return a picture's name below a folder, and its file where it is among the rows."""
     if isinstance(value, bytes):
         suffix = next((s for magic, s in _SUFFIXES.items() if value.startswith(magic)), ".webp")
         return hashlib.sha256(value).hexdigest()[:16] + suffix, value
     if not isinstance(value, str):
         raise RowProblem("no_image", f"a {type(value).__name__}, neither a path nor bytes")
     if value[:5].lower() == "data:":
-        return _image(_inline(value))
+        return _image(_inline(value), root)
     _check_text(value)
     if re.match(r"https?://", value):
         raise RowProblem("remote_image", f"{shorten(value)}: download it, and name the file")
-    return safe_path(value.removeprefix("file://")), b""
+    path = value.removeprefix("file://")
+    return safe_path(path.removeprefix(f"{root.rstrip('/')}/") if root else path), b""
 
 
 def _inline(url: str) -> bytes:
@@ -224,9 +269,10 @@ def safe_path(text: str) -> str:
     Raises RowProblem for an absolute path and for one that could leave the folder.
     """
     path = PurePosixPath(text.replace("\\", "/"))
-    leaves = path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", text)
+    leaves = path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:[\\/]", text)
     if leaves or "\0" in text or not path.parts:
-        raise RowProblem("path_outside_folder", shorten(text))
+        detail = f"{shorten(text)}: name it relative to data.images"
+        raise RowProblem("path_outside_folder", detail)
     return path.as_posix()
 
 
@@ -237,5 +283,10 @@ def as_list(value: Any) -> list[Any]:
     return [each for each in opened if each not in (None, "", b"")]
 
 
+def _all_of(names: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Return the columns of these names, whatever letters are capital, in the names' order."""
+    return [column for name in names for column in columns if column.lower() == name]
+
+
 def _first_of(names: Sequence[str], columns: Sequence[str]) -> str | None:
-    return next((name for name in names if name in columns), None)
+    return next(iter(_all_of(names, columns)), None)

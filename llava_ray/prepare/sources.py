@@ -2,8 +2,9 @@
 
 import difflib
 import hashlib
+import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,26 @@ from llava_ray.artifacts.store import sha256_of
 from llava_ray.config.run import DataConfig
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.prepare.readers import readers
-from llava_ray.prepare.table import BATCH_ROWS, BrokenRow, Cells, Table, binary_columns, decoded
+from llava_ray.prepare.table import (
+    BATCH_ROWS,
+    FOLDER,
+    PICTURES,
+    BrokenRow,
+    Cells,
+    Table,
+    binary_columns,
+    decoded,
+)
+
+logger = logging.getLogger(__name__)
 
 SCENE_TEXT = "scene-text"
-_PICTURES = {
-    ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"
-}  # fmt: skip
+_SPLITS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+"""Words in files' names, as the datasets library reads them."""
 
 
 def open_table(config: DataConfig) -> Table:
@@ -45,8 +60,11 @@ def here_or_copied(source: str, scratch: Path) -> str:
     if not names:
         raise DataError(f"data.source {source!r}: no such file or folder")
     if names == [""]:
-        parent, _, name = source.rpartition("/")
-        Storage(parent, setting="data.source").get_files("", [name], scratch)
+        # A chain such as zip://rows.csv::s3://bucket/x.zip names the file before its archive.
+        first, *chain = source.split("::")
+        parent, slash, name = first.rpartition("/")
+        place = "::".join([parent + slash, *chain])
+        Storage(place, setting="data.source").get_files("", [name], scratch)
         return str(scratch / name)
     storage.get_files("", names, scratch)
     return str(scratch)
@@ -95,27 +113,51 @@ def open_folder(folder: Path, config: DataConfig) -> Table:
         if (place / "state.json").is_file():
             return _open_saved(place)
         metadata = [path for path in sorted(place.glob("metadata.*")) if path.suffix in readers()]
-        if metadata:
+        if len(metadata) == 1:
             return open_file(metadata[0])
     kinds: dict[str, list[Path]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name[0] not in "._"):
         kinds.setdefault(path.suffix.lower(), []).append(path)
     known = {suffix: paths for suffix, paths in kinds.items() if suffix in readers()}
-    if len(known) == 1:
-        ((_, paths),) = known.items()
-        of_split = [path for path in paths if config.split in path.stem]
-        return _joined([open_file(path) for path in of_split or paths], folder)
-    if known:
+    pictures = [path for suffix in PICTURES for path in kinds.get(suffix, ())]
+    texts = {path.with_suffix("") for path in kinds.get(".txt", ())}
+    captioned = any(path.with_suffix("") in texts for path in pictures)
+    if len(known) + captioned > 1:
         examples = ", ".join(str(paths[0].relative_to(folder)) for paths in known.values())
+        besides = " beside pictures with a .txt of the same name" if captioned else ""
         raise ConfigError(
-            f"data.source {str(folder)!r} holds several kinds of data: name one of {examples}"
+            f"data.source {str(folder)!r} holds several kinds of data: name one of "
+            f"{examples}{besides}, or move the others away"
         )
-    if ".txt" in kinds and kinds.keys() & _PICTURES:
-        return _open_captions(folder, kinds)
+    if captioned:
+        return _open_captions(folder, sorted(pictures), kinds[".txt"])
+    if known:
+        ((_, paths),) = known.items()
+        chosen = _of_split(paths, folder, config.split)
+        return _joined([open_file(path) for path in chosen], folder)
     raise ConfigError(
         f"data.source {str(folder)!r}: no {_suffixes()} in it, no save_to_disk and no pictures "
         "with a .txt caption of the same name"
     )
+
+
+def _of_split(paths: Sequence[Path], folder: Path, split: str) -> Sequence[Path]:
+    """Return the files of a split by the words of their names; those that name none are train's.
+
+    Raises ConfigError where there are none.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        words = re.split("[^a-z0-9]+", str(path.relative_to(folder).with_suffix("")).lower())
+        named = [name for name, known in _SPLITS.items() if known & set(words)]
+        own = split if split.lower() in words else next(iter(named), "train")
+        found.setdefault(own, []).append(path)
+    if split not in found:
+        raise ConfigError(f"data.split {split!r}: {str(folder)!r} has {', '.join(sorted(found))}")
+    left_out = len(paths) - len(found[split])
+    if left_out:
+        logger.info("prepare: %d of %d files are of other splits", left_out, len(paths))
+    return found[split]
 
 
 def _open_saved(folder: Path) -> Table:
@@ -140,7 +182,9 @@ def _joined(tables: Sequence[Table], folder: Path) -> Table:
 
     def read(columns: Sequence[str]) -> Iterator[Cells | BrokenRow]:
         for table in tables:
-            yield from table.read([name for name in columns if name in table.columns])
+            below = table.folder and table.folder != folder and table.folder.relative_to(folder)
+            for cells in table.read([name for name in columns if name in table.columns]):
+                yield {**cells, FOLDER: str(below)} if below and isinstance(cells, dict) else cells
 
     return Table(
         columns=tuple(dict.fromkeys(name for table in tables for name in table.columns)),
@@ -152,9 +196,7 @@ def _joined(tables: Sequence[Table], folder: Path) -> Table:
     )
 
 
-def _open_captions(folder: Path, kinds: Mapping[str, Sequence[Path]]) -> Table:
-    pictures = sorted(path for suffix in _PICTURES for path in kinds.get(suffix, ()))
-
+def _open_captions(folder: Path, pictures: Sequence[Path], texts: Sequence[Path]) -> Table:
     def read(_: Sequence[str]) -> Iterator[Cells | BrokenRow]:
         for path in pictures:
             name, text = path.relative_to(folder).as_posix(), path.with_suffix(".txt")
@@ -168,7 +210,7 @@ def _open_captions(folder: Path, kinds: Mapping[str, Sequence[Path]]) -> Table:
             yield {"file_name": name, "text": caption}
 
     digest = hashlib.sha256()
-    for path in kinds[".txt"]:
+    for path in texts:
         digest.update(f"{path.relative_to(folder)} {sha256_of(path)}\n".encode())
     return Table(("file_name", "text"), len(pictures), digest.hexdigest(), read, folder)
 
@@ -198,14 +240,22 @@ def open_hub(name: str, split: str) -> Table:
 
 def _of_dataset(dataset: Any, sha256: str) -> Table:
     import datasets
+    import pyarrow
 
     arrow = dataset.with_format("arrow")
 
-    def read(columns: Sequence[str]) -> Iterator[Cells]:
+    def read(columns: Sequence[str]) -> Iterator[Cells | BrokenRow]:
         chosen = arrow.select_columns(list(columns))
-        for batch in chosen.iter(BATCH_ROWS):
-            # An image may be a path into the download cache; this reads it in.
-            yield from datasets.table.embed_table_storage(batch).to_pylist()
+        for start in range(0, dataset.num_rows, BATCH_ROWS):
+            stop = min(start + BATCH_ROWS, dataset.num_rows)
+            try:
+                # An image may be a path into the download cache; this reads it in.
+                rows = datasets.table.embed_table_storage(chosen[start:stop]).to_pylist()
+            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+                reason = str(error).splitlines()[0]
+                yield from [BrokenRow(f"a damaged batch ({reason})")] * (stop - start)
+            else:
+                yield from rows
 
     return Table(
         columns=tuple(dataset.column_names),

@@ -21,7 +21,7 @@ class Shown:
 
     def add(self, row: Row) -> None:
         """Take a row whose pictures were read."""
-        found = row.contents or (hashlib.sha256(repr(row.sample.turns).encode()).hexdigest(),)
+        found = row.pixels or (hashlib.sha256(repr(row.sample.turns).encode()).hexdigest(),)
         for digest in found:
             self._digests += bytes.fromhex(digest)
         self._counts.append(len(found))
@@ -47,8 +47,16 @@ class Shown:
         for group, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
             if taken + size <= wanted:
                 chosen[group], taken = True, taken + size
-        if not taken:
-            chosen[order[np.argmin(sizes[order])]] = True
+        # Where one picture has most rows, it alone may come nearer to what is asked for.
+        alone = order[np.argmin(np.abs(sizes[order] - wanted))]
+        if not taken or abs(int(sizes[alone]) - wanted) < wanted - taken:
+            chosen[:], chosen[alone], taken = False, True, int(sizes[alone])
+        if abs(taken - wanted) > max(1, 0.1 * wanted):
+            logger.warning(
+                "prepare: %d of %d rows are held out, data.test_share=%g asks for %d: rows that "
+                "show the same picture stay together",
+                taken, len(rows), test_share, wanted,
+            )  # fmt: skip
         held_out: NDArray[np.bool_] = chosen[rows]
         return held_out
 

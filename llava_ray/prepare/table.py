@@ -14,6 +14,16 @@ from llava_ray.errors import DataError
 BATCH_ROWS = 64
 
 Cells = dict[str, Any]
+FOLDER = "__folder__"
+"""Among a row's cells: where its own file lies below the table's folder."""
+_MARKS = {
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
+PICTURES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"}
+)
+"""Ends of their files' names."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +50,27 @@ class Table:
 
 
 def decoded(content: bytes) -> str:
-    """Return the text of a file: UTF-8, or UTF-16 with a mark at its beginning.
+    """Return the text of a file: UTF-8, or UTF-16 by its mark or by the zeros of its first letters.
 
-    Raises DataError for anything else.
+    Bytes of a UTF-8 file that are no text become lone surrogates, for which `RowReader` rejects the
+    row alone. Raises DataError for UTF-16 that ends within a letter.
     """
-    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = encoding_of(content)
+    errors = "surrogateescape" if encoding == "utf-8-sig" else "surrogatepass"
     try:
-        return content.decode("utf-16" if wide else "utf-8-sig")
+        return content.decode(encoding, errors)
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"neither UTF-8 nor UTF-16 text ({error.reason} at {error.start})"
-        ) from error
+        raise DataError(f"no {encoding} text ({error.reason} at {error.start})") from error
+
+
+def encoding_of(content: bytes) -> str:
+    """Tell UTF-8 from UTF-16 and UTF-32 by the first bytes of a file."""
+    for encoding, marks in _MARKS.items():
+        if content.startswith(marks):
+            return encoding
+    if len(content) < 2 or (content[0] == 0) == (content[1] == 0):
+        return "utf-8-sig"
+    return "utf-16-le" if content[1] == 0 else "utf-16-be"
 
 
 def binary_columns(schema: Any) -> frozenset[str]:

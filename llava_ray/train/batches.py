@@ -44,15 +44,21 @@ class StreamOrder:
     """Samples of like length are kept together in such groups, those with images apart from
     others."""
 
+    @property
+    def epoch_length(self) -> int:
+        """Positions of an epoch: whole groups, the last filled up with some of its samples."""
+        count = len(self.lengths)
+        return -(-count // self.group) * self.group if self.by_length else count
+
     def at(self, position: int) -> int:
         """Return the index of the sample at a position."""
-        epoch, offset = divmod(position, len(self.lengths))
+        epoch, offset = divmod(position, self.epoch_length)
         return _epoch_order(self, epoch)[offset]
 
 
 @functools.lru_cache(maxsize=2)
 def _epoch_order(order: StreamOrder, epoch: int) -> list[int]:
-    """Shuffle, sort windows by length, and shuffle the groups that this makes.
+    """Shuffle, sort windows by length, and shuffle the groups that this makes; the rest is last.
 
     Source: LLaVA, llava/train/llava_trainer.py, get_modality_length_grouped_indices.
     """
@@ -71,9 +77,9 @@ def _epoch_order(order: StreamOrder, epoch: int) -> list[int]:
         full = len(kind) // order.group * order.group
         groups += [kind[i : i + order.group] for i in range(0, full, order.group)]
         rest += kind[full:]
-    groups += [rest[i : i + order.group] for i in range(0, len(rest), order.group)]
     draw.shuffle(groups)
-    return [index for group in groups for index in group]
+    found = [index for group in groups for index in group] + rest
+    return [*found, *itertools.islice(itertools.cycle(indices), order.epoch_length - len(found))]
 
 
 def rank_batches(

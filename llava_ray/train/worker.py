@@ -5,6 +5,7 @@ needs only the weights, AdamW's moments and the cursor.
 """
 
 import contextlib
+import json
 import logging
 import math
 import tempfile
@@ -42,7 +43,8 @@ from llava_ray.train.trackers import METRICS, Log, open_trackers, read_metrics, 
 logger = logging.getLogger(__name__)
 
 _SHOWN_CUTS = 5
-"""Ids that are listed of samples that are cut."""
+"""Ids that are shown of samples that are cut."""
+_CUT = "cut.json"
 
 
 class WorkerTask(Frozen):
@@ -186,11 +188,12 @@ class Loop:
 
     def _check_lengths(self) -> None:
         """Say which samples are cut, before an hour is spent on their beginnings."""
-        cut = self.data.check_room()
-        if cut and self.rank == 0:
+        self.cut = self.data.check_room()
+        if self.cut and self.rank == 0:
             logger.warning(
-                "train: max_length=%d cuts %d of %d samples, first %s",
-                self.data.max_length, len(cut), len(self.data), ", ".join(cut[:_SHOWN_CUTS]),
+                "train: max_length=%d cuts %d of %d samples, first %s; the adapter's %s lists all",
+                self.data.max_length, len(self.cut), len(self.data),
+                ", ".join(self.cut[:_SHOWN_CUTS]), _CUT,
             )  # fmt: skip
 
     def _split(self, name: str) -> Split:
@@ -246,18 +249,21 @@ class Loop:
         return engine
 
     def _first_state(self) -> TrainState:
-        total = int(self.train.epochs * len(self.data))
+        total = int(self.train.epochs * self._order(self.per_step).epoch_length)
         if self.train.max_steps is not None:
             total = min(total, self.train.max_steps * self.per_step)
         return TrainState(total_samples=max(1, total), group=self.per_step)
 
-    def _batches(self) -> Iterator[Batch]:
-        order = StreamOrder(
+    def _order(self, group: int) -> StreamOrder:
+        return StreamOrder(
             lengths=tuple(self.data.split.letters.tolist()),
             seed=self.train.seed,
-            group=self.state.group,
+            group=group,
             by_length=self.train.group_by_modality_length,
         )
+
+    def _batches(self) -> Iterator[Batch]:
+        order = self._order(self.state.group)
         workers = self.train.loader_workers
         if workers is None:
             workers = 4 if self.gpu else 0
@@ -384,6 +390,8 @@ class Loop:
             if final or self.task.export_always:
                 path = self.task.config.model.path
                 checkpoint.export(self.engine, folder / "artifact", base_model=path, rank=self.rank)
+                if self.cut and self.rank == 0:
+                    (folder / "artifact" / _CUT).write_text(json.dumps(self.cut, indent=1))
             if self.rank == 0:
                 write_metrics(self.metrics, folder / METRICS)
             self.distributed.report(values, folder)

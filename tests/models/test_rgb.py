@@ -246,3 +246,80 @@ def test_other_formats_are_named() -> None:
     for data in (*others, slow, b"%PDF-1.4", b"<svg/>"):
         with pytest.raises(DataError, match="not an image in one of JPEG, PNG"):
             open_image(data, max_pixels=10**6)
+
+
+def tiff(values: np.ndarray[Any, Any], *, photometric: int = 1, bits: int | None = None) -> bytes:
+    """Write an uncompressed TIFF of one strip as its values lie in memory, little-endian."""
+    formats = {"u": 1, "i": 2, "f": 3}
+    data = values.tobytes()
+    width, height = values.shape[1], values.shape[0]
+    depth = bits or 8 * values.dtype.itemsize
+    entries = [
+        (256, 4, width), (257, 4, height), (258, 3, depth), (259, 3, 1), (262, 3, photometric),
+        (273, 4, 8), (277, 3, 1), (278, 4, height), (279, 4, len(data)),
+        (339, 3, formats[values.dtype.kind]),
+    ]  # fmt: skip
+    directory = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    head = struct.pack("<4sI", b"II*\0", 8 + len(data))
+    return head + data + struct.pack("<H", len(entries)) + directory + bytes(4)
+
+
+U32 = 2**32 - 1
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (tiff(np.array([[0, 16384, 65535]], np.uint16), photometric=0), [255, 191, 0]),
+        (tiff(np.array([[0, 0.5, 1]], np.float32), photometric=0), [255, 128, 0]),
+        (tiff(np.array([[0, 0.5, 1.0001]], np.float32)), [0, 128, 255]),
+        (tiff(np.array([[0, 1, 2]], np.float32)), [0, 128, 255]),
+        (tiff(np.array([[0, 128, 255]], np.float32)), [0, 128, 255]),
+        (tiff(np.array([[0, U32 // 4, U32]], np.uint32)), [0, 64, 255]),
+        (tiff(np.array([[-128, 0, 127]], np.int8)), [0, 128, 255]),
+        (tiff(np.array([[0, 100, 300]], np.int32)), [0, 85, 255]),
+    ],
+)  # fmt: skip
+def test_greys_of_tiff_keep_their_range(data: bytes, expected: list[int]) -> None:
+    """C3"""
+    found = np.asarray(open_image(data, max_pixels=100))[0, :, 0]
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+DEEP = struct.pack(">3H", 0x1234, 0x5678, 0x9ABC)
+
+
+def png_chunks(*chunks: tuple[bytes, bytes]) -> bytes:
+    parts = [
+        struct.pack(">I4s", len(data), kind) + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "row", "clear"),
+    [
+        (2, 0, bytes([0b01000000]), struct.pack(">H", 1)),
+        (4, 0, bytes([0b01010000]), struct.pack(">H", 5)),
+        (16, 2, DEEP, DEEP),
+    ],
+)  # fmt: skip
+def test_a_clear_colour_of_any_depth_lies_over_white(
+    depth: int, colour: int, row: bytes, clear: bytes
+) -> None:
+    """C2"""
+    head = struct.pack(">IIBBBBB", 1, 1, depth, colour, 0, 0, 0)
+    data = png_chunks(
+        (b"IHDR", head), (b"tRNS", clear), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")
+    )
+    assert open_image(data, max_pixels=100).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_whatever_a_reader_raises_is_a_broken_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("a frame of no duration")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(DataError, match="broken image: a frame of no duration"):
+        open_image(b"anything", max_pixels=100)

@@ -64,14 +64,15 @@ def test_parquet_with_an_image_column(
 def test_a_path_inside_an_image_column_cannot_leave_the_folder(
     tmp_path: Path, config: Callable[..., RunConfig]
 ) -> None:
+    (tmp_path / "data").mkdir()
     secret = tmp_path / "secret.png"
     secret.write_bytes(png(9))
     rows: list[dict[str, Any]] = [
         {"image": {"bytes": png(i), "path": None}, "caption_condensed": "A."} for i in range(3)
     ]
     rows.append({"image": {"bytes": None, "path": str(secret)}, "caption_condensed": "B."})
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
-    record = prepare.run(config(tmp_path / "c.parquet", max_rejected_share=0.5))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data" / "c.parquet")
+    record = prepare.run(config(tmp_path / "data" / "c.parquet", max_rejected_share=0.5))
     assert record.rejected == {"path_outside_folder": 1}
 
 

@@ -17,8 +17,8 @@ SHARES = st.floats(0, 1)
 def row(number: int, pictures: tuple[int, ...]) -> Row:
     names = tuple(f"{picture}.png" for picture in pictures)
     turns = (Turn(f"Question {number}", len(pictures), "Yes."),)
-    contents = tuple(hashlib.sha256(name.encode()).hexdigest() for name in names)
-    return Row(number, Sample("x", names, turns), contents)
+    pixels = tuple(hashlib.sha256(name.encode()).hexdigest() for name in names)
+    return Row(number, Sample("x", names, turns), pixels=pixels)
 
 
 def split_rows(rows: Sequence[Row], *, test_share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -50,7 +50,7 @@ def test_no_picture_is_on_both_sides(
 ) -> None:
     rows = [row(i, shown) for i, shown in enumerate(pictures)]
     train, test = split_rows(rows, test_share=share, seed=seed)
-    seen = [{name for r in side for name in r.contents} for side in (train, test)]
+    seen = [{name for r in side for name in r.pixels} for side in (train, test)]
     assert not seen[0] & seen[1]
     assert sorted(r.number for r in train + test) == list(range(len(rows)))
     assert train
@@ -62,4 +62,11 @@ def test_forty_questions_about_four_pictures_are_parted_by_picture() -> None:
     rows = [row(i, (i % 4,)) for i in range(40)]
     train, test = split_rows(rows, test_share=0.25, seed=0)
     assert (len(train), len(test)) == (30, 10)
-    assert len({r.contents for r in test}) == 1
+    assert len({r.pixels for r in test}) == 1
+
+
+def test_the_nearer_of_more_and_fewer_rows_is_held_out() -> None:
+    """G2, where one picture has most rows"""
+    rows = [row(i, (0,)) for i in range(99)] + [row(99, (1,))]
+    assert [len(side) for side in split_rows(rows, test_share=0.9, seed=0)] == [1, 99]
+    assert [len(side) for side in split_rows(rows, test_share=0.1, seed=0)] == [99, 1]

@@ -35,14 +35,29 @@ def order(seed: int = 0, by_length: bool = True) -> StreamOrder:
 
 
 @pytest.mark.parametrize("by_length", [True, False])
-def test_each_epoch_has_every_sample_once_in_another_order(by_length: bool) -> None:
+def test_each_epoch_has_every_sample_in_another_order(by_length: bool) -> None:
     stream = order(by_length=by_length)
-    first = [stream.at(i) for i in range(50)]
-    second = [stream.at(i) for i in range(50, 100)]
-    assert sorted(first) == sorted(second) == list(range(50))
+    count = stream.epoch_length
+    assert count == (52 if by_length else 50)
+    first = [stream.at(i) for i in range(count)]
+    second = [stream.at(i) for i in range(count, 2 * count)]
+    assert sorted(first[:50]) == sorted(second[:50]) == list(range(50))
     assert first != second
-    assert first == [order(by_length=by_length).at(i) for i in range(50)]
-    assert first != [order(seed=1, by_length=by_length).at(i) for i in range(50)]
+    assert first == [order(by_length=by_length).at(i) for i in range(count)]
+    assert first != [order(seed=1, by_length=by_length).at(i) for i in range(count)]
+
+
+@pytest.mark.parametrize(("count", "group"), [(1003, 8), (1000, 8), (10_007, 16), (5, 8)])
+def test_one_step_an_epoch_at_most_has_pictures_beside_text_alone(count: int, group: int) -> None:
+    lengths = tuple((1 + i % 50) * (-1 if i % 3 == 0 else 1) for i in range(count))
+    stream = StreamOrder(lengths, 0, group, by_length=True)
+    steps = -(-count // group)
+    assert stream.epoch_length == steps * group
+    for epoch in range(3):
+        start = epoch * stream.epoch_length
+        signs = [lengths[stream.at(start + i)] < 0 for i in range(stream.epoch_length)]
+        groups = [set(signs[g * group : (g + 1) * group]) for g in range(steps)]
+        assert sum(len(kinds) == 2 for kinds in groups) <= 2
 
 
 def test_groups_hold_samples_of_like_length() -> None:

@@ -20,6 +20,8 @@ class Reader:
     """What a file of it looks like, for README."""
     open: Callable[[Path], Table]
     """Raises DataError where the file is not of that form; an OSError is handled by the caller."""
+    also: tuple[str, ...] = ()
+    """Other suffixes of the same form."""
 
 
 @functools.cache
@@ -27,4 +29,4 @@ def readers() -> dict[str, Reader]:
     """Return the reader of each suffix."""
     names = (f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__))
     found = [import_module(name).READER for name in names]
-    return {reader.suffix: reader for reader in found}
+    return {suffix: reader for reader in found for suffix in (reader.suffix, *reader.also)}

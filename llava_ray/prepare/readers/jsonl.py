@@ -8,10 +8,10 @@ from pathlib import Path
 from llava_ray.artifacts.store import sha256_of
 from llava_ray.errors import DataError
 from llava_ray.prepare.readers import Reader
-from llava_ray.prepare.table import BrokenRow, Cells, Table, decoded
+from llava_ray.prepare.table import BrokenRow, Cells, Table, decoded, encoding_of
 
 
-def _open_jsonl(path: Path) -> Table:
+def open_jsonl(path: Path) -> Table:
     columns: dict[str, None] = {}
     num_rows = 0
     for cells in _rows(path):
@@ -29,15 +29,17 @@ def _open_jsonl(path: Path) -> Table:
 
 def _rows(path: Path) -> Iterator[Cells | BrokenRow]:
     with path.open("rb") as stream:
-        wide = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        plain = encoding_of(stream.read(4)) == "utf-8-sig"
         stream.seek(0)
         lines: Iterable[bytes] = stream
-        if wide:
-            lines = (line.encode() for line in decoded(stream.read()).splitlines())
+        if not plain:
+            # By line ends alone: texts may hold what Unicode takes for one.
+            text = decoded(stream.read())
+            lines = (line.encode(errors="surrogatepass") for line in text.split("\n"))
         for number, line in enumerate(lines):
-            text = line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
-            if text.strip():
-                yield _cells(text)
+            row = line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
+            if row.strip():
+                yield _cells(row)
 
 
 def _cells(line: bytes) -> Cells | BrokenRow:
@@ -50,4 +52,4 @@ def _cells(line: bytes) -> Cells | BrokenRow:
     return cells
 
 
-READER = Reader(".jsonl", "an object a line, with an image's file name and a caption", _open_jsonl)
+READER = Reader(".jsonl", "an object a line, with an image's file name and a caption", open_jsonl)

@@ -7,6 +7,7 @@ from pathlib import Path
 from llava_ray.artifacts.store import sha256_of
 from llava_ray.errors import DataError
 from llava_ray.prepare.readers import Reader
+from llava_ray.prepare.readers.jsonl import open_jsonl
 from llava_ray.prepare.table import BrokenRow, Cells, Table, decoded
 
 
@@ -14,7 +15,12 @@ def _open_json(path: Path) -> Table:
     try:
         rows = json.loads(decoded(path.read_bytes()))
     except (ValueError, RecursionError) as error:
+        if str(error).startswith("Extra data"):
+            return open_jsonl(path)
         raise DataError(f"data.source {str(path)!r}: not JSON ({error})") from error
+    if isinstance(rows, dict):
+        lists = [each for each in rows.values() if isinstance(each, list)]
+        rows = lists[0] if len(lists) == 1 else rows
     if not isinstance(rows, list):
         raise DataError(
             f"data.source {str(path)!r}: holds a {type(rows).__name__}, not a list of rows "

@@ -10,10 +10,10 @@ from typing import Any
 from llava_ray.artifacts.store import sha256_of
 from llava_ray.errors import DataError
 from llava_ray.prepare.readers import Reader
-from llava_ray.prepare.table import BrokenRow, Cells, Table, decoded
+from llava_ray.prepare.table import PICTURES, BrokenRow, Cells, Table, decoded
 
-_IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic")
 _TEXT = ("txt", "caption", "text", "cls")
+"""Of several the first is the caption."""
 
 
 def _open_tar(path: Path) -> Table:
@@ -35,19 +35,19 @@ def _open_tar(path: Path) -> Table:
 
 
 def _samples(path: Path, *, with_images: bool) -> Iterator[Cells | BrokenRow]:
-    key, parts = "", dict[str, Any]()
+    key, parts = "", dict[str, bytes]()
     with tarfile.open(path) as tar:
         for member in tar:
             folder, _, name = member.name.rpartition("/")
             stem, _, suffix = name.partition(".")
             if not member.isfile() or not stem or not suffix:
                 continue
-            if parts and f"{folder}/{stem}" != key:
-                yield _cells(key, parts)
+            suffix = suffix.lower()
+            if parts and (f"{folder}/{stem}" != key or suffix in parts):
+                yield from _rows_of(key, parts)
                 parts = {}
-            key, suffix = f"{folder}/{stem}", suffix.lower()
-            is_image = suffix.rpartition(".")[2] in _IMAGES
-            stream = tar.extractfile(member) if with_images or not is_image else None
+            key = f"{folder}/{stem}"
+            stream = tar.extractfile(member) if with_images or not _is_image(suffix) else None
             parts[suffix] = stream.read() if stream else b""
         # tarfile itself takes a damaged header, and a file that was cut, for the end.
         assert tar.fileobj is not None
@@ -55,30 +55,60 @@ def _samples(path: Path, *, with_images: bool) -> Iterator[Cells | BrokenRow]:
         if tar.fileobj.read(512) != bytes(512):
             raise tarfile.ReadError(f"it is damaged at byte {tar.offset}")
     if parts:
+        yield from _rows_of(key, parts)
+
+
+def _is_image(suffix: str) -> bool:
+    return f".{suffix.rpartition('.')[2]}" in PICTURES
+
+
+def _rows_of(key: str, parts: dict[str, bytes]) -> Iterator[Cells | BrokenRow]:
+    """Yield the sample of a name, or several where dots in names made them one."""
+    stems: dict[str, dict[str, bytes]] = {}
+    for suffix, content in parts.items():
+        stem, dot, last = suffix.rpartition(".")
+        stems.setdefault(stem + dot, {})[last] = content
+    captions = [stem for stem, files in stems.items() if files.keys() & {*_TEXT, "json"}]
+    if len(captions) < 2:
         yield _cells(key, parts)
+        return
+    for stem, files in stems.items():
+        yield _cells(f"{key}.{stem.rstrip('.')}", files)
 
 
 def _cells(key: str, parts: dict[str, bytes]) -> Cells | BrokenRow:
-    cells: Cells = {"__key__": key.lstrip("/")}
-    images = []
-    for suffix, content in parts.items():
-        if suffix.rpartition(".")[2] in _IMAGES:
-            images.append(content)
-        elif suffix == "json":
-            try:
-                tree = json.loads(content)
-            except (ValueError, RecursionError) as error:
-                return BrokenRow(f"{key.lstrip('/')}.json is not JSON ({error})")
-            # The pictures are in the tar, whatever they were called before.
-            cells |= (
-                {k: v for k, v in tree.items() if k != "image"} if isinstance(tree, dict) else {}
-            )
-        elif suffix.rpartition(".")[2] in _TEXT:
-            try:
-                cells["txt"] = decoded(content)
-            except DataError as error:
-                return BrokenRow(f"{key.lstrip('/')}.{suffix}: {error}")
-    return cells | {"image": images}
+    name = key.lstrip("/")
+    cells: Cells = {"__key__": name}
+    named: list[Any] = []
+    if "json" in parts:
+        try:
+            tree = json.loads(parts["json"])
+        except (ValueError, RecursionError) as error:
+            return BrokenRow(f"{name}.json is not JSON ({error})")
+        if isinstance(tree, dict):
+            # The pictures are in the tar; what they are called says their order.
+            image = tree.pop("image", None)
+            named, cells = image if isinstance(image, list) else [], cells | tree
+    texts = [suffix for kind in _TEXT for suffix in parts if suffix.rpartition(".")[2] == kind]
+    if texts:
+        try:
+            cells["txt"] = decoded(parts[texts[0]])
+        except DataError as error:
+            return BrokenRow(f"{name}.{texts[0]}: {error}")
+    images = [suffix for suffix in parts if _is_image(suffix)]
+    plain = [suffix for suffix in images if "." not in suffix]
+    base = name.rpartition("/")[2]
+    listed = [str(each).rpartition("/")[2].removeprefix(f"{base}.").lower() for each in named]
+    if listed and set(listed) <= set(images):
+        chosen = listed
+    else:
+        # Beside a sample's picture lie masks and the like; without one, its pictures by name.
+        chosen = plain or sorted(images, key=_natural)
+    return cells | {"image": [parts[suffix] for suffix in chosen]}
+
+
+def _natural(suffix: str) -> list[tuple[int, str]]:
+    return [(int(part) if part.isdecimal() else 0, part) for part in suffix.split(".")]
 
 
 READER = Reader(".tar", "webdataset: `0001.jpg` beside `0001.txt` or `0001.json`", _open_tar)
