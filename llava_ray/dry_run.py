@@ -11,14 +11,15 @@ from llava_ray.errors import ConfigError
 from llava_ray.merge import merge_memory_bytes
 from llava_ray.models import tensors as llava_folder
 from llava_ray.models.family import family_of
-from llava_ray.models.folder import EMBEDDED, WEIGHTS_INDEX, check_model
+from llava_ray.models.folder import EMBEDDED, check_model
+from llava_ray.models.tensors import WEIGHTS, WEIGHTS_INDEX, stored_bytes
 from llava_ray.prepare.readers import readers
 from llava_ray.prepare.sources import SCENE_TEXT
 from llava_ray.quantize.registry import spec_for
 from llava_ray.resources.capacity import Resources
 from llava_ray.train.estimate import DTYPE_BYTES
 
-_CACHED_WEIGHTS = (WEIGHTS_INDEX, "model.safetensors")
+_CACHED_WEIGHTS = (WEIGHTS_INDEX, WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,10 @@ def _read_base(folder: Path) -> Base:
         if missing:
             why = f"{index}; {missing} of {len(names)} weight files are not on this machine"
             return Base(None, why, int(tree["metadata"]["total_size"]))
-    files = list(folder.glob("*.safetensors"))
-    if not files:
-        return Base(None, f"{folder} holds no safetensors")
+    if not index.is_file() and not (folder / WEIGHTS).is_file():
+        return Base(None, f"{folder} holds no {WEIGHTS}")
     check_model(folder)
-    size = sum(path.stat().st_size for path in files)
-    return Base(folder, f"the headers of *.safetensors in {folder}", size)
+    return Base(folder, f"the headers of *.safetensors in {folder}", stored_bytes(folder))
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:

@@ -26,6 +26,7 @@ from llava_ray.artifacts.records import (
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.benchmark.plan import check_dataset
 from llava_ray.config.run import RunConfig, changed
+from llava_ray.errors import ConfigError
 from llava_ray.sweep.space import check_space
 from llava_ray.trial_score import scorer_for
 
@@ -78,7 +79,16 @@ def run_benchmark(config: RunConfig) -> list[Scorecard | VariantFailure]:
 
 
 def run_choose(config: RunConfig) -> ChosenVariant:
-    """Pick the winner and write the report."""
+    """Pick the winner and write the report.
+
+    Raises ConfigError where there is nothing to choose from, before anything is trained.
+    """
+    others = set(config.quantize.variants) - {config.benchmark.baseline}
+    if not others and not config.choose.may_choose_baseline:
+        raise ConfigError(
+            f"quantize.variants has only the baseline {config.benchmark.baseline}: add a variant, "
+            "or set choose.may_choose_baseline=true"
+        )
     measured = run_benchmark(config)
     scorecards = [card for card in measured if isinstance(card, Scorecard)]
     failures = [failure for failure in measured if isinstance(failure, VariantFailure)]

@@ -10,6 +10,10 @@ from llava_ray.artifacts.storage import Storage
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError, VariantError, raise_all
 from llava_ray.models.check import check_base
+from llava_ray.models.family import family_of
+from llava_ray.models.folder import EMBEDDED, cached_folder
+from llava_ray.models.low_bits import check_groups
+from llava_ray.models.tensors import is_linear, module_name, weight_shapes
 from llava_ray.prepare.sources import check_source
 from llava_ray.quantize.registry import spec_for
 from llava_ray.sweep.space import check_space
@@ -32,33 +36,78 @@ def _checks(config: RunConfig) -> Iterator[Callable[[], object]]:
         yield lambda: scorer_for(config)
     for part, _ in config.data.parts():
         yield functools.partial(check_source, part.source)
-    folder = Path(config.model.path).expanduser()
-    if config.model.path != "embedded" and folder.is_dir():
+    folder = cached_folder(config.model)
+    if folder is not None and folder != EMBEDDED:
         yield lambda: check_model(config, folder)
 
 
 def check_model(config: RunConfig, folder: Path) -> None:
     """Say which slugs the base model cannot have.
 
-    Raises ConfigError for what is wrong with its files, for the baseline's slug, and for all where
-    quantize.on_unsupported is `error`.
+    Raises ConfigError that lists what is wrong with its files, and which settings it cannot take.
     """
     check_base(folder)
-    problems = {}
-    for slug in config.quantize.variants:
+    looks = (check_slugs, check_training, check_context)
+    raise_all(functools.partial(look, config, folder) for look in looks)
+
+
+def check_slugs(config: RunConfig, folder: Path) -> None:
+    """Say which of quantize.variants the base model cannot have.
+
+    Raises ConfigError for those of serve.beside, for the baseline, and for all where
+    quantize.on_unsupported is `error`.
+    """
+    refused = []
+    for slug in dict.fromkeys((*config.quantize.variants, *config.serve.beside)):
         try:
             spec_for(slug).check(folder)
         except VariantError as error:
-            problems[slug] = str(error)
+            needed = slug == config.benchmark.baseline or slug in config.serve.beside
+            if config.quantize.on_unsupported == "strike" and not needed:
+                logger.warning("%s cannot be made of model.path: %s", slug, error)
+            else:
+                refused.append(f"{slug} cannot be made of model.path ({error}): leave it out")
         except ConfigError:
             pass  # An unknown slug is said elsewhere.
-    for slug, problem in problems.items():
-        if config.quantize.on_unsupported == "strike" and slug != config.benchmark.baseline:
-            logger.warning("%s cannot be made of model.path: %s", slug, problem)
-        else:
-            raise ConfigError(
-                f"quantize.variants: {slug} cannot be made of model.path ({problem}): leave it out"
-            )
+    if refused:
+        raise ConfigError(f"quantize.variants: {'; '.join(refused)}")
+
+
+def check_training(config: RunConfig, folder: Path) -> None:
+    """Raise ConfigError where the base model's linear layers are not as the train section says."""
+    train = config.train
+    linears = {
+        module: shape
+        for name, shape in weight_shapes(folder).items()
+        if is_linear(module := module_name(name.removesuffix(".weight")), vision=False)
+    }
+    known = {module.rpartition(".")[2] for module in linears}
+    unknown = [name for name in train.lora_targets if name not in known]
+    if unknown and train.method != "full":
+        raise ConfigError(
+            f"train.lora_targets {unknown[0]!r}: the language model has no such linear layer; it "
+            f"has {', '.join(sorted(known))}"
+        )
+    if train.method == "hqq":
+        for module, shape in linears.items():
+            try:
+                check_groups(module, shape, bits=train.hqq_bits, group_size=train.hqq_group_size)
+            except ValueError as error:
+                raise ConfigError(f"train.hqq_group_size: {error}") from error
+
+
+def check_context(config: RunConfig, folder: Path) -> None:
+    """Raise ConfigError where no picture, and say where not every picture, fits serve.context."""
+    family, context = family_of(folder), config.serve.context
+    if context <= family.vision.tokens:
+        raise ConfigError(
+            f"serve.context={context}: a picture alone takes {family.vision.tokens} tokens"
+        )
+    if context <= family.max_image_tokens:
+        logger.warning(
+            "serve.context=%d: requests whose picture takes more tokens are refused, and one takes "
+            "up to %d", context, family.max_image_tokens,
+        )  # fmt: skip
 
 
 def check_storage(config: RunConfig) -> None:

@@ -46,7 +46,7 @@ def test_a_model_that_is_not_here_has_unknown_sizes_never_wrong_ones(
             assert "GiB" not in line and "MB" not in line
     shutil.copy(EMBEDDED / "config.json", tmp_path)
     assert lines(f"model.path={tmp_path}")["merge"].startswith(
-        f"memory unknown: {tmp_path} holds no safetensors"
+        f"memory unknown: {tmp_path} holds no model.safetensors"
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES, write_family
 
 from llava_ray import cli, preflight
@@ -72,9 +73,24 @@ def edit(name: str, **changes: object) -> Callable[[Path], object]:
     return change
 
 
-def rename_token(folder: Path) -> None:
+def rename_token(folder: Path, old: str = "<image>", new: str = "<picture>") -> None:
     path = folder / "tokenizer.json"
-    path.write_text(path.read_text().replace('"<image>"', '"<picture>"'))
+    path.write_text(path.read_text().replace(f'"{old}"', f'"{new}"'))
+
+
+def more_tokens(folder: Path) -> None:
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    tree["added_tokens"].append({**tree["added_tokens"][-1], "id": 1024, "content": "<more>"})
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+
+
+def half_an_index(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    named = dict(sorted(tensors.items())[::2])
+    save_file(named, folder / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if k not in named}, folder / "more.safetensors")
+    index = {"weight_map": dict.fromkeys(named, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def narrow(folder: Path) -> None:
@@ -121,6 +137,65 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         "rope_type is 'dynamic'",
     ),
     "another tower": (part("vision_config", model_type="dinov2"), "model_type is 'dinov2'"),
+    "a shard beside the index": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "weights.safetensors"),
+        "no model.safetensors there and no model.safetensors.index.json",
+    ),
+    "an index that leaves weights out": (half_an_index, "are not those of config.json: no "),
+    "more tokens than rows": (more_tokens, "ids up to 1024, and the embedding 1024 rows"),
+    "a feature layer that is not there": (
+        edit("config.json", vision_feature_layer=9), "describes no model that runs (IndexError"
+    ),
+    "another strategy": (
+        edit("config.json", vision_feature_select_strategy="odd"), "describes no model that runs"
+    ),
+    "half a width": (
+        part("text_config", hidden_size=96.5), "text_config.hidden_size is 96.5, not a whole number"
+    ),
+    "no patches": (part("vision_config", patch_size=0), "vision_config.patch_size is 0, not"),
+    "a norm of nothing": (
+        part("text_config", rms_norm_eps=float("nan")), "rms_norm_eps is nan, not a number above 0"
+    ),
+    "fewer positions than a picture": (
+        part("text_config", max_position_embeddings=40), "a picture alone takes 196 tokens"
+    ),
+    "a quantized base": (
+        edit("config.json", quantization_config={"quant_method": "fp8"}), "it is quantized"
+    ),
+    "a list of generation settings": (
+        lambda folder: (folder / "generation_config.json").write_text("[]"),
+        "generation_config.json is a list, not an object",
+    ),
+    "a mark before the config": (
+        lambda folder: (folder / "config.json").write_bytes(
+            b"\xef\xbb\xbf" + (folder / "config.json").read_bytes()
+        ),
+        "config.json is no JSON (Unexpected UTF-8 BOM",
+    ),
+    "an adapter": (
+        lambda folder: (folder / "adapter_config.json").write_text("{}"), "it holds an adapter"
+    ),
+    "pixels that are not normalized": (
+        lambda folder: [
+            edit(name, do_normalize=False)(folder)
+            for name in ("preprocessor_config.json", "processor_config.json")
+        ],
+        "with do_rescale and do_normalize",
+    ),
+    "no end of an answer": (
+        lambda folder: [
+            edit("tokenizer_config.json", eos_token=None)(folder),
+            (folder / "chat_template.jinja").unlink(),
+            rename_token(folder, "</s>", "</end>"),
+        ],
+        "an answer ends with '</s>', which is no token: set eos_token",
+    ),
+    "a template that undoes the protection": (
+        lambda folder: (folder / "chat_template.jinja").write_text(
+            "{% for m in messages %}{{ m.content | replace('\u2060', '') }}</s>{% endfor %}"
+        ),
+        "writes 1 <image> for 0 pictures",
+    ),
     "a template of nothing": (
         lambda folder: (folder / "chat_template.jinja").write_text("{{ bos_token }}"),
         "chat template shows no question",

@@ -10,6 +10,7 @@ from llava_ray.config.run import RunConfig
 from llava_ray.errors import ResourceError, VariantError
 from llava_ray.merge.fold import merge_task
 from llava_ray.models.folder import model_folder
+from llava_ray.models.tensors import stored_bytes
 from llava_ray.resources.capacity import Fleet, Resources, find_fleet
 from llava_ray.resources.tasks import Task, run_task
 
@@ -34,7 +35,7 @@ def run(config: RunConfig, adapter: AdapterCheckpoint) -> MergedModel:
         logger.info("merge: %s is there already", id)
         return found
     folder = model_folder(config.model)
-    weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    weight_bytes = stored_bytes(folder)
     need = merge_resources(weight_bytes, find_fleet(config))
     task = Task(f"merge {id}", need, merge_task, (config, adapter, id, store.storage.uri))
     try:

@@ -5,6 +5,7 @@ In fp32, because merging in bf16 or fp16 rounds small LoRA updates away.
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from llava_ray.models.dataset import open_split
 from llava_ray.models.family import family_of
 from llava_ray.models.folder import model_folder, weights_sha256
 from llava_ray.models.low_bits import fake_quantize_base
+from llava_ray.models.tensors import stored_bytes
 from llava_ray.resources.devices import device_name
 from llava_ray.resources.memory import peak_bytes, reset_peaks
 
@@ -60,6 +62,11 @@ def merge_task(
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
         merged.to(dtype[config.merge.dtype]).save_pretrained(build.folder)
         rounded = _differences(merged.float(), probe, before)
+        if not math.isfinite(rounded[0]):
+            raise ArtifactError(
+                f"merge.dtype={config.merge.dtype} cannot hold the merged weights, whose logits "
+                "are no numbers then: set merge.dtype=bf16"
+            )
         _carry(base, build.folder)
         return build.finish(
             MergedModel,
@@ -85,7 +92,7 @@ def _device(base: Path) -> str:
     """Take the task's GPU where the model fits on it in fp32, with a quarter for the rest."""
     import torch
 
-    weights = sum(path.stat().st_size for path in base.glob("*.safetensors")) // 2
+    weights = stored_bytes(base) // 2
     fits = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.25 * 4 * weights
     return "cuda" if fits else "cpu"
 

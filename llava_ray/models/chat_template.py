@@ -10,7 +10,7 @@ template places them.
 import functools
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<image>"
 _LLAMA_TOKENS = ("<s>", "</s>", "<unk>", "<pad>")
+_BRACKETED = re.compile(r"<.*>|\[.*\]")
+"""Tokens that are meant as marks, whether they are called special or not."""
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,50 @@ def chat_template(tokenizer: Any) -> ChatTemplate:
 
 
 def protect(text: str, tokenizer: Any) -> str:
-    """Keep somebody's text from being read as special tokens, by a word joiner in each."""
-    for special in _special_tokens(tokenizer):
-        text = text.replace(special, f"{special[0]}\u2060{special[1:]}")
+    """Keep somebody's text from being read as control tokens, by a word joiner in each."""
+    guard = _guard(tokenizer)
+    if guard.normalize is not None and any(
+        token in guard.normalize(text) for token in guard.tokens
+    ):
+        text = guard.normalize(text)
+    for token in guard.tokens:
+        text = text.replace(token, f"{token[0]}{guard.joiner}{token[1:]}" if token[1:] else " ")
     return text
 
 
+def control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Return the tokens that nobody's text may be read as."""
+    return _guard(tokenizer).tokens
+
+
+@dataclass(frozen=True)
+class _Guard:
+    tokens: tuple[str, ...]
+    """Of two that begin alike the longer one first."""
+    joiner: str
+    """What stands in them where they are text."""
+    normalize: Callable[[str], str] | None
+    """What the tokenizer does with text before it looks for tokens."""
+
+
 @functools.lru_cache(maxsize=16)
-def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    found = {token.content for token in added if token.special}
+def _guard(tokenizer: Any) -> _Guard:
+    added = list(getattr(tokenizer, "added_tokens_decoder", {}).values())
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    found = {
+        token.content
+        for token in added
+        if token.special or token.content in template or _BRACKETED.fullmatch(token.content)
+    }
     found |= {IMAGE_TOKEN, *getattr(tokenizer, "all_special_tokens", _LLAMA_TOKENS)}
-    # Of two that begin alike the longer one first.
-    return tuple(
-        sorted((each for each in found if len(each) > 1), key=lambda each: (-len(each), each))
-    )
+    tokens = tuple(sorted(filter(None, found), key=lambda each: (-len(each), each)))
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    if normalizer is None or not any(token.normalized for token in added):
+        return _Guard(tokens, "\u2060", None)
+    normalize: Callable[[str], str] = normalizer.normalize_str
+    # One that the normalizer leaves where it is.
+    joiner = next(each for each in ("\u2060", "-", " ") if each in normalize(f"a{each}b"))
+    return _Guard(tokens, joiner, normalize)
 
 
 class Vicuna(ChatTemplate):
@@ -131,31 +162,45 @@ class TokenizersOwn(ChatTemplate):
         if system and not self._has_system:
             first = Turn(f"{system}\n\n{turns[0].text}", turns[0].num_images, turns[0].answer)
             turns, system = [first, *turns[1:]], ""
+        mark = _unused_mark([system, *(turn.text for turn in turns)])
         messages = [self._message("system", system)] if system else []
         asked = []
-        for turn in turns:
+        for index, turn in enumerate(turns):
             messages.append(self._message("user", turn.text, turn.num_images))
             if turn.answer is not None:
                 asked.append(self._render(messages, go_on=True))
-                messages.append(self._message("assistant", turn.answer))
+                messages.append(self._message("assistant", f"{mark}{index}{mark}"))
         text = self._render(messages, go_on=turns[-1].answer is None)
-        return self._place(text, asked, turns, image_tokens)
+        return self._place(text, asked, turns, mark, image_tokens)
 
     def _place(
-        self, text: str, asked: Sequence[str], turns: Sequence[Turn], image_tokens: Sequence[int]
-    ) -> Written:
-        """Find the answers, end each with the stop token and widen the image tokens."""
+        self, text: str, asked: Sequence[str], turns: Sequence[Turn], mark: str,
+        image_tokens: Sequence[int],
+    ) -> Written:  # fmt: skip
+        """Put the answers in place of their marks, each ended by the stop token, and widen the
+        image tokens; what a template does to an answer's own text is not learned."""
+        shown, wanted = text.count(IMAGE_TOKEN), sum(turn.num_images for turn in turns)
+        if shown != wanted:
+            raise ConfigError(
+                f"the tokenizer's chat template writes {shown} {IMAGE_TOKEN} for {wanted} "
+                "pictures: mend chat_template.jinja, or delete it for Vicuna's"
+            )
         written, done, answers, counts = "", 0, [], iter(image_tokens)
-        for before, turn in zip(asked, turns, strict=False):
-            answer = protect(turn.answer or "", self._tokenizer).strip()
+        for index, (before, turn) in enumerate(zip(asked, turns, strict=False)):
+            place = text.find(f"{mark}{index}{mark}", done)
+            if place < 0:
+                raise ConfigError("the tokenizer's chat template leaves out an answer: mend it")
             # A template may write an earlier answer otherwise than the last one.
-            start = len(before) if text.startswith(before) else text.index(answer, done)
-            end = text.index(answer, start) + len(answer)
+            start = len(before) if text.startswith(before) else place
+            end = place + len(f"{mark}{index}{mark}")
+            ending = self.stop
             if self._ends:
-                end = text.index(self.stop, end) + len(self.stop)
+                stop = text.index(self.stop, end) + len(self.stop)
+                ending, end = text[end:stop], stop
             written += _widen(text[done:start], counts)
             first = len(written)
-            written += text[start:end] + ("" if self._ends else self.stop)
+            answer = protect(turn.answer or "", self._tokenizer).strip()
+            written += text[start:place] + answer + ending
             answers.append((first, len(written)))
             done = end
         # Behind the last answer there is nothing to learn.
@@ -182,15 +227,17 @@ class TokenizersOwn(ChatTemplate):
         problem = ""
         for typed in (True, False):
             self._typed = typed
-            question = self._message("user", "What is it?", 1)
+            question = self._message("user", "What is it?", 2)
+            messages = [question, self._message("assistant", "Signs."), question]
             try:
                 text = self._render([question], go_on=True)
+                count = self._render(messages, go_on=True).count(IMAGE_TOKEN)
             except Exception as error:  # What a stranger's template raises is its own.
                 problem = f"{type(error).__name__}: {error}"
                 continue
-            if "What is it?" in text and "'type'" not in text and text.count(IMAGE_TOKEN) == 1:
+            if "What is it?" in text and "'type'" not in text and count == 4:
                 return typed, self._renders_system(question)
-            problem = f"it writes {text[:80]!r}"
+            problem = f"it writes {text[:80]!r}, with {count} {IMAGE_TOKEN} for 4 pictures"
         raise ConfigError(
             "the tokenizer's chat template shows no question with an image "
             f"({' '.join(problem.split())}); mend chat_template.jinja, or delete it for Vicuna's"
@@ -206,7 +253,7 @@ class TokenizersOwn(ChatTemplate):
         """Return the token that ends an answer, and whether the template writes it itself."""
         messages = [self._message("user", "What is it?"), self._message("assistant", "A sign.")]
         _, _, tail = self._render(messages).rpartition("A sign.")
-        places = {token: tail.find(token) for token in _special_tokens(self._tokenizer)}
+        places = {token: tail.find(token) for token in _guard(self._tokenizer).tokens}
         found = [token for token, place in places.items() if place >= 0]
         if found:
             return min(found, key=lambda token: places[token]), True
@@ -219,7 +266,14 @@ class TokenizersOwn(ChatTemplate):
 
 
 def _widen(text: str, counts: Iterator[int]) -> str:
-    return re.sub(re.escape(IMAGE_TOKEN), lambda _: IMAGE_TOKEN * next(counts), text)
+    return re.sub(re.escape(IMAGE_TOKEN), lambda _: IMAGE_TOKEN * next(counts, 1), text)
+
+
+def _unused_mark(texts: Sequence[str]) -> str:
+    mark = "\ue000"
+    while any(mark in text for text in texts):
+        mark += "\ue000"
+    return mark
 
 
 def inside(offsets: Iterable[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:

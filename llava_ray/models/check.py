@@ -1,12 +1,17 @@
 """What stages will need of a base model's folder, looked at before anything is spent."""
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from llava_ray.errors import raise_all
-from llava_ray.models.chat_template import IMAGE_TOKEN, chat_template
+from PIL import Image
+
+from llava_ray.errors import ConfigError, said_by
+from llava_ray.models.chat_template import IMAGE_TOKEN, Turn, chat_template, control_tokens
+from llava_ray.models.conversation import encode_prompt
 from llava_ray.models.family import base_error, family_of
-from llava_ray.models.folder import check_model
+from llava_ray.models.folder import check_files, check_weights
 from llava_ray.models.tensors import empty_model, is_tied, module_name, weight_shapes
 
 _SHOWN = 3
@@ -14,8 +19,16 @@ _SHOWN = 3
 
 def check_base(folder: Path) -> None:
     """Raise ConfigError that lists all that is wrong with a folder whose files can be read."""
-    check_model(folder)
-    raise_all(partial(look, folder) for look in (check_tokenizer, check_shapes))
+    mistakes: list[str] = []
+    for look, rests_on_all in (
+        (family_of, False), (check_files, False), (check_weights, False),
+        (check_tokenizer, False), (check_shapes, True),
+    ):  # fmt: skip
+        if not (rests_on_all and mistakes):
+            mistakes += said_by([partial(look, folder)])
+    if mistakes:
+        # Several look into the same files.
+        raise ConfigError("; ".join(dict.fromkeys(mistakes)))
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -31,6 +44,7 @@ def check_tokenizer(folder: Path) -> None:
             "no tokenizer.json, the fast tokenizer: transformers' "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it",
         )
+    read_config(folder)
     try:
         found = Tokenizer.from_file(str(path)).token_to_id(IMAGE_TOKEN)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -50,19 +64,63 @@ def check_tokenizer(folder: Path) -> None:
             f"{IMAGE_TOKEN} is token {found} of the tokenizer and "
             f"{wanted} in config.json: set image_token_index to {found}",
         )
-    chat_template(tokenizer)
+    _check_conversations(folder, tokenizer)
+
+
+def _check_conversations(folder: Path, tokenizer: Any) -> None:
+    """Raise ConfigError where answers do not end, or where a text makes control tokens."""
+    try:
+        template = chat_template(tokenizer)
+        turns = [Turn("What is it?", 1, "A sign."), Turn("And there?", 1, "a b</think>c")]
+        template.write(turns, "Be kind.", [1, 1])
+        ends = tokenizer(template.stop, add_special_tokens=False)["input_ids"]
+    except ConfigError as error:
+        raise base_error(folder, str(error)) from error
+    except Exception as error:  # What a stranger's template raises is its own.
+        reason = f"{type(error).__name__}: {error}"
+        raise base_error(folder, f"its chat template cannot be followed ({reason})") from error
+    if len(ends) != 1:
+        raise base_error(
+            folder,
+            f"an answer ends with {template.stop!r}, which is no token: set eos_token in "
+            "tokenizer_config.json",
+        )
+    control = control_tokens(tokenizer)
+    hostile = [form(token) for token in control for form in (str, str.upper, _wide)]
+    counts = [
+        Counter(encode_prompt(tokenizer, [Turn(text)], [])) for text in ("a", " a ".join(hostile))
+    ]
+    for token in control:
+        number = tokenizer.convert_tokens_to_ids(token)
+        if counts[0][number] != counts[1][number]:
+            raise base_error(
+                folder,
+                f"its tokenizer and template make the control token {token!r} of what people "
+                "write: see the normalizer of tokenizer.json and chat_template.jinja",
+            )
+
+
+def _wide(text: str) -> str:
+    """Return ASCII in full-width letters, of which NFKC makes ASCII again."""
+    return "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
 
 
 def check_shapes(folder: Path) -> None:
     """Raise ConfigError where stored weights are not those that config.json describes."""
-    from transformers import AutoConfig
+    from transformers import AutoTokenizer
 
+    config = read_config(folder)
     try:
-        config = AutoConfig.from_pretrained(folder)
         model = empty_model(config)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise base_error(folder, f"config.json describes no model ({reason})") from error
+        found = _dry_tokens(model, folder)
+    except Exception as error:  # transformers raises whatever a number leads to.
+        raise _no_model(folder, error) from error
+    if found[0] != found[1]:
+        raise base_error(
+            folder,
+            f"a picture gives {found[0]} features and {found[1]} tokens: see image_size, "
+            "patch_size, vision_feature_layer and vision_feature_select_strategy in config.json",
+        )
     expected = {name: tuple(value.shape) for name, value in model.named_parameters()}
     stored = {module_name(name): shape for name, shape in weight_shapes(folder).items()}
     if is_tied(config):
@@ -74,9 +132,55 @@ def check_shapes(folder: Path) -> None:
         if name in stored and stored[name] != shape
     ]
     problems = [f"no {name}" for name in missing] + other
+    rows, ids = config.text_config.vocab_size, AutoTokenizer.from_pretrained(folder).get_vocab()
+    if not problems and max(ids.values()) >= rows:
+        raise base_error(
+            folder,
+            f"its tokenizer has ids up to {max(ids.values())}, and the embedding {rows} rows: "
+            "model.resize_token_embeddings(len(tokenizer)) adds them",
+        )
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise base_error(
             folder,
             f"its weights are not those of config.json: {'; '.join(problems[:_SHOWN])}{more}",
         )
+
+
+def read_config(folder: Path) -> Any:
+    """Return transformers' config; raises ConfigError where it refuses."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise _no_model(folder, error) from error
+
+
+def _no_model(folder: Path, error: Exception) -> ConfigError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return base_error(folder, f"config.json describes no model that runs ({reason})")
+
+
+def _dry_tokens(model: Any, folder: Path) -> tuple[int, int]:
+    """Run a model without numbers; return a picture's features and the tokens it is given."""
+    import torch
+
+    family = family_of(folder)
+    image = family.pixels(Image.new("RGB", (40, 30)))
+    inputs = family.inputs([image])
+    inputs["pixel_values"] = inputs["pixel_values"].to("meta")
+    width = model.config.text_config.hidden_size
+    with torch.no_grad():
+        model = model.to("meta").eval()
+        features = model.model.get_image_features(**inputs)
+        features = getattr(features, "pooler_output", features)
+        # With mask and positions, which are else made by looking at numbers.
+        hidden = model.model.language_model(
+            inputs_embeds=torch.zeros(1, 4, width, device="meta"),
+            attention_mask=torch.zeros(1, 1, 4, 4, device="meta"),
+            position_ids=torch.arange(4, device="meta")[None],
+            use_cache=False,
+        ).last_hidden_state
+        model.lm_head(hidden)
+    return sum(len(each.reshape(-1, each.shape[-1])) for each in features), image.num_tokens

@@ -80,7 +80,10 @@ def encode_prompt(
     template = chat_template(tokenizer)
     text = template.write(turns, system, image_tokens).text
     options = {} if template.adds_special_tokens else {"add_special_tokens": False}
-    return list(tokenizer(text, **options)["input_ids"])
+    ids = list(tokenizer(text, **options)["input_ids"])
+    # A prompt goes on; some tokenizers end every text.
+    ended = ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(template.stop)
+    return ids[:-1] if ended else ids
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,15 @@ def encode_sample(
         add_special_tokens=template.adds_special_tokens,
         return_offsets_mapping=True,
     )
-    ids = list(encoded["input_ids"])[:max_length]
+    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+    if len(ids) > 1 and tuple(offsets[-1]) == (0, 0):  # What some tokenizers put behind every text.
+        ids, offsets = ids[:-1], offsets[:-1]
+    ids = ids[:max_length]
     left = ids.count(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     whole = [total for total in accumulate(image_tokens) if total <= left]
     if rest := left - (whole[-1] if whole else 0):
         ids = ids[:-rest]
-    learned = inside(encoded["offset_mapping"], written.answers)
+    learned = inside(offsets, written.answers)
     labels = [id if learn else IGNORE_INDEX for id, learn in zip(ids, learned, strict=False)]
     return Encoded(ids, labels, len(whole))
 

@@ -24,8 +24,18 @@ _PARTS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "vision_config": {"model_type": ("clip_vision_model", "siglip_vision_model")},
 }
 """What engines and trainers run as transformers does; the first where nothing is said."""
+_WHOLE = frozenset(
+    {
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "vocab_size", "max_position_embeddings", "image_size",
+        "patch_size", "head_dim",
+    }
+)  # fmt: skip
+_POSITIVE = frozenset({"rms_norm_eps", "layer_norm_eps", "rope_theta", "factor"})
+_MAY_BE_NONE = ("num_key_value_heads", "head_dim")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those whose angles hang on the position alone."""
+_SIGLIP = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -114,10 +124,19 @@ def family_of(folder: Path) -> Family:
                 f"model_type is {kind!r}, not one of {', '.join(map(repr, _families()))}; LLaVA in "
                 "its Hugging Face form is needed, such as llava-hf/llava-1.5-7b-hf",
             )
-        if problem := _unknown_part(tree):
+        if problem := _unknown_part(tree) or _odd_number(tree):
             raise base_error(folder, problem)
-        return family_from(tree, *mean_and_std(folder))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        colours = mean_and_std(folder)
+        family = family_from(tree, *colours)
+        most = tree["text_config"].get("max_position_embeddings")
+        if most is not None and most <= family.vision.tokens:
+            raise base_error(
+                folder,
+                f"max_position_embeddings is {most}, and a picture alone takes "
+                f"{family.vision.tokens} tokens",
+            )
+        return family
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise base_error(folder, f"config.json is not that of a LLaVA ({reason})") from error
 
@@ -156,6 +175,28 @@ def _unknown_part(tree: Mapping[str, Any]) -> str:
     )
 
 
+def _odd_number(tree: Mapping[str, Any]) -> str:
+    """Say which number of a config no model can have."""
+    parts = {name: tree[name] for name in _PARTS}
+    text = parts["text_config"]
+    parts["rope_parameters"] = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    for part, keys in parts.items():
+        for key, value in keys.items():
+            if value is None and key in _MAY_BE_NONE:
+                continue
+            whole, kind = key in _WHOLE, int if key in _WHOLE else int | float
+            if whole or key in _POSITIVE:
+                good = isinstance(value, kind) and not isinstance(value, bool) and value > 0
+                if not good or value == float("inf"):
+                    what = "a whole number" if whole else "a number"
+                    return f"{part}.{key} is {value!r}, not {what} above 0"
+    if "sliding_attention" in (text.get("layer_types") or ()) and not text.get("sliding_window"):
+        return "text_config.layer_types has sliding_attention, and sliding_window is not set"
+    if "quantization_config" in tree:
+        return "it is quantized (quantization_config): give the model as it was before"
+    return ""
+
+
 def _families() -> dict[str, type[Family]]:
     from llava_ray.models.llava import Llava
     from llava_ray.models.llava_next import LlavaNext
@@ -164,12 +205,33 @@ def _families() -> dict[str, type[Family]]:
 
 
 def mean_and_std(folder: Path) -> tuple[Colour, Colour]:
-    """Read by what pixels are normalized; CLIP's where no file says so."""
+    """Read by what pixels are normalized: SigLIP's numbers or CLIP's where no file says so.
+
+    Raises ConfigError for a processor that does something else with pixels.
+    """
     for name in PROCESSORS:
-        if (path := folder / name).is_file():
-            tree = json.loads(path.read_bytes())
+        if not (folder / name).is_file():
+            continue
+        try:
+            tree = json.loads((folder / name).read_bytes())
             tree = tree.get("image_processor", tree)
-            if "image_mean" in tree and "image_std" in tree:
-                (a, b, c), (d, e, f) = tree["image_mean"], tree["image_std"]
-                return (a, b, c), (d, e, f)
+            siglip = "siglip" in str(tree.get("image_processor_type", "")).lower()
+            known = _SIGLIP if siglip else (CLIP_MEAN, CLIP_STD)
+            mean, std = (
+                tuple(float(part) for part in tree.get(key, default))
+                for key, default in zip(("image_mean", "image_std"), known, strict=True)
+            )
+            scale, plain = tree.get("rescale_factor", 1 / 255), ("do_rescale", "do_normalize")
+            good = len(mean) == len(std) == 3 and abs(scale * 255 - 1) < 1e-3
+            good = good and all(0 <= part <= 1 for part in mean) and all(0 < s < 9 for s in std)
+            if good and all(tree.get(key, True) for key in plain):
+                return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+        except (ValueError, TypeError, AttributeError) as error:
+            raise base_error(folder, f"{name} is damaged ({error}): copy it again") from error
+        raise base_error(
+            folder,
+            f"{name}: pixels must be divided by 255 and normalized by an image_mean of 0 to 1 and "
+            "an image_std above 0, three each, with do_rescale and do_normalize; it has "
+            f"rescale_factor {scale:g}, {list(mean)} and {list(std)}",
+        )
     return CLIP_MEAN, CLIP_STD

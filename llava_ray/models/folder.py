@@ -4,15 +4,17 @@ import contextlib
 import hashlib
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 from llava_ray.artifacts.storage import cache_folder
 from llava_ray.artifacts.store import sha256_of
 from llava_ray.config.run import ModelConfig
-from llava_ray.errors import ConfigError
+from llava_ray.errors import ArtifactError, ConfigError, raise_all
 from llava_ray.models.family import PROCESSORS, base_error, family_of
+from llava_ray.models.tensors import WEIGHTS, WEIGHTS_INDEX, shards
 
-WEIGHTS_INDEX = "model.safetensors.index.json"
+_FLOATS = ("F16", "BF16", "F32", "F64")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"
 
@@ -32,11 +34,15 @@ def model_folder(config: ModelConfig) -> Path:
 
 
 def check_model(folder: Path) -> None:
-    """Raise ConfigError where config, tokenizer or weights are missing or damaged.
+    """Raise ConfigError that lists where config, tokenizer or weights are missing or damaged.
 
     Of weights the headers and the files' lengths are looked at, not every byte.
     """
-    family_of(folder)
+    raise_all(partial(look, folder) for look in (family_of, check_files, check_weights))
+
+
+def check_files(folder: Path) -> None:
+    """Raise ConfigError where what lies beside the weights is missing or cannot be read."""
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise base_error(folder, f"no {' or '.join(_TOKENIZERS)} there")
     if not any((folder / name).is_file() for name in PROCESSORS):
@@ -45,34 +51,43 @@ def check_model(folder: Path) -> None:
             f"no {PROCESSORS[0]}, which says how pixels are "
             "normalized: copy it from the model that the vision tower is of",
         )
+    if (folder / "adapter_config.json").is_file():
+        raise base_error(
+            folder, "it holds an adapter (adapter_config.json): move it away, or merge it first"
+        )
     for path in folder.glob("*.json"):
         try:
-            json.loads(path.read_bytes())
+            tree = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise base_error(
                 folder, f"{path.name} is no JSON ({error}); copy or download the model again"
             ) from error
-    check_weights(folder)
+        if path.name.endswith("config.json") and not isinstance(tree, dict):
+            raise base_error(folder, f"{path.name} is a {type(tree).__name__}, not an object")
 
 
 def check_weights(folder: Path) -> None:
-    """Raise ConfigError where safetensors are missing, damaged or cut off."""
+    """Raise ConfigError where safetensors are missing, damaged, cut off or of integers."""
     from safetensors import SafetensorError, safe_open
 
-    index = folder / WEIGHTS_INDEX
-    names = {path.name for path in folder.glob("*.safetensors")}
     try:
-        if index.is_file():
-            names |= set(json.loads(index.read_bytes())["weight_map"].values())
-        for name in sorted(names):
-            with safe_open(folder / name, framework="np"):
-                pass
+        paths = shards(folder)
+        for path in paths:
+            with safe_open(path, framework="np") as file:
+                kinds = {name: file.get_slice(name).get_dtype() for name in file.offset_keys()}
+                packed = [name for name, kind in kinds.items() if kind not in _FLOATS]
+                if packed:
+                    raise base_error(
+                        folder,
+                        f"{packed[0]} is of {kinds[packed[0]]}: give the model as it was before "
+                        "it was quantized",
+                    )
+    except ArtifactError as error:
+        raise base_error(folder, f"no {WEIGHTS} there and no {WEIGHTS_INDEX}") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise base_error(
             folder, f"its weights cannot be read ({error}); copy or download the model again"
         ) from error
-    if not names:
-        raise base_error(folder, "no *.safetensors there")
 
 
 def max_positions(folder: Path) -> int:
@@ -125,18 +140,35 @@ def _remembered_sha256(path: Path) -> str:
     return digest
 
 
-def _download(config: ModelConfig) -> Path:
+_SMALL = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+def cached_folder(config: ModelConfig) -> Path | None:
+    """Return where a base model lies on this machine already; None for what is not here."""
+    folder = Path(config.path).expanduser()
+    if config.path == "embedded" or folder.is_dir():
+        return EMBEDDED if config.path == "embedded" else folder
+    try:
+        found = _snapshot(config, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return found if any(found.glob("*.safetensors")) else None
+
+
+def _snapshot(config: ModelConfig, **options: bool) -> Path:
     from huggingface_hub import snapshot_download
+
+    patterns = [*_SMALL, "*.safetensors"]
+    return Path(
+        snapshot_download(config.path, revision=config.revision, allow_patterns=patterns, **options)  # type: ignore[call-overload]
+    )
+
+
+def _download(config: ModelConfig) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                config.path,
-                revision=config.revision,
-                allow_patterns=["*.json", "*.safetensors", "*.model"],
-            )
-        )
+        return _snapshot(config)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llava_ray.errors import ConfigError
 from llava_ray.models.family import family_from
 
 
@@ -31,7 +32,17 @@ class Sizes:
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> "Sizes":
-        """Read config.json; what it leaves out is what transformers takes."""
+        """Read config.json; what it leaves out is what transformers takes.
+
+        Raises ConfigError where that hangs on the tower.
+        """
+        try:
+            return cls._read(tree)
+        except KeyError as error:
+            raise ConfigError(f"config.json names no {error} of its parts: add it") from error
+
+    @classmethod
+    def _read(cls, tree: Mapping[str, Any]) -> "Sizes":
         text, vision = tree["text_config"], tree["vision_config"]
         heads = text.get("num_attention_heads", 32)
         hidden = text.get("hidden_size", 4096)

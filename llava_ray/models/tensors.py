@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 SHARD_BYTES = 4 * 2**30
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 Pack = Callable[[str, "torch.Tensor"], "dict[str, torch.Tensor]"]
 """From a linear's name (without `.weight`) and weight to the tensors stored in its place."""
@@ -216,7 +217,7 @@ class ShardWriter:
         self._flush()
         count = len(self._names)
         if count == 1:
-            self._temporary(0).rename(self._out / "model.safetensors")
+            self._temporary(0).rename(self._out / WEIGHTS)
             return
         weight_map: dict[str, str] = {}
         for number, names in enumerate(self._names):
@@ -224,7 +225,7 @@ class ShardWriter:
             self._temporary(number).rename(self._out / final)
             weight_map |= dict.fromkeys(names, final)
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        path = self._out / "model.safetensors.index.json"
+        path = self._out / WEIGHTS_INDEX
         path.write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
 
     def _temporary(self, number: int) -> Path:
@@ -301,8 +302,16 @@ def is_tied(config: Any) -> bool:
 
 
 def shards(folder: Path) -> list[Path]:
-    """Return a folder's safetensors by name; raises ArtifactError where there are none."""
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise ArtifactError(f"{folder}: no .safetensors files there; run the stage again")
-    return paths
+    """Return the safetensors that readers of a folder take, by name: those of its index, else
+    model.safetensors. Raises ArtifactError where there are none."""
+    names, index = {WEIGHTS}, folder / WEIGHTS_INDEX
+    if index.is_file():
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+    elif not (folder / WEIGHTS).is_file():
+        raise ArtifactError(f"{folder}: no {WEIGHTS} and no {WEIGHTS_INDEX} there")
+    return [folder / name for name in sorted(names)]
+
+
+def stored_bytes(folder: Path) -> int:
+    """Return what a folder's weights take on disk."""
+    return sum(path.stat().st_size for path in shards(folder))

@@ -276,7 +276,7 @@ def _image_features(model: Any, pixels: torch.Tensor, more: dict[str, torch.Tens
     how = {"vision_feature_select_strategy": model.config.vision_feature_select_strategy}
     layer = model.config.vision_feature_layer
     found = model.get_image_features(pixel_values=pixels, vision_feature_layer=layer, **how, **more)
-    if not hasattr(model, "pack_image_features"):
+    if "image_sizes" not in more:
         return found
     newline = model.image_newline
     return [model.pack_image_features(found, **more, **how, image_newline=newline)[0]]

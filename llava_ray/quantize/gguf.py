@@ -144,7 +144,7 @@ class GgufSpec(QuantizationSpec):
 
     def _gate(self, merged: Path, out: Path) -> None:
         """Compare the F32 pair with the merged model: always for f32, else where it is cheap."""
-        size_bytes = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
+        size_bytes = llava_folder.stored_bytes(merged)
         if self.name == "f32":
             difference = check_parity(merged, out)
         elif size_bytes <= GATED_BYTES:

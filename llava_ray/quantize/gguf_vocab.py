@@ -4,6 +4,7 @@ llama.cpp joins the neighbours whose token has the highest score, leftmost first
 of the lowest merge rank. With score = -rank both cut text the same way.
 """
 
+import functools
 import json
 import logging
 from pathlib import Path
@@ -88,16 +89,34 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
     is_own = isinstance(template, TokenizersOwn)
     if is_own:
         writer.add_eot_token_id(eos_token_id(tokenizer))
-    writer.add_chat_template(tokenizer.chat_template if is_own else CHAT_TEMPLATE)
+    writer.add_chat_template(tokenizer.get_chat_template() if is_own else CHAT_TEMPLATE)
 
 
 def check_vocabulary(folder: Path) -> None:
     """Raise VariantError as `add_vocabulary` does, but for what hangs on the embedding's rows."""
     tree = _read_tree(folder)
+    normalizer, cut = tree.get("normalizer") or {}, tree.get("pre_tokenizer") or {}
+    kinds = {each["type"] for each in normalizer.get("normalizers", [normalizer]) if each}
+    if unknown := kinds - _NORMALIZERS:
+        raise VariantError(
+            f"tokenizer.json changes text by {', '.join(sorted(unknown))}, which llama.cpp does not"
+        )
+    if "NFC" in kinds or cut.get("prepend_scheme") == "first":
+        _say_of_other_ids("accents that stand alone" if "NFC" in kinds else "after special tokens")
     if not tree["model"].get("byte_fallback"):
         _pre_tokenizer(tree)
 
 
+@functools.cache
+def _say_of_other_ids(where: str) -> None:
+    logger.warning(
+        "gguf: llama.cpp's own tools cut some texts otherwise than this tokenizer (%s); the engine "
+        "here gives it the tokenizer's ids", where,
+    )  # fmt: skip
+
+
+_NORMALIZERS = frozenset({"Prepend", "Replace", "NFC"})
+"""The first two are SentencePiece's marks for spaces."""
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT_2 = ("ByteLevel",)

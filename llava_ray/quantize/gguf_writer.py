@@ -25,7 +25,14 @@ from llava_ray.errors import VariantError
 from llava_ray.inference.torch.cache import head_size
 from llava_ray.inference.torch.llama import windows_of
 from llava_ray.models.family import VisionShape, family_of
-from llava_ray.models.tensors import copy_sidecars, empty_model, module_name, shards, weight_shapes
+from llava_ray.models.tensors import (
+    copy_sidecars,
+    empty_model,
+    is_tied,
+    module_name,
+    shards,
+    weight_shapes,
+)
 from llava_ray.quantize.gguf_vocab import add_vocabulary, check_vocabulary
 
 if TYPE_CHECKING:
@@ -59,6 +66,9 @@ def lossless_precision(merged: Path) -> str:
     """Return the smallest precision that holds every weight as it is."""
     found = {stored.get_dtype() for stored in _open(merged).values()}
     return {"F16": "f16", "BF16": "bf16"}.get(found.pop(), "f32") if len(found) == 1 else "f32"
+
+
+_VISION_ACTIVATIONS = ("quick_gelu", "gelu", "silu")
 
 
 def write_pair(merged: Path, text: Path, mmproj: Path, *, precision: str) -> None:
@@ -99,6 +109,11 @@ def check_convertible(folder: Path) -> None:
         )
     checkpoint = {module_name(name): shape for name, shape in weight_shapes(folder).items()}
     _account(checkpoint, _entries(config, checkpoint, depth), depth)
+    if config.vision_config.hidden_act not in _VISION_ACTIVATIONS:
+        raise VariantError(
+            f"vision hidden_act {config.vision_config.hidden_act!r}: llama.cpp's CLIP has "
+            f"{', '.join(_VISION_ACTIVATIONS)}"
+        )
     check_vocabulary(folder)
 
 
@@ -150,7 +165,7 @@ def _entries(config: Any, checkpoint: Mapping[str, Any], depth: int) -> list[Ent
     entries = []
     for source in names:
         # Without an output tensor llama.cpp uses the embedding, as tied weights mean.
-        tied = source == "lm_head.weight" and text.tie_word_embeddings and source not in checkpoint
+        tied = source == "lm_head.weight" and is_tied(config) and source not in checkpoint
         target = target_of(source)
         if target is not None and not tied and not _drop(source, depth):
             rotary = heads.get(source.split(".")[-2]) if is_text(source) else None
@@ -267,9 +282,6 @@ def _describe_vision(
 
 
 def _describe_activation(writer: GGUFWriter, name: str) -> None:
-    known = ("quick_gelu", "gelu", "silu")
-    if name not in known:
-        raise VariantError(f"vision hidden_act {name!r}: llama.cpp's CLIP has {', '.join(known)}")
     # Neither flag means quick_gelu.
     writer.add_vision_use_gelu(name == "gelu")
     writer.add_vision_use_silu(name == "silu")

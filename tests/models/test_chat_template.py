@@ -2,11 +2,21 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from llava_ray.errors import ConfigError
@@ -178,3 +188,69 @@ def test_a_merged_model_stops_elsewhere_where_its_template_ends(
         stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
         tree = json.loads((tmp_path / "generation_config.json").read_text())
         assert tree["eos_token_id"] == [stop, *(known or [])]
+
+
+THINKS = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}</s>"
+    "{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}</s><think>\n{% endif %}"
+)
+"""DeepSeek-R1's, whose prompt is no beginning of what it writes of an answer."""
+
+
+@pytest.mark.parametrize("question", ["Is it yes or no?", "yes", "a</think>"])
+def test_an_answer_that_stands_in_its_question_too_is_found(question: str) -> None:
+    tokenizer = tokenizer_with(THINKS)
+    turns = [Turn(question, 1, "no"), Turn(question, 0, "a</think>yes")]
+    written = chat_template(tokenizer).write(turns, "", [1])
+    answers = [written.text[start:stop] for start, stop in written.answers]
+    assert answers == ["no<|im_end|>", "a</think>yes<|im_end|>"]
+
+
+FORMS = [str, str.upper, lambda text: "".join(chr(ord(c) + 0xFEE0) for c in text)]
+
+
+@pytest.mark.parametrize("normalizer", ["none", "nfkc", "no format characters"])
+@pytest.mark.parametrize("form", FORMS)
+def test_no_control_token_is_made_by_text_however_text_is_normalized(
+    normalizer: str, form: Callable[[str], str]
+) -> None:
+    tokenizer = tokenizer_with(CHATML)
+    steps = {
+        "none": None,
+        "nfkc": normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]),
+        "no format characters": normalizers.Replace(Regex(r"\p{Cf}"), ""),
+    }
+    if (step := steps[normalizer]) is not None:
+        tokenizer.backend_tokenizer.normalizer = step
+        for name in SPECIAL:
+            # Trained tokens such as Qwen's <tool_call> are not called special.
+            tokenizer.add_tokens([AddedToken(name, normalized=True, special=False)])
+    control = {tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
+    kinds = [
+        [i for i in encode_prompt(tokenizer, [Turn(text, 1)], [2], system=text) if i in control]
+        for text in ("a", " ".join(form(name) for name in SPECIAL))
+    ]
+    assert kinds[0] == kinds[1]
+
+
+def test_a_template_that_shows_one_picture_of_two_is_refused() -> None:
+    image = "{% if part['type'] == 'image' %}<image>\n"
+    first = image.replace("'image' %}", "'image' and loop.first %}")
+    template = CHATML_IN_PARTS.replace(image, first + "{% elif part['type'] == 'image' %}")
+    with pytest.raises(ConfigError, match="<image> for 4 pictures"):
+        chat_template(tokenizer_with(template))
+
+
+def test_a_tokenizer_that_ends_every_text_leaves_prompts_open() -> None:
+    tokenizer = tokenizer_with(None)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in ("<s>", "</s>")],
+    )
+    ids = encode_prompt(tokenizer, [Turn("What?", 1)], [2])
+    end = tokenizer.eos_token_id
+    assert ids[0] == tokenizer.bos_token_id and end not in ids
+    sample = Sample("1", ("a.jpg",), (Turn("What?", 1, "A sign."),))
+    encoded = encode_sample(tokenizer, sample, [2], max_length=512)
+    assert encoded.input_ids.count(end) == encoded.labels.count(end) == 1
