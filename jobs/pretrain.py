@@ -7,8 +7,9 @@ from pathlib import Path
 # The folder above, so that a machine without the package installed can run this file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llava_ray.config.overrides import load_section
 from llava_ray.embedded.pretrain.job import ACTIONS, run
-from llava_ray.embedded.pretrain.settings import parse_settings
+from llava_ray.embedded.pretrain.settings import PretrainSettings
 from llava_ray.errors import LlavaRayError
 
 
@@ -19,7 +20,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value")
     args = parser.parse_args()
     try:
-        print(run(args.action, parse_settings(args.settings)))
+        print(run(args.action, load_section(PretrainSettings, {}, args.settings)))
     except LlavaRayError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -11,7 +11,7 @@ import yaml
 from pathspec import GitIgnoreSpec
 
 from llava_ray import __version__
-from llava_ray.cluster.groups import Cluster, NodeGroup, node_types, read_groups, strings_of
+from llava_ray.cluster.groups import Cluster, node_types, read_groups, strings_of
 from llava_ray.cluster.local import SERVE_PORTS, WORKER_PORTS
 from llava_ray.config.run import RunConfig, changed
 from llava_ray.errors import ConfigError
@@ -56,24 +56,26 @@ def examine(path: Path, config: RunConfig, working_dir: Path, runtime_env: Path)
         "capacity": _capacity(cluster, config),
         "storage": _storage(cluster, config),
         "working_dir": _working_dir(working_dir, runtime_env),
-        "secrets": _secrets(cluster, runtime_env),
+        # What Ray's dashboard and job API show in clear.
+        "secrets": (
+            *_shown(str(runtime_env), _read_runtime_env(runtime_env)),
+            *_shown("this YAML", cluster.tree),
+        ),
         "placeholders": _placeholders(cluster, config),
     }
     found = [Finding(name, tuple(problems)) for name, problems in checks.items()]
+    has_llama_cpp = importlib.util.find_spec("llama_cpp") is not None
     notes = {
         "how secrets reach nodes": _secret_means(cluster, config),
         "serving": _serving(config),
-        "llama.cpp on this machine": _llama_cpp(),
+        # Tried in a child process where it never was.
+        "llama.cpp on this machine": (
+            features()
+            if has_llama_cpp
+            else "not installed: gguf variants need 'pip install llava_ray[gguf]'",
+        ),
     }
     return [*found, *(Finding(name, (), tuple(said)) for name, said in notes.items())]
-
-
-def _llama_cpp() -> Iterator[str]:
-    """Say what this machine's llama.cpp uses, tried in a child process where it never was."""
-    if importlib.util.find_spec("llama_cpp") is None:
-        yield "not installed: gguf variants need 'pip install llava_ray[gguf]'"
-    else:
-        yield features()
 
 
 def _serving(config: RunConfig) -> Iterator[str]:
@@ -94,7 +96,8 @@ def _authentication(cluster: Cluster) -> Iterator[str]:
         return
     for command in _start_commands(cluster.tree):
         if "RAY_AUTH_MODE=token" not in command:
-            yield f"{_shorten(command)!r}: put RAY_AUTH_MODE=token before 'ray start'"
+            shown = command if len(command) <= 60 else f"{command[:57]}..."
+            yield f"{shown!r}: put RAY_AUTH_MODE=token before 'ray start'"
     mounts = cluster.tree.get("file_mounts") or {}
     if cluster.workers and not any(path.endswith(".ray/auth_token") for path in mounts):
         yield "file_mounts has no .ray/auth_token: nodes would not know the token"
@@ -116,10 +119,7 @@ def _open_ports(cluster: Cluster) -> Iterator[str]:
         for port in re.findall(r"--(?:dashboard-)?port[= ](\d+)", command):
             if int(port) in WORKER_PORTS:
                 yield f"port {port}: Ray's workers use 10002-19999"
-    yield from _open_to_all(cluster.tree["provider"])
-
-
-def _open_to_all(provider: dict[str, Any]) -> Iterator[str]:
+    provider = cluster.tree["provider"]
     if provider["type"] != "aws":
         return
     rules = (provider.get("security_group") or {}).get("IpPermissions")
@@ -154,19 +154,12 @@ def _driver(cluster: Cluster) -> Iterator[str]:
 
 
 def _spot_fallback(cluster: Cluster) -> Iterator[str]:
-    for group in cluster.workers:
-        if group.spot and not any(_is_fallback(group, other) for other in cluster.workers):
-            name = group.type.name
+    on_demand = [other for other in cluster.workers if not other.spot and other.type.max_count > 0]
+    for spot in (group for group in cluster.workers if group.spot):
+        lower = (other.type for other in on_demand if other.priority < spot.priority)
+        if not any(other.room_for(spot.type.each) for other in lower):
+            name = spot.type.name
             yield f"{name}: no group on demand with the same resources and a lower priority"
-
-
-def _is_fallback(spot: NodeGroup, other: NodeGroup) -> bool:
-    return (
-        not other.spot
-        and other.priority < spot.priority
-        and other.type.max_count > 0
-        and other.type.room_for(spot.type.each) > 0
-    )
 
 
 def _capacity(cluster: Cluster, config: RunConfig) -> Iterator[str]:
@@ -180,12 +173,6 @@ def _storage(cluster: Cluster, config: RunConfig) -> Iterator[str]:
     uri = config.storage.uri
     if cluster.workers and "://" not in uri:
         yield f"storage.uri {uri!r} is a path that nodes do not share: use s3:// or gs://"
-
-
-def _secrets(cluster: Cluster, runtime_env: Path) -> Iterator[str]:
-    """Name secrets in what Ray's dashboard and job API show in clear."""
-    yield from _shown(str(runtime_env), _read_runtime_env(runtime_env))
-    yield from _shown("this YAML", cluster.tree)
 
 
 def _shown(where: str, tree: dict[str, Any]) -> Iterator[str]:
@@ -291,7 +278,3 @@ def _placeholders(cluster: Cluster, config: RunConfig) -> Iterator[str]:
 def _start_commands(tree: dict[str, Any]) -> list[str]:
     keys = ("head_start_ray_commands", "worker_start_ray_commands")
     return [c for key in keys for c in tree.get(key) or [] if "ray start" in c]
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -44,9 +44,10 @@ class Base:
 def describe_requests(config: RunConfig) -> str:
     """Return YAML comments, a line for each stage; what cannot be known is called unknown."""
     base = find_base(config)
+    sources = "; ".join(_part(part.source) for part, _ in config.data.parts())
     lines = [
         "what the stages ask for, and how it is known:",
-        f"prepare: the driver's own CPU; {_source(config)}",
+        f"prepare: the driver's own CPU; {sources}",
         *_sweep(config),
         _train(config),
         _merge(base),
@@ -97,12 +98,7 @@ def _cached(repo: str, revision: str | None) -> Path | None:
         found = [try_to_load_from_cache(repo, n, revision=revision) for n in _CACHED_WEIGHTS]
     except HFValidationError:
         return None
-    folders = [Path(path).parent for path in found if isinstance(path, str)]
-    return folders[0] if folders else None
-
-
-def _source(config: RunConfig) -> str:
-    return "; ".join(_part(part.source) for part, _ in config.data.parts())
+    return next((Path(path).parent for path in found if isinstance(path, str)), None)
 
 
 def _part(source: str) -> str:

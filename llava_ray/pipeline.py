@@ -10,19 +10,8 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from llava_ray import benchmark, choose, deploy, merge, prepare, quantize, sweep, train
+from llava_ray.artifacts import records
 from llava_ray.artifacts.inventory import made_from
-from llava_ray.artifacts.records import (
-    AdapterCheckpoint,
-    ChosenVariant,
-    DatasetRecord,
-    DeploymentRecord,
-    MergedModel,
-    Record,
-    Scorecard,
-    SweepResult,
-    Variant,
-    VariantFailure,
-)
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.benchmark.plan import check_dataset
 from llava_ray.config.run import RunConfig, changed
@@ -38,12 +27,12 @@ _STARTED = datetime.now(UTC).isoformat(timespec="seconds")
 """When this process did; what it makes itself is not made twice by storage.force."""
 
 
-def run_prepare(config: RunConfig) -> DatasetRecord:
+def run_prepare(config: RunConfig) -> records.DatasetRecord:
     """Turn captions and images into LLaVA JSON."""
     return _stage("prepare", prepare.run, config)
 
 
-def run_sweep(config: RunConfig) -> SweepResult:
+def run_sweep(config: RunConfig) -> records.SweepResult:
     """Search the train section's settings.
 
     Raises ConfigError for a wrong or empty sweep.space and for an unknown sweep.objective.
@@ -53,7 +42,7 @@ def run_sweep(config: RunConfig) -> SweepResult:
     return _stage("sweep", sweep.run, config, run_prepare(config), score)
 
 
-def run_train(config: RunConfig) -> AdapterCheckpoint:
+def run_train(config: RunConfig) -> records.AdapterCheckpoint:
     """Fine-tune, with the sweep's best settings if a sweep is asked for."""
     dataset = run_prepare(config)
     if config.sweep.space:
@@ -61,24 +50,24 @@ def run_train(config: RunConfig) -> AdapterCheckpoint:
     return _stage("train", train.run, config, dataset)
 
 
-def run_merge(config: RunConfig) -> MergedModel:
+def run_merge(config: RunConfig) -> records.MergedModel:
     """Fold the adapter into the base."""
     return _stage("merge", merge.run, config, run_train(config))
 
 
-def run_quantize(config: RunConfig) -> list[Variant | VariantFailure]:
+def run_quantize(config: RunConfig) -> list[records.Variant | records.VariantFailure]:
     """Make all variants, in parallel."""
     return _stage("quantize", quantize.run, config, run_merge(config), run_prepare(config))
 
 
-def run_benchmark(config: RunConfig) -> list[Scorecard | VariantFailure]:
+def run_benchmark(config: RunConfig) -> list[records.Scorecard | records.VariantFailure]:
     """Measure all variants."""
     # Known before anything is trained.
     check_dataset(run_prepare(config))
     return _stage("benchmark", benchmark.run, config, run_quantize(config), run_prepare(config))
 
 
-def run_choose(config: RunConfig) -> ChosenVariant:
+def run_choose(config: RunConfig) -> records.ChosenVariant:
     """Pick the winner and write the report.
 
     Raises ConfigError where there is nothing to choose from, before anything is trained.
@@ -90,12 +79,14 @@ def run_choose(config: RunConfig) -> ChosenVariant:
             "or set choose.may_choose_baseline=true"
         )
     measured = run_benchmark(config)
-    scorecards = [card for card in measured if isinstance(card, Scorecard)]
-    failures = [failure for failure in measured if isinstance(failure, VariantFailure)]
+    scorecards = [card for card in measured if isinstance(card, records.Scorecard)]
+    failures = [failure for failure in measured if isinstance(failure, records.VariantFailure)]
     return _stage("choose", choose.run, config, scorecards, failures)
 
 
-def run_deploy(config: RunConfig, chosen: ChosenVariant | None = None) -> DeploymentRecord:
+def run_deploy(
+    config: RunConfig, chosen: records.ChosenVariant | None = None
+) -> records.DeploymentRecord:
     """Serve the winner, or the variant that was chosen before."""
     return _stage("deploy", deploy.run, config, chosen or run_choose(config))
 
@@ -110,10 +101,10 @@ def _stage(name: str, run: Callable[..., T], config: RunConfig, *arguments: Any)
     return result
 
 
-def _delete_older(config: RunConfig, result: object) -> list[Record]:
+def _delete_older(config: RunConfig, result: object) -> list[records.Record]:
     """Delete what a stage found finished, and what was made from it; return what went."""
     results = result if isinstance(result, list) else [result]
-    older = [r for r in results if isinstance(r, Record) and r.created < _STARTED]
+    older = [r for r in results if isinstance(r, records.Record) and r.created < _STARTED]
     if older:
         store = ArtifactStore(config.storage.uri)
         older = made_from(store.everything(), older)

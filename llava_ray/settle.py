@@ -15,7 +15,6 @@ from llava_ray.benchmark import plan as benchmark
 from llava_ray.cluster.groups import node_types, read_groups
 from llava_ray.cluster.local import NODE_TYPES
 from llava_ray.config.run import RunConfig, changed
-from llava_ray.deploy import resources as deploy
 from llava_ray.dry_run import find_base
 from llava_ray.errors import LlavaRayError, ResourceError, said_by
 from llava_ray.merge import merge_resources
@@ -50,10 +49,9 @@ def settle(config: RunConfig, fleet: Fleet) -> RunConfig:
     """
     fleet = replace(fleet, accelerator=config.resources.accelerator)
     fleet = replace(fleet, accelerator=_accelerator(config, fleet))
-    workers = config.train.num_workers or default_workers(fleet)
     if not fleet.complete and config.train.num_workers is None:
         logger.info("train.num_workers=1: set it, or resources.node_types, for more")
-    train: dict[str, Any] = {"num_workers": workers}
+    train: dict[str, Any] = {"num_workers": config.train.num_workers or default_workers(fleet)}
     measured = benchmark.make_plan(config, fleet)
     if config.train.precision == "auto":
         train["precision"] = "bf16" if fleet.gpu else "fp32"
@@ -62,7 +60,7 @@ def settle(config: RunConfig, fleet: Fleet) -> RunConfig:
         resources={"accelerator": fleet.accelerator},
         train=train,
         benchmark={"device": measured.model or measured.device},
-        serve={"gpus_per_replica": deploy.gpus_per_replica(config.serve, fleet)},
+        serve={"gpus_per_replica": fleet.gpus_per_replica(config.serve)},
     )
 
 
@@ -85,20 +83,18 @@ def _demands(config: RunConfig, fleet: Fleet) -> Iterator[Callable[[], object]]:
         need = spec_for(slug).resources(merged, gpu=fleet.gpu)
         yield functools.partial(fleet.fit, f"quantize {slug}", need)
     yield lambda: benchmark.check_room(benchmark.make_plan(config, fleet), fleet)
-    yield lambda: deploy.check_room(config.serve, fleet, config.serve.max_replicas)
+    yield lambda: fleet.check_replicas(config.serve, config.serve.max_replicas)
 
 
 def _accelerator(config: RunConfig, fleet: Fleet) -> str:
-    if config.resources.accelerator == "auto" and not fleet.gpu and _is_large(config):
-        if not fleet.complete:
-            return "gpu"
+    if config.resources.accelerator != "auto" or fleet.gpu:
+        return "gpu" if fleet.gpu else "cpu"
+    size = find_base(config).weight_bytes
+    if size is not None and size <= LARGE_BYTES:
+        return "cpu"
+    if fleet.complete:
         raise ResourceError(
             f"resources.accelerator=auto: {config.model.path} is large and the cluster has no GPU, "
             f"only {fleet}: add one, or set resources.accelerator=cpu to spend days on CPUs"
         )
-    return "gpu" if fleet.gpu else "cpu"
-
-
-def _is_large(config: RunConfig) -> bool:
-    size = find_base(config).weight_bytes
-    return size is None or size > LARGE_BYTES
+    return "gpu"

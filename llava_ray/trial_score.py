@@ -5,7 +5,6 @@ The stages' own functions do it, over a storage of its own that vanishes with th
 
 import hashlib
 import logging
-from typing import TYPE_CHECKING
 
 from llava_ray import benchmark, merge, quantize
 from llava_ray.artifacts.records import DatasetRecord, VariantFailure
@@ -13,11 +12,8 @@ from llava_ray.artifacts.storage import Storage
 from llava_ray.config.run import RunConfig, changed
 from llava_ray.errors import DataError, VariantError
 from llava_ray.quantize.registry import spec_for
-from llava_ray.sweep.objective import Objective
+from llava_ray.sweep.objective import Objective, Scorer
 from llava_ray.train import seal_midway
-
-if TYPE_CHECKING:
-    from llava_ray.sweep.trial import Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +21,7 @@ logger = logging.getLogger(__name__)
 def score_trial(config: RunConfig, dataset: DatasetRecord, checkpoint: str, step: int) -> float:
     """Return what the captions of the checkpoint's model lack of the best score.
 
-    A `sweep.trial.Scorer`. Raises VariantError where the variant cannot be made, DataError without
+    A `Scorer`. Raises VariantError where the variant cannot be made, DataError without
     held-out samples.
     """
     objective = Objective.parse(config.sweep.objective)
@@ -54,7 +50,7 @@ def score_trial(config: RunConfig, dataset: DatasetRecord, checkpoint: str, step
     return objective.loss(found)
 
 
-def scorer_for(config: RunConfig) -> "Scorer | None":
+def scorer_for(config: RunConfig) -> Scorer | None:
     """Return what judges a trial's checkpoints, or None where the training's own loss does.
 
     Raises ConfigError for an objective or a slug that does not exist.

@@ -90,7 +90,8 @@ class Lease:
             last, holder = (number, text), _parse(text)
             dead = holder is not None and holder.owner.lives() is False
             if not number or dead or still >= STILL_LOOKS:
-                if self._create(number + 1):
+                text = self._mine.model_dump_json()
+                if self._storage.create_text(self._path(number + 1), text):
                     self._remove(number)
                     return number + 1
                 continue
@@ -99,9 +100,6 @@ class Lease:
                 who = f"{holder.owner}, since {holder.since}" if holder else "another run"
                 logger.info("%s: waits for who makes it, %s", self.name, who)
             time.sleep(BEAT_S)
-
-    def _create(self, number: int) -> bool:
-        return self._storage.create_text(self._path(number), self._mine.model_dump_json())
 
     def _numbers(self) -> list[int]:
         split = (file.rpartition(".") for file in self._storage.list_files(_FOLDER))

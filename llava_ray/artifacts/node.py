@@ -8,8 +8,6 @@ checked again.
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
@@ -34,7 +32,10 @@ def local_folder(record: Record) -> Path:
             f"{record.id}: no finished artifact at {storage.root} on this machine; "
             "on several nodes storage.uri must be shared (s3://, gs:// or a network disk)"
         )
-    with _one_at_a_time(record):
+    lock = cache_folder() / "locks" / f"{record.id}-{_hex(record.uri)}"
+    with disk_errors(str(lock)):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(str(lock)), FileLock(lock):
         if storage.is_local:
             _check_once(record, Path(storage.root))
             return Path(storage.root)
@@ -151,15 +152,6 @@ def _write(note: Path, text: str) -> None:
 
 def _note(folder: Path) -> Path:
     return cache_folder() / "checked" / f"{folder.name}-{_hex(str(folder))}"
-
-
-@contextmanager
-def _one_at_a_time(record: Record) -> Iterator[None]:
-    lock = cache_folder() / "locks" / f"{record.id}-{_hex(record.uri)}"
-    with disk_errors(str(lock)):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
-            yield
 
 
 def _hex(text: str) -> str:

@@ -6,8 +6,7 @@ from llava_ray.artifacts.identity import artifact_id
 from llava_ray.artifacts.records import Scorecard, Variant, VariantFailure
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.bench import results
-from llava_ray.benchmark.fidelity import paired_difference
-from llava_ray.benchmark.measure import read_fidelity
+from llava_ray.benchmark.fidelity import paired_difference, read_fidelity
 from llava_ray.config.run import RunConfig, changed
 from llava_ray.errors import VariantError
 from llava_ray.models.folder import EMBEDDED, weights_sha256

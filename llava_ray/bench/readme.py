@@ -113,22 +113,13 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _forms() -> str:
     """Return the forms of data that the readers know."""
     rows = [[f"`{suffix}`", reader.form] for suffix, reader in readers().items()]
-    rows += [
-        [
-            "a folder",
-            "files of one of these kinds, an imagefolder with `metadata.jsonl` or `.csv`, what "
-            "`save_to_disk` wrote, or pictures with a `.txt` of the same name each",
-        ],
-        [
-            "a Hugging Face id",
-            "a data set of the hub with images, or their file names, and captions",
-        ],
-    ]
+    folder = (
+        "files of one of these kinds, an imagefolder with `metadata.jsonl` or `.csv`, what "
+        "`save_to_disk` wrote, or pictures with a `.txt` of the same name each"
+    )
+    hub = "a data set of the hub with images, or their file names, and captions"
+    rows += [["a folder", folder], ["a Hugging Face id", hub]]
     return _table(["data.source", "what it holds"], rows).replace("---:", "---")
-
-
-def _engine(row: Any) -> str:
-    return f"{row['layout']}, {row['engine'].replace('llava_ray', '**llava_ray**')}"
 
 
 _TRAINERS = {
@@ -213,10 +204,9 @@ def _by_size(tree: Any) -> list[dict[str, Any]]:
 
 def _text_model_bytes(variant: Any) -> int | None:
     """Return the size of a variant's text model, where that is a file of its own (GGUF)."""
-    for name, size in variant["weight_files"].items():
-        if name.endswith(".gguf") and "mmproj" not in name:
-            return int(size)
-    return None
+    files = variant["weight_files"].items()
+    texts = (size for name, size in files if name.endswith(".gguf") and "mmproj" not in name)
+    return next(texts, None)
 
 
 def _serving(tree: Any) -> str:
@@ -260,8 +250,9 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def _parts(parts: Mapping[str, float]) -> str:
-    return ", ".join(f"{name.removesuffix('_s')} {s:.0f}" for name, s in parts.items() if s)
+def _parts(row: Any) -> str:
+    parts = row.get("parts", {}).items()
+    return ", ".join(f"{name.removesuffix('_s')} {s:.0f}" for name, s in parts if s)
 
 
 _RUNS: Mapping[str, tuple[int, list[str]]] = {
@@ -291,12 +282,15 @@ def _hardware(tree: Any) -> str:
 _COSTS = _by_row(
     Column("command", lambda row: f"`{row['command']}`"),
     Column("time", lambda row: _time(row["seconds"])),
-    Column("of which, in seconds", lambda row: _parts(row.get("parts", {}))),
+    Column("of which, in seconds", _parts),
     Column("disk GB", "disk_bytes", ".1f", 1e9),
     Column("memory GB", "memory_bytes", ".1f", 1e9),
 )
 _DECODE = _by_row(
-    Column("weights, engine", _engine),
+    Column(
+        "weights, engine",
+        lambda row: f"{row['layout']}, {row['engine'].replace('llava_ray', '**llava_ray**')}",
+    ),
     Column("batch", "batch"),
     Column("tok/s", "tokens_per_s", ".0f"),
     Column("first token ms", "first_token_ms", ".0f"),

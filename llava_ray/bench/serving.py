@@ -91,7 +91,7 @@ def run(
         uri = variant_uri or base_variant(store, "none-fp32").uri
         slug = read_record(Variant, uri).slug
         loads = {
-            f"Ray Serve, {kind} proxy": _behind(kind, _app_args(uri, gpus), port, rounds)
+            f"Ray Serve, {kind} proxy": _behind(kind, uri, gpus, port, rounds)
             for kind in get_args(Proxy)
         }
     about = {
@@ -103,24 +103,10 @@ def run(
     results.write(out, "serving", {**about, "ways": loads})
 
 
-def _behind(kind: Proxy, args: AppArgs, port: int, rounds: int | None) -> dict[str, Any]:
-    """Measure behind one of Serve's proxies."""
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    try:
-        gpus = args.gpus_per_replica
-        bare = ray.remote(num_cpus=1, num_gpus=gpus)(BareEngine).remote(args)
-        proxy.start(ServeConfig(host=args.host, port=port, proxy=kind))
-        serve.run(build(args), name="bench", route_prefix="/")
-        return _measure(bare, f"http://{args.host}:{port}", rounds)
-    finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
-        ray.shutdown()
-
-
-def _app_args(variant_uri: str, gpus: float) -> AppArgs:
-    """Return what both engines open, each with that many GPUs."""
-    return AppArgs(
-        models=(ModelArgs(variant_uri=variant_uri, name="bench"),),
+def _behind(kind: Proxy, uri: str, gpus: float, port: int, rounds: int | None) -> dict[str, Any]:
+    """Measure behind one of Serve's proxies; both engines open the variant, with `gpus` each."""
+    args = AppArgs(
+        models=(ModelArgs(variant_uri=uri, name="bench"),),
         gpus_per_replica=gpus,
         host="127.0.0.1",
         context=768 if gpus else 512,
@@ -128,6 +114,15 @@ def _app_args(variant_uri: str, gpus: float) -> AppArgs:
         # Each request is another image's; a prefix kept for one would help neither side.
         kept_prefixes=0,
     )
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    try:
+        bare = ray.remote(num_cpus=1, num_gpus=gpus)(BareEngine).remote(args)
+        proxy.start(ServeConfig(host=args.host, port=port, proxy=kind))
+        serve.run(build(args), name="bench", route_prefix="/")
+        return _measure(bare, f"http://{args.host}:{port}", rounds)
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
 
 
 class BareEngine:
@@ -185,19 +180,18 @@ def drive(url: str, bodies: Sequence[bytes], *, clients: int, tokens: int) -> li
     the clients in turn; each asks for exactly `tokens` tokens and for the usage. Raises
     RuntimeError with the server's words when an answer is another.
     """
-    return asyncio.run(_drive(f"{url}/v1/chat/completions", bodies, clients, tokens))
 
+    async def client(session: aiohttp.ClientSession, own: Sequence[bytes]) -> list[Timeline]:
+        return [await _ask(session, f"{url}/v1/chat/completions", body, tokens) for body in own]
 
-async def _drive(url: str, bodies: Sequence[bytes], clients: int, tokens: int) -> list[Timeline]:
-    connector = aiohttp.TCPConnector(limit=clients)
-    timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+    async def load() -> list[Timeline]:
+        connector = aiohttp.TCPConnector(limit=clients)
+        timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            loops = [client(session, bodies[i::clients]) for i in range(clients)]
+            return [timeline for each in await asyncio.gather(*loops) for timeline in each]
 
-        async def client(own: Sequence[bytes]) -> list[Timeline]:
-            return [await _ask(session, url, body, tokens) for body in own]
-
-        loops = [client(bodies[i::clients]) for i in range(clients)]
-        return [timeline for each in await asyncio.gather(*loops) for timeline in each]
+    return asyncio.run(load())
 
 
 async def _ask(session: aiohttp.ClientSession, url: str, body: bytes, tokens: int) -> Timeline:
@@ -286,15 +280,14 @@ def summarize(rounds: Sequence[Sequence[Timeline]]) -> dict[str, float]:
     first = [1000 * (t.first - t.sent) for t in requests]
     # Of each request the mean, as its later tokens may come in groups.
     later = [1000 * (t.last - t.first) / (t.tokens - 1) for t in requests]
+    rates = [
+        sum(t.tokens for t in each) / (max(t.last for t in each) - min(t.sent for t in each))
+        for each in rounds
+    ]
     return {
         "first_token_p50_ms": statistics.median(first),
         "first_token_p99_ms": float(np.percentile(first, 99)),
         "per_token_p50_ms": statistics.median(later),
         "per_token_p99_ms": float(np.percentile(later, 99)),
-        "tokens_per_s": statistics.median(map(_tokens_per_s, rounds)),
+        "tokens_per_s": statistics.median(rates),
     }
-
-
-def _tokens_per_s(timelines: Sequence[Timeline]) -> float:
-    took = max(t.last for t in timelines) - min(t.sent for t in timelines)
-    return sum(t.tokens for t in timelines) / took

@@ -91,28 +91,24 @@ def measure(task: Task, world: int) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="llava_ray_bench_") as name:
         given, written = Path(name) / "task.json", Path(name) / "rows.jsonl"
         given.write_text(json.dumps(asdict(task)), encoding="utf-8")
-        reason = _launch([str(given), str(written)], world, task.deadline + GRACE_S)
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--local-addr=127.0.0.1", f"--nproc-per-node={world}", "-m",
+            "llava_ray.bench.train_rows", str(given), str(written),
+        ]  # fmt: skip
+        # Row by row PyTorch would else keep pieces of memory that no longer fit together.
+        environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ
+        with subprocess.Popen(command, stdout=sys.stderr, env=environment) as process:
+            try:
+                code = process.wait(timeout=max(1, task.deadline + GRACE_S - time.time()))
+                reason = f"torchrun ended with code {code}" if code else "not measured"
+            except subprocess.TimeoutExpired:
+                # torchrun passes it on to its processes, and kills those that do not obey.
+                process.terminate()
+                reason = "the time given with --minutes was over"
         lines = written.read_text(encoding="utf-8").splitlines() if written.exists() else []
     found = [Row(**json.loads(line)) for line in lines]
     found += [replace(row, failed=reason) for row in task.rows[len(found) :]]
     for row in found:
         logger.info("%s", json.dumps(asdict(row)))
     return found
-
-
-def _launch(arguments: Sequence[str], world: int, until: float) -> str:
-    """Run train_rows by torchrun; return why it ended early."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
-        f"--nproc-per-node={world}", "-m", "llava_ray.bench.train_rows", *arguments,
-    ]  # fmt: skip
-    # Row by row PyTorch would else keep pieces of memory that no longer fit together.
-    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ
-    with subprocess.Popen(command, stdout=sys.stderr, env=environment) as process:
-        try:
-            code = process.wait(timeout=max(1, until - time.time()))
-        except subprocess.TimeoutExpired:
-            # torchrun passes it on to its processes, and kills those that do not obey.
-            process.terminate()
-            return "the time given with --minutes was over"
-    return f"torchrun ended with code {code}" if code else "not measured"

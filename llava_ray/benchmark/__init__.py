@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from llava_ray.artifacts.records import (
     DatasetRecord,
@@ -13,6 +13,7 @@ from llava_ray.artifacts.records import (
     VariantFailure,
 )
 from llava_ray.artifacts.store import ArtifactStore
+from llava_ray.benchmark.plan import Plan, check_dataset, check_room, is_model, make_plan
 from llava_ray.benchmark.turns import shared_turn
 from llava_ray.config.run import RunConfig
 from llava_ray.console import Progress
@@ -20,9 +21,6 @@ from llava_ray.errors import ConfigError, LlavaRayError, VariantError
 from llava_ray.resources.capacity import find_fleet, model_up
 from llava_ray.resources.forked import Forked
 from llava_ray.resources.tasks import Task, run_side_by_side, run_task
-
-if TYPE_CHECKING:
-    from llava_ray.benchmark.plan import Plan
 
 T = TypeVar("T")
 
@@ -40,7 +38,6 @@ def run(
     against which the others are measured, cannot be scored itself.
     """
     from llava_ray.benchmark.measure import scorecard_prefix
-    from llava_ray.benchmark.plan import check_dataset, check_room, make_plan
 
     check_dataset(dataset)
     baseline = find_baseline(config, variants)
@@ -55,7 +52,8 @@ def run(
         if isinstance(variant, VariantFailure):
             results[variant.slug] = variant
             continue
-        prefix = scorecard_prefix(plan, variant, baseline, dataset)
+        others = dataset.id, plan.reference_id(baseline, dataset)
+        prefix = scorecard_prefix(plan, variant, *others)
         if card := _found(plan, store.find_all(Scorecard, f"{prefix}-")):
             results[variant.slug] = card
         else:
@@ -67,13 +65,11 @@ def run(
     return [results[variant.slug] for variant in variants]
 
 
-def _found(plan: "Plan", cards: Sequence[Scorecard]) -> Scorecard | None:
+def _found(plan: Plan, cards: Sequence[Scorecard]) -> Scorecard | None:
     """Return the one that was measured on the device wanted.
 
     Raises ConfigError where it was measured on several.
     """
-    from llava_ray.benchmark.plan import is_model
-
     wanted = [card for card in cards if is_model(card.device_name, plan.model)]
     if len(wanted) > 1:
         names = ", ".join(sorted(card.device_name for card in wanted))
@@ -91,14 +87,11 @@ def score_captions(config: RunConfig, variant: Variant, dataset: DatasetRecord) 
     measured.
     """
     from llava_ray.benchmark.measure import measure_captions
-    from llava_ray.benchmark.plan import check_dataset, make_plan
 
     check_dataset(dataset)
     plan = make_plan(config, find_fleet(config))
     try:
-        return run_task(
-            _task(measure_captions, plan, variant, dataset), wait_s=plan.run.resources.wait_s
-        )
+        return _run(measure_captions, plan, variant, dataset)
     except LlavaRayError as error:
         raise VariantError(f"captions of {variant.slug!r}: {error}") from error
 
@@ -118,19 +111,15 @@ def find_baseline(config: RunConfig, variants: Sequence[Variant | VariantFailure
     raise VariantError(f"baseline {slug!r} is not among the variants: add it to quantize.variants")
 
 
-def _reference(plan: "Plan", baseline: Variant, dataset: DatasetRecord) -> ReferenceScores:
+def _reference(plan: Plan, baseline: Variant, dataset: DatasetRecord) -> ReferenceScores:
     """Find or make the baseline's log probabilities."""
     from llava_ray.benchmark.measure import score_baseline
-    from llava_ray.benchmark.reference import reference_id
 
     store = ArtifactStore(plan.run.storage.uri)
-    found = store.find(ReferenceScores, reference_id(plan, baseline, dataset))
-    if found is not None:
+    if found := store.find(ReferenceScores, plan.reference_id(baseline, dataset)):
         return found
     try:
-        return run_task(
-            _task(score_baseline, plan, baseline, dataset), wait_s=plan.run.resources.wait_s
-        )
+        return _run(score_baseline, plan, baseline, dataset)
     except LlavaRayError as error:
         raise VariantError(
             f"baseline {baseline.slug!r} cannot be scored, so nothing compares: {error}"
@@ -138,22 +127,23 @@ def _reference(plan: "Plan", baseline: Variant, dataset: DatasetRecord) -> Refer
 
 
 def _measure_all(
-    plan: "Plan",
-    missing: Sequence[Variant],
-    baseline: Variant,
-    dataset: DatasetRecord,
-    reference: ReferenceScores,
+    plan: Plan, missing: Sequence[Variant], *others: Any
 ) -> dict[str, Scorecard | VariantFailure]:
-    """Measure variants side by side, timings apart; a failure stays with its variant."""
+    """Measure variants side by side, timings apart; a failure stays with its variant.
+
+    others: what `measure` takes beside the plan and a variant.
+    """
     from llava_ray.benchmark.measure import measure
 
     progress = Progress("benchmark", len(missing), "variants", every_s=0)
     # PyTorch's variants take longest on a CPU, so llama.cpp's fill the end.
     ordered = sorted(missing, key=lambda variant: variant.method == "gguf")
     results: dict[str, Scorecard | VariantFailure] = {}
-    tasks = [_task(measure, plan, variant, baseline, dataset, reference) for variant in ordered]
+    tasks = [_task(measure, plan, variant, *others) for variant in ordered]
     slugs = {task.name: variant.slug for task, variant in zip(tasks, ordered, strict=True)}
-    most = plan.config.max_parallel or _side_by_side(plan, missing)
+    # Ray counts CPUs and GPUs but no memory here, so large models on CPUs come one by one.
+    small = max(variant.size_bytes for variant in missing) < _SMALL_BYTES
+    most = plan.config.max_parallel or (len(missing) if small or plan.device == "cuda" else 1)
     for task, outcome in run_side_by_side(tasks, at_once=most, wait_s=plan.run.resources.wait_s):
         slug = slugs[task.name]
         if isinstance(outcome, LlavaRayError):
@@ -165,16 +155,11 @@ def _measure_all(
     return results
 
 
-def _side_by_side(plan: "Plan", variants: Sequence[Variant]) -> int:
-    """Return how many are measured at a time where the config leaves it open.
-
-    Ray counts CPUs and GPUs but no memory here, so large models on CPUs come one by one.
-    """
-    small = max(variant.size_bytes for variant in variants) < _SMALL_BYTES
-    return len(variants) if small or plan.device == "cuda" else 1
+def _run(work: Callable[..., T], plan: Plan, variant: Variant, dataset: DatasetRecord) -> T:
+    return run_task(_task(work, plan, variant, dataset), wait_s=plan.run.resources.wait_s)
 
 
-def _task(work: Callable[..., T], plan: "Plan", variant: Variant, *others: Any) -> Task[T]:
+def _task(work: Callable[..., T], plan: Plan, variant: Variant, *others: Any) -> Task[T]:
     """Return a task whose work runs in a process of its own, so peak memory is of it alone."""
     name, arguments = f"{work.__name__} {variant.slug}", (plan, variant, *others)
     return Task(name, plan.resources, work, arguments, entry=_run_apart)

@@ -13,6 +13,7 @@ from statistics import fmean
 _QUOTED = re.compile(r"\"([^\"]*)\"|“([^”]+)”|(?<!\w)'([^']+(?:'\w[^']*)*)'(?!\w)|‘([^’]+)’(?!\w)")
 
 Grams = Counter[tuple[str, ...]]
+"""Runs of one number of words, each with its count."""
 
 
 def caption_scores(references: Sequence[str], texts: Sequence[str]) -> dict[str, float]:
@@ -87,22 +88,20 @@ def cider_d(references: Sequence[str], texts: Sequence[str]) -> float:
     """
     said, wanted = [_grams(text) for text in texts], [_grams(text) for text in references]
     documents: Grams = Counter()
-    for grams in wanted:
-        documents.update(grams.keys())
+    for each in wanted:
+        for grams in each:
+            documents.update(grams.keys())
     log_count = math.log(len(references))
     weight = {gram: log_count - math.log(count) for gram, count in documents.items()}
 
-    def vector(grams: Grams, n: int) -> dict[tuple[str, ...], float]:
-        return {
-            gram: count * weight.get(gram, log_count)
-            for gram, count in grams.items()
-            if len(gram) == n
-        }
+    def vector(grams: Grams) -> dict[tuple[str, ...], float]:
+        return {gram: count * weight.get(gram, log_count) for gram, count in grams.items()}
 
-    def similarity(text: Grams, reference: Grams) -> float:
-        penalty = math.exp(-((_bigrams(text) - _bigrams(reference)) ** 2) / (2 * 6.0**2))
-        cosines = (_clipped_cosine(vector(text, n), vector(reference, n)) for n in range(1, 5))
-        return 10 * penalty * sum(cosines) / 4
+    def similarity(text: list[Grams], reference: list[Grams]) -> float:
+        longer = text[1].total() - reference[1].total()
+        penalty = math.exp(-(longer**2) / (2 * 6.0**2))
+        pairs = zip(text, reference, strict=True)
+        return 10 * penalty * sum(_clipped_cosine(vector(a), vector(b)) for a, b in pairs) / 4
 
     return fmean(similarity(text, reference) for text, reference in zip(said, wanted, strict=True))
 
@@ -113,12 +112,7 @@ def _clipped_cosine(a: dict[tuple[str, ...], float], b: dict[tuple[str, ...], fl
     return product / lengths if lengths else 0.0
 
 
-def _grams(text: str) -> Grams:
+def _grams(text: str) -> list[Grams]:
+    """Return the runs of one word, of two, three and four."""
     tokens = re.findall(r"\w+", text.lower())
-    return Counter(
-        tuple(tokens[i : i + n]) for n in range(1, 5) for i in range(len(tokens) - n + 1)
-    )
-
-
-def _bigrams(grams: Grams) -> int:
-    return sum(count for gram, count in grams.items() if len(gram) == 2)
+    return [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for n in range(1, 5)]

@@ -1,17 +1,16 @@
 """How far a variant's predictions are from the baseline's, on the same tokens and pixels."""
 
+import json
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llava_ray.artifacts.records import Frozen, Spread
+from llava_ray.artifacts.records import Frozen, Scorecard, Spread
+from llava_ray.artifacts.store import local_folder
 
-if TYPE_CHECKING:
-    import torch
-
+FIDELITY_FILE = "fidelity.json"
 DRAWS = 2000
 
 
@@ -34,31 +33,10 @@ class Fidelity(Frozen):
     perplexity: float
 
 
-def compare(
-    reference: "torch.Tensor",
-    top1: "torch.Tensor",
-    logits: "torch.Tensor",
-    continuation: "torch.Tensor",
-) -> SampleFidelity:
-    """Sum up one sample.
-
-    reference: the baseline's log probabilities, [tokens, vocab], in half precision; they are
-    normalized again, so the divergence is that of two distributions and never below 0.
-    top1: its likeliest tokens, from before the rounding. logits: the variant's, [tokens, vocab].
-    continuation: the caption. top1 and continuation are int64 [tokens].
-    """
-    import torch
-
-    expected = torch.log_softmax(reference.float(), dim=-1)
-    found = torch.log_softmax(logits.float(), dim=-1)
-    divergence = (expected.exp() * (expected - found)).sum(dim=-1)
-    likelihood = found.gather(-1, continuation.unsqueeze(-1))
-    return SampleFidelity(
-        tokens=len(continuation),
-        kl_sum=float(divergence.double().sum()),
-        nll_sum=float(-likelihood.double().sum()),
-        top1_matches=int((logits.argmax(dim=-1) == top1).sum()),
-    )
+def read_fidelity(card: Scorecard) -> list[SampleFidelity]:
+    """Return the sums per held-out sample that lie beside a scorecard."""
+    text = (local_folder(card) / FIDELITY_FILE).read_text(encoding="utf-8")
+    return [SampleFidelity.model_validate(row) for row in json.loads(text)]
 
 
 def summarize(samples: Sequence[SampleFidelity]) -> Fidelity:

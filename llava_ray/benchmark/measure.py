@@ -10,6 +10,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llava_ray.artifacts.identity import artifact_id, versions
 from llava_ray.artifacts.records import (
     DatasetRecord,
@@ -21,9 +23,9 @@ from llava_ray.artifacts.records import (
 )
 from llava_ray.artifacts.store import ArtifactStore, local_folder
 from llava_ray.benchmark.caption_scores import caption_scores
-from llava_ray.benchmark.fidelity import SampleFidelity, compare, summarize
+from llava_ray.benchmark.fidelity import FIDELITY_FILE, SampleFidelity, summarize
 from llava_ray.benchmark.plan import Plan, held_out, is_model
-from llava_ray.benchmark.reference import encode, read_reference, reference_id, write_reference
+from llava_ray.benchmark.reference import compare, encode, read_reference, write_reference
 from llava_ray.benchmark.timing import PeakMemory, copy_bytes_per_s, spread, time_generation
 from llava_ray.benchmark.turns import quiet_turn, shared_turn
 from llava_ray.errors import VariantError
@@ -40,14 +42,13 @@ from llava_ray.resources.devices import device_name
 
 logger = logging.getLogger(__name__)
 
-FIDELITY_FILE = "fidelity.json"
 
+def scorecard_prefix(plan: Plan, variant: Variant, *others: str) -> str:
+    """Return how the ids of a variant's scorecards begin; the device's name makes the rest.
 
-def scorecard_prefix(
-    plan: Plan, variant: Variant, baseline: Variant, dataset: DatasetRecord
-) -> str:
-    """Return how the ids of a variant's scorecards begin; the device's name makes the rest."""
-    parents = _parents(plan, variant, baseline, dataset)
+    others: the ids of the data set and of the reference.
+    """
+    parents = (variant.id, *others)
     return artifact_id(Scorecard.kind, scorecard_settings(plan, variant), parents)
 
 
@@ -80,12 +81,12 @@ def measure(
     model = device_name(plan.device)
     if not is_model(model, plan.model):
         raise VariantError(f"this node has {model}, and benchmark.device is {plan.model!r}")
-    prefix = scorecard_prefix(plan, variant, baseline, dataset)
+    prefix = scorecard_prefix(plan, variant, dataset.id, reference.id)
     with ArtifactStore(plan.run.storage.uri).build(
         Scorecard,
         f"{prefix}-{hashlib.sha256(model.encode()).hexdigest()[:6]}",
         settings={**scorecard_settings(plan, variant), "device_name": model},
-        parents=_parents(plan, variant, baseline, dataset),
+        parents=(variant.id, dataset.id, reference.id),
     ) as build:
         if build.found:
             return build.found
@@ -93,13 +94,18 @@ def measure(
             context = _context(plan, local_folder(baseline), dataset)
         fields, samples = _open_and_measure(plan, variant, dataset, reference, context)
         rows = [sample.model_dump() for sample in samples]
+        spec = spec_for(variant.slug)
+        names = ("torch", "transformers", *spec.packages)
+        runs_on = {name: importlib.metadata.version(name) for name in names}
+        if spec.method == "gguf":
+            runs_on["llama.cpp uses"] = features()
         (build.folder / FIDELITY_FILE).write_text(json.dumps(rows, indent=1), encoding="utf-8")
         return build.finish(
             Scorecard,
             slug=variant.slug,
             variant_uri=variant.uri,
             dataset_uri=dataset.uri,
-            versions=_versions(variant.slug),
+            versions=runs_on,
             variant_bytes=variant.size_bytes,
             **fields,
         )
@@ -114,12 +120,6 @@ def measure_captions(plan: Plan, variant: Variant, dataset: DatasetRecord) -> di
         captioned = held_out(dataset, plan.config.caption_samples)
         generations = _generate(engine, plan, captioned)
     return caption_scores([g.reference for g in generations], [g.text for g in generations])
-
-
-def read_fidelity(card: Scorecard) -> list[SampleFidelity]:
-    """Return the sums per held-out sample that lie beside a scorecard."""
-    text = (local_folder(card) / FIDELITY_FILE).read_text(encoding="utf-8")
-    return [SampleFidelity.model_validate(row) for row in json.loads(text)]
 
 
 def _open_and_measure(
@@ -189,8 +189,6 @@ def score_fidelity(
 
     Raises VariantError where the engine's vocabulary is not the baseline's.
     """
-    import torch
-
     samples = []
     held = held_out(dataset, reference.num_samples)
     for sample, (log_probs, top1) in zip(held, read_reference(reference), strict=True):
@@ -208,8 +206,6 @@ def score_fidelity(
 
 def _device(device: str) -> str:
     """Return the device's name, a CPU's with the threads in use."""
-    import torch
-
     name = device_name(device)
     return name if device == "cuda" else f"{name}, {torch.get_num_threads()} CPU thread(s)"
 
@@ -251,21 +247,6 @@ def _context(plan: Plan, baseline_folder: Path, dataset: DatasetRecord) -> int:
     return longest + max(config.max_new_tokens, config.decode_tokens + 1)
 
 
-def _parents(
-    plan: Plan, variant: Variant, baseline: Variant, dataset: DatasetRecord
-) -> tuple[str, ...]:
-    return (variant.id, dataset.id, reference_id(plan, baseline, dataset))
-
-
 def _set_threads(plan: Plan) -> None:
-    import torch
-
     if plan.device == "cpu":
         torch.set_num_threads(max(1, int(plan.num_cpus)))
-
-
-def _versions(slug: str) -> dict[str, str]:
-    spec = spec_for(slug)
-    names = ("torch", "transformers", *spec.packages)
-    found = {name: importlib.metadata.version(name) for name in names}
-    return found | ({"llama.cpp uses": features()} if spec.method == "gguf" else {})

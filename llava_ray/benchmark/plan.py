@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from llava_ray.artifacts.records import DatasetRecord
+from llava_ray.artifacts.identity import artifact_id
+from llava_ray.artifacts.records import DatasetRecord, ReferenceScores, Variant
 from llava_ray.config.run import BenchmarkConfig, RunConfig
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.models.conversation import Sample
@@ -44,6 +45,11 @@ class Plan:
             "system_prompt": self.run.model.system_prompt,
             "max_length": self.run.train.max_length,
         }
+
+    def reference_id(self, baseline: Variant, dataset: DatasetRecord) -> str:
+        """Return the id of those log probabilities."""
+        parents = (baseline.id, dataset.id)
+        return artifact_id(ReferenceScores.kind, self.reference_settings(), parents)
 
     def settings(self) -> dict[str, Any]:
         """Return what shapes a scorecard."""

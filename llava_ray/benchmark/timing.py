@@ -5,6 +5,8 @@ import statistics
 import time
 from collections.abc import Sequence
 
+import torch
+
 from llava_ray.artifacts.records import Spread
 from llava_ray.inference.engine import Engine, Prompt
 from llava_ray.inference.generate import generate
@@ -32,8 +34,6 @@ def time_generation(engine: Engine, prompt: Prompt, tokens: int) -> tuple[float,
 
 def copy_bytes_per_s(device: str) -> float:
     """Measure the device's memory bandwidth: the best of some copies, reads and writes counted."""
-    import torch
-
     size = 2**30 if device.startswith("cuda") else 2**27
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target, best = torch.empty_like(source), math.inf
@@ -52,8 +52,6 @@ class PeakMemory:
     def __init__(self, device: str) -> None:
         self._cuda = device.startswith("cuda")
         if self._cuda:
-            import torch
-
             torch.cuda.reset_peak_memory_stats()
             self._free = torch.cuda.mem_get_info()[0]
 
@@ -64,8 +62,6 @@ class PeakMemory:
         """
         if not self._cuda:
             return host_peak_bytes()
-        import torch
-
         taken = self._free - torch.cuda.mem_get_info()[0]
         others = max(0, taken - torch.cuda.memory_reserved())
         return int(torch.cuda.max_memory_allocated() + others)

@@ -33,7 +33,23 @@ def main(argv: Sequence[str]) -> None:
         if argv[0] == "submit":
             _submit(argv[1:])
         path = parser.parse_args(argv[1:]).yaml
-        {"up": _up, "down": _down, "status": _status, "env": _env}[argv[0]](path)
+        if argv[0] == "up":
+            head = up(path)
+            print(f"Ray runs at {head.address}, jobs go to {head.dashboard}")
+        elif argv[0] == "down":
+            print(f"{down(path)} processes stopped")
+        elif (found := running(path)) is None:
+            if argv[0] == "env":
+                raise ResourceError(f"the cluster of {path} does not run: 'llava-ray up {path}'")
+            print("not running")
+        elif argv[0] == "status":
+            count = len(processes_of(found.cluster_id))
+            print(f"running at {found.address}, jobs go to {found.dashboard}, {count} processes")
+        else:
+            # A token in the environment would win over the file.
+            print("unset RAY_AUTH_TOKEN")
+            for name, value in found.environment().items():
+                print(f"export {name}={shlex.quote(value)}")
 
 
 def _submit(argv: Sequence[str]) -> NoReturn:
@@ -53,31 +69,3 @@ def _submit(argv: Sequence[str]) -> NoReturn:
     ray = Path(sys.executable).with_name("ray")
     travels = ["--working-dir", given.working_dir, "--runtime-env", given.runtime_env]
     os.execv(ray, [str(part) for part in (ray, "job", "submit", *travels, "--", *given.entrypoint)])
-
-
-def _up(path: Path) -> None:
-    head = up(path)
-    print(f"Ray runs at {head.address}, jobs go to {head.dashboard}")
-
-
-def _down(path: Path) -> None:
-    print(f"{down(path)} processes stopped")
-
-
-def _status(path: Path) -> None:
-    head = running(path)
-    if head is None:
-        print("not running")
-        return
-    processes = len(processes_of(head.cluster_id))
-    print(f"running at {head.address}, jobs go to {head.dashboard}, {processes} processes")
-
-
-def _env(path: Path) -> None:
-    head = running(path)
-    if head is None:
-        raise ResourceError(f"the cluster of {path} does not run: 'llava-ray up {path}'")
-    # A token in the environment would win over the file.
-    print("unset RAY_AUTH_TOKEN")
-    for name, value in head.environment().items():
-        print(f"export {name}={shlex.quote(value)}")

@@ -53,8 +53,11 @@ def read_groups(path: Path) -> Cluster:
 
 
 def _read_groups(path: Path) -> Cluster:
-    tree = _read_manifest(path)
-    if tree is not None:
+    objects = [d for d in read_documents(path) if isinstance(d, dict) and "apiVersion" in d]
+    if objects:
+        of_ray = (d for d in objects if str(d["apiVersion"]).startswith("ray.io/"))
+        if (tree := next(of_ray, None)) is None:
+            raise ConfigError(f"{path}: Kubernetes objects, but none of ray.io")
         spec = ray_cluster_spec(tree)
         groups = [_pod_group(group) for group in spec.get("workerGroupSpecs") or ()]
         head = _pod_group({"groupName": "head", **spec["headGroupSpec"]})
@@ -98,17 +101,6 @@ def ray_cluster_spec(tree: Tree) -> Tree:
     spec = tree["spec"]
     inner = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}.get(tree["kind"])
     return dict(spec[inner] if inner else spec)
-
-
-def _read_manifest(path: Path) -> Tree | None:
-    """Return the ray.io object of a Kubernetes manifest, None for another YAML."""
-    objects = [d for d in read_documents(path) if isinstance(d, dict) and "apiVersion" in d]
-    if not objects:
-        return None
-    for tree in objects:
-        if str(tree["apiVersion"]).startswith("ray.io/"):
-            return tree
-    raise ConfigError(f"{path}: Kubernetes objects, but none of ray.io")
 
 
 def _node_group(name: str, node: Tree, max_workers: int) -> NodeGroup:

@@ -2,16 +2,12 @@
 
 import json
 import os
-from typing import TYPE_CHECKING
 
 from llava_ray.artifacts.identity import artifact_id
 from llava_ray.artifacts.records import ChosenVariant, DeploymentRecord
 from llava_ray.artifacts.store import ArtifactStore, local_folder
 from llava_ray.config.run import RunConfig
 from llava_ray.deploy.probe import MAX_TOKENS, ask, curl_command, probe_request
-
-if TYPE_CHECKING:
-    from llava_ray.deploy.application import Target
 
 
 def run(config: RunConfig, chosen: ChosenVariant) -> DeploymentRecord:
@@ -31,20 +27,20 @@ def run(config: RunConfig, chosen: ChosenVariant) -> DeploymentRecord:
     name = artifact_id(DeploymentRecord.kind, settings, [chosen.id])
     target = Target(config, chosen, store, deployment_id=name)
     key = os.environ.get(config.serve.api_key_env)
-    found = store.find(DeploymentRecord, name)
-    if found is not None:
-        return _ask_again(found, target, key)
+
+    def ask_again(found: DeploymentRecord) -> DeploymentRecord:
+        ensure_served(target)
+        ask(found.url, (local_folder(found) / "request.json").read_bytes(), key)
+        return found
+
+    if found := store.find(DeploymentRecord, name):
+        return ask_again(found)
     with store.build(DeploymentRecord, name, settings=settings, parents=[chosen.id]) as build:
         if build.found:
-            return _ask_again(build.found, target, key)
+            return ask_again(build.found)
         device = ensure_served(target)
-        request = probe_request(
-            store,
-            chosen,
-            target.model_name,
-            config.data.question,
-            max_tokens=min(MAX_TOKENS, config.serve.max_new_tokens),
-        )
+        tokens = min(MAX_TOKENS, config.serve.max_new_tokens)
+        request = probe_request(store, chosen, target.model_name, config.data.question, tokens)
         (build.folder / "request.json").write_bytes(request)
         answer = ask(target.url, request, key)
         (build.folder / "answer.json").write_text(json.dumps(answer, indent=1), encoding="utf-8")
@@ -62,11 +58,3 @@ def run(config: RunConfig, chosen: ChosenVariant) -> DeploymentRecord:
                 key_env=config.serve.api_key_env if key else None,
             ),
         )
-
-
-def _ask_again(found: DeploymentRecord, target: "Target", key: str | None) -> DeploymentRecord:
-    from llava_ray.deploy.application import ensure_served
-
-    ensure_served(target)
-    ask(found.url, (local_folder(found) / "request.json").read_bytes(), key)
-    return found

@@ -19,7 +19,6 @@ from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import EndpointConfig, RunConfig
 from llava_ray.deploy import proxy
 from llava_ray.deploy.probe import fetch
-from llava_ray.deploy.resources import check_room, gpus_per_replica
 from llava_ray.errors import ConfigError, ResourceError
 from llava_ray.resources.capacity import find_fleet, serve_details
 from llava_ray.resources.crash import last_line
@@ -68,12 +67,12 @@ def ensure_served(target: Target) -> str:
     Raises ResourceError when the port is taken, no replica fits or it does not become healthy.
     """
     fleet = find_fleet(target.config)
-    gpus = gpus_per_replica(target.config.serve, fleet)
+    gpus = fleet.gpus_per_replica(target.config.serve)
     device = "cuda" if gpus else "cpu"
     if _running_deployment(target) == target.deployment_id:
         logger.info("%s is served at %s already", target.chosen.slug, target.url)
         return device
-    check_room(target.config.serve, fleet, target.config.serve.min_replicas)
+    fleet.check_replicas(target.config.serve, target.config.serve.min_replicas)
     args = _app_args(target, gpus)
     slots = _slots(args)
     if slots < args.max_concurrent_requests:

@@ -23,18 +23,19 @@ MAX_TOKENS = 96
 
 
 def probe_request(
-    store: ArtifactStore,
-    chosen: ChosenVariant,
-    model_name: str,
-    question: str,
-    *,
-    max_tokens: int,
+    store: ArtifactStore, chosen: ChosenVariant, model_name: str, question: str, max_tokens: int
 ) -> bytes:
     """Return a chat completions body about the first held-out image, or of text where none is.
 
     Raises ArtifactError when the data set that the choice rests on is gone.
     """
-    split = open_split(_dataset(store, chosen), "test")
+    cards = (store.find(Scorecard, parent) for parent in chosen.parents)
+    names = [parent for card in cards if card for parent in card.parents]
+    found = (store.find(DatasetRecord, name) for name in names if name.startswith("dataset-"))
+    dataset = next(filter(None, found), None)
+    if dataset is None:
+        raise ArtifactError(f"{chosen.id}: its data set is not at {store.storage.uri} any more")
+    split = open_split(dataset, "test")
     shown = np.flatnonzero(split.num_images).tolist()
     content: list[dict[str, Any]] = [{"type": "text", "text": question}]
     if shown:
@@ -92,14 +93,3 @@ def curl_command(url: str, request_uri: str, *, key_env: str | None) -> str:
         command = shlex.join([*parts, "-d", f"@{request_uri}"])
     # In double quotes, so that the shell puts the key in and the command does not show it.
     return f'{command} -H "authorization: Bearer ${key_env}"' if key_env else command
-
-
-def _dataset(store: ArtifactStore, chosen: ChosenVariant) -> DatasetRecord:
-    for parent in chosen.parents:
-        card = store.find(Scorecard, parent)
-        for grandparent in card.parents if card is not None else ():
-            if grandparent.startswith(f"{DatasetRecord.kind}-"):
-                dataset = store.find(DatasetRecord, grandparent)
-                if dataset is not None:
-                    return dataset
-    raise ArtifactError(f"{chosen.id}: its data set is not at {store.storage.uri} any more")

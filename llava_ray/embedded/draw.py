@@ -5,7 +5,7 @@ perspective transform per sign keeps a picture at a few milliseconds.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,7 +43,9 @@ def draw(
         body, flat = _draw_body(sign, index)
         matrix = _homography(sign)
         _paste(image, body, sign, matrix)
-        glyphs += _moved(flat, matrix)
+        points = np.array([(glyph.x, glyph.y, 1.0) for glyph in flat]) @ matrix.T
+        for glyph, (x, y) in zip(flat, points[:, :2] / points[:, 2:], strict=True):
+            glyphs.append(replace(glyph, x=float(x), y=float(y)))
     return image, glyphs
 
 
@@ -168,14 +170,6 @@ def _paste(image: Image.Image, body: Image.Image, sign: Sign, matrix: NDArray[np
         dim = mask.point([value * 2 // 5 for value in range(256)])
         image.paste((0, 0, 0), (left + 4, top + 4), dim)
     image.paste(tilted, (left, top), mask)
-
-
-def _moved(glyphs: Sequence[Glyph], matrix: NDArray[np.float64]) -> list[Glyph]:
-    points = np.array([(glyph.x, glyph.y, 1.0) for glyph in glyphs]) @ matrix.T
-    points = points[:, :2] / points[:, 2:]
-    return [
-        replace(glyph, x=float(x), y=float(y)) for glyph, (x, y) in zip(glyphs, points, strict=True)
-    ]
 
 
 def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing) -> None:

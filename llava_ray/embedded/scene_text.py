@@ -47,7 +47,7 @@ def load_assets(split: Split, folder: Path | None = None) -> Assets:
             f"no {WORDS} in {folder}: run 'llava-ray pretrain pack assets={folder}' first"
         )
     return Assets(
-        WordList.of(words, split),
+        WordList(words, split),
         tuple(face for face in faces if face.held_out == (split == "held_out")),
     )
 

@@ -9,7 +9,7 @@ tokenizer, scored by merge rank, cuts text the same way.
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -36,12 +36,16 @@ _QUOTED = re.compile(r'"[^"]*"\S*')
 CHARACTERS = SPACE + string.ascii_letters + string.digits + string.punctuation
 
 
-def choose_pieces(words: Mapping[str, int]) -> list[str]:
+def choose_pieces(captions: Iterable[str]) -> list[str]:
     """Return the multi-character tokens in the order of their merges.
 
-    words: how often each space-separated word occurs outside quotes. Words are taken by the
-    tokens they save; each needs all of its beginnings as tokens, shared with other words.
+    Words outside quotes, and the fillers once each, are taken by the tokens they save; each needs
+    all of its beginnings as tokens, shared with other words.
     """
+    # The quote mark itself counts as a word, so that its space costs no token.
+    words = Counter({'"', *FILLERS.split()})
+    for caption in captions:
+        words.update(_QUOTED.sub(' " ', caption).split())
     bytes_and_letters = len(SPECIAL) + 256 + len(CHARACTERS) + len(ADDED)
     room = VOCAB_SIZE - bytes_and_letters
     pieces: list[str] = []
@@ -55,9 +59,9 @@ def choose_pieces(words: Mapping[str, int]) -> list[str]:
     return sorted(pieces[:room], key=len)
 
 
-def train(words: Mapping[str, int]) -> Tokenizer:
+def train(captions: Iterable[str]) -> Tokenizer:
     """Return the shipped tokenizer with its multi-character tokens chosen anew."""
-    pieces = choose_pieces(words)
+    pieces = choose_pieces(captions)
     tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *CHARACTERS, *pieces]
     tokenizer = load()
     tokenizer.model = BPE(
@@ -74,14 +78,3 @@ def train(words: Mapping[str, int]) -> Tokenizer:
 def load() -> Tokenizer:
     """Load the shipped tokenizer without transformers."""
     return Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
-
-
-def count_words(captions: Iterable[str]) -> dict[str, int]:
-    """Count the words of captions outside quotes, and the fillers once each.
-
-    The quote mark itself counts as a word, so that its space costs no token.
-    """
-    counts = Counter({'"', *FILLERS.split()})
-    for caption in captions:
-        counts.update(_QUOTED.sub(' " ', caption).split())
-    return counts

@@ -7,7 +7,6 @@ import hashlib
 import random
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from llava_ray.errors import ConfigError
@@ -65,29 +64,17 @@ def find_words() -> list[str]:
     )
 
 
-@dataclass(frozen=True)
 class WordList:
     """The words of one split, by length."""
 
-    by_length: tuple[tuple[str, ...], ...]
-    signs: tuple[str, ...]
-    forbidden: frozenset[str]
-    """Words of the other split: no random letters may spell them."""
-
-    @classmethod
-    def of(cls, words: Sequence[str], split: Split) -> "WordList":
-        """Keep the words of one split."""
+    def __init__(self, words: Sequence[str], split: Split) -> None:
+        """Keep the words of one split, and of the other what no random letters may spell."""
         wanted = split == "held_out"
-        held_out = {word for word in words if is_held_out(word)}
-        mine = [word for word in words if (word in held_out) == wanted]
-        by_length = tuple(
-            tuple(word for word in mine if len(word) == length) for length in range(LONGEST + 1)
-        )
-        signs = tuple(
-            word for word in sorted(set(SIGN_TEXT.split())) if is_held_out(word) == wanted
-        )
-        forbidden = frozenset(held_out if split == "train" else set(words) - held_out)
-        return cls(by_length, signs, forbidden)
+        mine = [word for word in words if is_held_out(word) == wanted]
+        self.by_length = [[w for w in mine if len(w) == length] for length in range(LONGEST + 1)]
+        signs = sorted(set(SIGN_TEXT.split()))
+        self.signs = [word for word in signs if is_held_out(word) == wanted]
+        self.forbidden = set(words) - set(mine)
 
     def word(self, rng: random.Random, longest: int) -> str:
         """Draw a dictionary word of at most `longest` letters; longer ones are likelier."""

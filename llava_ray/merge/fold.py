@@ -107,6 +107,7 @@ def adapted_model(
     """
     import torch
     from peft import PeftModel
+    from safetensors.torch import load_file
     from transformers import AutoModelForImageTextToText
 
     model: Any = AutoModelForImageTextToText.from_pretrained(
@@ -116,20 +117,16 @@ def adapted_model(
         fake_quantize_base(model, bits=hqq[0], group_size=hqq[1])
     for name in (AdapterCheckpoint.projector_file, AdapterCheckpoint.language_model_file):
         if (adapter / name).is_file():
-            _load_over(model, adapter / name)
+            _, unexpected = model.load_state_dict(load_file(adapter / name), strict=False)
+            if unexpected:
+                raise ArtifactError(
+                    f"{adapter / name}: the base model has no weight {unexpected[0]!r}"
+                )
     if (adapter / AdapterCheckpoint.peft_folder).is_dir():
         model = PeftModel.from_pretrained(
             model, adapter / AdapterCheckpoint.peft_folder, torch_device=device
         )
     return model.eval()
-
-
-def _load_over(model: Any, path: Path) -> None:
-    from safetensors.torch import load_file
-
-    _, unexpected = model.load_state_dict(load_file(path), strict=False)
-    if unexpected:
-        raise ArtifactError(f"{path}: the base model has no weight {unexpected[0]!r}")
 
 
 def _check_base(path: str, base: Path, adapter: AdapterCheckpoint) -> None:

@@ -19,25 +19,23 @@ def write_report(folder: Path, findings: Findings) -> None:
     """
     from llava_ray.report.content import make_content
     from llava_ray.report.findings import find_origins
-    from llava_ray.report.pages import write_card, write_html, write_markdown
+    from llava_ray.report.pages import write_card, write_page
 
     origins = find_origins(findings)
     content = make_content(findings, origins)
     for plot in content["plots"]:
         (folder / plot.file_name).write_bytes(plot.png)
+    tree = {
+        "code_digest": code_digest("report"),
+        "winner": findings.winner.slug,
+        "reasons": findings.reasons,
+        "rows": [row.model_dump(mode="json") for row in content["rows"]],
+        "conditions": dict(content["conditions"]),
+    }
     texts = {
-        "report.html": write_html(content),
-        "report.md": write_markdown(content),
-        "report.json": json.dumps(
-            {
-                "code_digest": code_digest("report"),
-                "winner": findings.winner.slug,
-                "reasons": findings.reasons,
-                "rows": [row.model_dump(mode="json") for row in content["rows"]],
-                "conditions": dict(content["conditions"]),
-            },
-            indent=1,
-        ),
+        "report.html": write_page("report.html.j2", content),
+        "report.md": write_page("report.md.j2", content) + "\n",
+        "report.json": json.dumps(tree, indent=1),
         "config.yaml": content["config_yaml"],
     }
     for card in findings.scorecards:

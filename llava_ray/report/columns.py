@@ -21,6 +21,10 @@ class Column:
     bar: Callable[[Row], float] | None = None
     """A value from 0 up that is drawn behind the cell, if any."""
 
+    def bar_share(self, row: Row, rows: Sequence[Row]) -> float | None:
+        """Return that value as a share of the column's largest."""
+        return None if self.bar is None else self.bar(row) / max(map(self.bar, rows))
+
 
 def make_columns(rows: Sequence[Row]) -> list[Column]:
     """Return the columns; sizes are in GB for models of that size, else in MB."""
@@ -29,7 +33,9 @@ def make_columns(rows: Sequence[Row]) -> list[Column]:
     return [
         Column("Size", size_name,
                "Files of the variant on disk (as estimated from the model's shapes before).",
-               lambda r: _beside(r.size_bytes, 1 / size, "est.", r.estimated_bytes),
+               lambda r: number(r.size_bytes, 1 / size) + (
+                   "" if r.estimated_bytes is None
+                   else f" (est. {number(r.estimated_bytes, 1 / size)})"),
                lambda r: r.size_bytes or 0),
         Column("Size", "bits", "Bits per quantized weight, scales and zeros counted in.",
                lambda r: number(r.bits_per_weight)),
@@ -73,13 +79,6 @@ def make_columns(rows: Sequence[Row]) -> list[Column]:
     ]  # fmt: skip
 
 
-def bar_share(column: Column, row: Row, rows: Sequence[Row]) -> float | None:
-    """Return a cell's value as a share of the column's largest."""
-    if column.bar is None:
-        return None
-    return column.bar(row) / max(map(column.bar, rows))
-
-
 def size_text(size_bytes: float) -> str:
     """Write a size with the unit that suits it."""
     unit, name = unit_of([size_bytes]) if size_bytes >= 1e5 else (1e3, "kB")
@@ -105,12 +104,6 @@ def number(value: float | None, scale: float = 1) -> str:
         return f"{value:.1e}"
     # Zeros at the end stay, so that figures below each other line up.
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
-
-
-def _beside(value: float | None, scale: float, name: str, other: float | None) -> str:
-    """Write a value, and another in the same unit behind it where there is one."""
-    text = number(value, scale)
-    return text if other is None else f"{text} ({name} {number(other, scale)})"
 
 
 def _percent(value: float | None) -> str:

@@ -1,11 +1,12 @@
 """Everything the report says, before it is laid out as HTML, Markdown or JSON."""
 
+from itertools import groupby
 from typing import Any
 
 from llava_ray.artifacts.records import missing_line
 from llava_ray.config.run import to_yaml
 from llava_ray.report import article
-from llava_ray.report.columns import number, size_text
+from llava_ray.report.columns import make_columns, number, size_text
 from llava_ray.report.findings import Findings, Origins
 from llava_ray.report.pictures import show
 from llava_ray.report.plots import make_plots
@@ -15,6 +16,7 @@ from llava_ray.report.rows import make_rows
 def make_content(findings: Findings, origins: Origins) -> dict[str, Any]:
     """Gather all parts, by the names that the templates know them under."""
     rows, model = make_rows(findings, origins), findings.config.model.path
+    columns = make_columns(rows)
     return {
         "title": f"Quantized variants of {'the embedded model' if model == 'embedded' else model}",
         "missing": missing_line(
@@ -26,6 +28,8 @@ def make_content(findings: Findings, origins: Origins) -> dict[str, Any]:
         "facts": _facts(findings),
         "limits": _limits(findings),
         "rows": rows,
+        "columns": columns,
+        "groups": {name: len(list(of)) for name, of in groupby(column.group for column in columns)},
         "plots": make_plots(rows),
         "pictures": show(findings, origins),
         "notes": _notes(findings, origins),

@@ -11,7 +11,7 @@ from llava_ray.artifacts.records import (
     VariantFailure,
 )
 from llava_ray.artifacts.store import ArtifactStore, read_record
-from llava_ray.benchmark.fidelity import SampleFidelity
+from llava_ray.benchmark.fidelity import SampleFidelity, read_fidelity
 from llava_ray.config.run import RunConfig
 
 
@@ -54,9 +54,6 @@ def find_origins(findings: Findings) -> Origins:
 
     Raises ArtifactError when one that a scorecard names is gone.
     """
-    # Imported here: it knows large libraries, and the choice needs none of them.
-    from llava_ray.benchmark.measure import read_fidelity
-
     cards = findings.scorecards
     variants = {card.slug: read_record(Variant, card.variant_uri) for card in cards}
     store = ArtifactStore(findings.config.storage.uri)

@@ -2,37 +2,22 @@
 
 import re
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llava_ray.artifacts.records import Scorecard, Variant
-from llava_ray.report import columns as texts
+from llava_ray.report.columns import number, ranged, size_text
 from llava_ray.report.findings import Origins
 
 LIBRARIES = {"none": "transformers", "bnb": "transformers", "awq": "transformers", "gguf": "gguf"}
 
 
-def write_html(content: dict[str, Any]) -> str:
-    """Render the page; whatever comes from captions, models and configs is escaped."""
-    columns = texts.make_columns(content["rows"])
-    groups = {name: len(list(of)) for name, of in groupby(column.group for column in columns)}
-    template = _templates().get_template("report.html.j2")
-    return template.render(
-        **content,
-        columns=columns,
-        groups=groups,
-        bar_share=lambda column, row: texts.bar_share(column, row, content["rows"]),
-    )
-
-
-def write_markdown(content: dict[str, Any]) -> str:
-    """Render the same as Markdown; what comes from captions and models cannot break its tables."""
-    columns = texts.make_columns(content["rows"])
-    template = _templates().get_template("report.md.j2")
-    return template.render(**content, columns=columns) + "\n"
+def write_page(template: str, content: dict[str, Any]) -> str:
+    """Render report.html.j2 or report.md.j2; what comes from captions, models and configs is
+    escaped, and cannot break Markdown's tables."""
+    return _templates().get_template(template).render(content)
 
 
 def write_card(card: Scorecard, variant: Variant, origins: Origins) -> str:
@@ -67,6 +52,6 @@ def _templates() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "cell": escape, "number": texts.number, "size": texts.size_text, "ranged": texts.ranged,
+        "cell": escape, "number": number, "size": size_text, "ranged": ranged,
     }  # fmt: skip
     return environment

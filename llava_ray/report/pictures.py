@@ -42,15 +42,13 @@ def show(findings: Findings, origins: Origins) -> list[Shown]:
             for card in order
             if index < len(card.generations)
         )
-        uri = _thumbnail(sample.pictures[-1], limit) if sample.pictures else ""
+        uri = ""
+        if sample.pictures:
+            image = open_image(sample.pictures[-1], max_pixels=limit)
+            image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+            uri = jpeg_url(image, quality=82)
         shown.append(Shown(generation.image, uri, generation.reference, answers))
     return shown
-
-
-def _thumbnail(file: bytes, max_pixels: int) -> str:
-    image = open_image(file, max_pixels=max_pixels)
-    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    return jpeg_url(image, quality=82)
 
 
 def mark(text: str, reference: str) -> Parts:

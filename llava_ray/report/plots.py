@@ -26,7 +26,6 @@ METHOD_COLOURS = {
     "awq": "#a3278f",
 }
 MARKERS = {"none": "D", "bnb": "s", "hqq": "o", "gguf": "^", "awq": "P"}
-PALETTE = {"ink": INK, "line": LINE, "card": CARD, **METHOD_COLOURS}
 
 # Where a label may stand around its point, in points: the first that is free is taken.
 _PLACES = [
@@ -66,13 +65,12 @@ def make_plots(rows: Sequence[Row]) -> list[Plot]:
     return [
         _plot("Speed over size", name, "decoded tokens per second", speeds),
         _plot(
-            "Fidelity over size", name, "KL divergence from the baseline, nats", divergences,
-            log=True,
+            "Fidelity over size", name, "KL divergence from the baseline, nats", divergences, True
         ),
-    ]  # fmt: skip
+    ]
 
 
-def _plot(title: str, unit: str, label: str, points: Points, *, log: bool = False) -> Plot:
+def _plot(title: str, unit: str, label: str, points: Points, log: bool = False) -> Plot:
     style: dict[Any, Any] = {
         "font.size": 11, "svg.fonttype": "none", "svg.hashsalt": title.split()[0].lower(),
         "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
@@ -83,7 +81,11 @@ def _plot(title: str, unit: str, label: str, points: Points, *, log: bool = Fals
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
         figure.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})
-    return Plot(title, _themed(svg.getvalue(), title), png.getvalue())
+    # Without the XML prologue, named for screen readers and in the page's colours.
+    body = svg.getvalue().partition("<svg ")[2]
+    for name, colour in {"ink": INK, "line": LINE, "card": CARD, **METHOD_COLOURS}.items():
+        body = body.replace(colour, f"var(--{name})")
+    return Plot(title, f'<svg role="img" aria-label="{title}" {body}', png.getvalue())
 
 
 def _draw(points: Points, unit: str, label: str, log: bool) -> Figure:
@@ -143,11 +145,3 @@ def _moved(text: Any, away: float, dx: float, dy: float) -> Bbox:
     text.set(position=(away * dx, away * dy), ha=side)
     box: Bbox = text.get_window_extent()
     return box
-
-
-def _themed(svg: str, title: str) -> str:
-    """Drop the XML prologue, name the picture for screen readers and use the page's colours."""
-    body = svg[svg.index("<svg") :]
-    for name, colour in PALETTE.items():
-        body = body.replace(colour, f"var(--{name})")
-    return body.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)

@@ -65,12 +65,8 @@ def make_rows(findings: Findings, origins: Origins) -> list[Row]:
 def pareto_front(cards: tuple[Scorecard, ...]) -> set[str]:
     """Return the slugs that no other variant dominates in size, speed and KL divergence."""
     points = {
-        card.slug: (
-            card.variant_bytes,
-            -card.decode_tokens_per_s.median,
-            card.kl_divergence.median,
-        )
-        for card in cards
+        c.slug: (c.variant_bytes, -c.decode_tokens_per_s.median, c.kl_divergence.median)
+        for c in cards
     }
     return {
         slug
@@ -80,14 +76,6 @@ def pareto_front(cards: tuple[Scorecard, ...]) -> set[str]:
             for other in points.values()
         )
     }
-
-
-def command_for(slug: str, findings: Findings) -> str:
-    """Return the command that makes and measures a variant, with the config beside the report."""
-    baseline = findings.config.benchmark.baseline
-    slugs = ", ".join(dict.fromkeys((baseline, slug)))
-    override = shlex.quote(f"quantize.variants=[{slugs}]")
-    return f"llava-ray benchmark --config config.yaml {override}"
 
 
 def _measured(card: Scorecard, findings: Findings, origins: Origins, front: set[str]) -> Row:
@@ -117,11 +105,14 @@ def _measured(card: Scorecard, findings: Findings, origins: Origins, front: set[
 
 def _row(findings: Findings, slug: str, status: str, reason: str, **measured: Any) -> Row:
     size, rate = article.TABLE.get(slug, (None, None))
+    slugs = ", ".join(dict.fromkeys((findings.config.benchmark.baseline, slug)))
+    override = shlex.quote(f"quantize.variants=[{slugs}]")
     return Row(
         slug=slug,
         status=status,
         reason=reason,
-        command=command_for(slug, findings),
+        # The config lies beside the report.
+        command=f"llava-ray benchmark --config config.yaml {override}",
         article_size_gb=size,
         article_tokens_per_s=rate,
         **measured,

@@ -5,48 +5,28 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_ray.artifacts import records
 from llava_ray.artifacts.code_digest import with_digests
-from llava_ray.artifacts.records import (
-    AdapterCheckpoint,
-    ChosenVariant,
-    DatasetRecord,
-    DeploymentRecord,
-    MergedModel,
-    QuantizationRun,
-    Record,
-    Scorecard,
-    Variant,
-)
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.errors import ConfigError
 
-_STAGES: dict[type[Record], tuple[str, set[str]]] = {
-    DatasetRecord: ("prepare", {"num_train", "num_test"}),
-    AdapterCheckpoint: (
-        "train",
-        {"num_workers", "zero_stage", "steps", "samples_per_s", "peak_memory_bytes", "train_loss"},
-    ),
-    MergedModel: (
-        "merge",
-        {"peak_memory_bytes", "max_logit_difference", "rounded_max_logit_difference"},
-    ),
-    QuantizationRun: ("quantize", {"variant_wall_s", "failures"}),
-    Variant: ("variant", {"slug", "quantize_s", "peak_memory_bytes", "bits_per_weight"}),
-    Scorecard: (
-        "benchmark",
-        {
-            "slug",
-            "memory_bytes",
-            "load_s",
-            "prefill_s",
-            "decode_tokens_per_s",
-            "kl_divergence",
-            "top1_agreement",
-        },
-    ),
-    ChosenVariant: ("choose", {"slug", "against"}),
-    DeploymentRecord: ("deploy", {"slug"}),
-}
+_STAGES: dict[type[records.Record], tuple[str, set[str]]] = {
+    records.DatasetRecord: ("prepare", {"num_train", "num_test"}),
+    records.AdapterCheckpoint: ("train", {
+        "num_workers", "zero_stage", "steps", "samples_per_s", "peak_memory_bytes", "train_loss",
+    }),
+    records.MergedModel: ("merge", {
+        "peak_memory_bytes", "max_logit_difference", "rounded_max_logit_difference",
+    }),
+    records.QuantizationRun: ("quantize", {"variant_wall_s", "failures"}),
+    records.Variant: ("variant", {"slug", "quantize_s", "peak_memory_bytes", "bits_per_weight"}),
+    records.Scorecard: ("benchmark", {
+        "slug", "memory_bytes", "load_s", "prefill_s", "decode_tokens_per_s", "kl_divergence",
+        "top1_agreement",
+    }),
+    records.ChosenVariant: ("choose", {"slug", "against"}),
+    records.DeploymentRecord: ("deploy", {"slug"}),
+}  # fmt: skip
 """By record: the stage's name, and which of the record's own fields are shown."""
 
 
@@ -63,7 +43,7 @@ def collect(uris: Sequence[str], out: Path, note: str = "", kept_ids: Collection
         for record_type, (stage, fields) in _STAGES.items():
             for record in store.find_all(record_type):
                 rows.append(_row(stage, record, fields))
-                if isinstance(record, ChosenVariant):
+                if isinstance(record, records.ChosenVariant):
                     text = store.storage.read_text(f"{record.kind}/{record.id}/report.json")
                     report = json.loads(text) if text else report
     if not rows:
@@ -87,11 +67,11 @@ def _kept(out: Path, ids: Collection[str]) -> list[dict[str, Any]]:
     return found
 
 
-def _row(stage: str, record: Record, fields: set[str]) -> dict[str, Any]:
+def _row(stage: str, record: records.Record, fields: set[str]) -> dict[str, Any]:
     common = {"stage": stage, "id": record.id, "device": record.device, "wall_s": record.wall_s}
     own = record.model_dump(mode="json", include=fields)
     row = {**common, "size_bytes": record.size_bytes, **own}
-    if isinstance(record, Variant):
+    if isinstance(record, records.Variant):
         row["weight_files"] = {
             name: entry.size_bytes
             for name, entry in record.files.items()

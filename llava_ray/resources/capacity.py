@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
-from llava_ray.config.run import RunConfig
+from llava_ray.config.run import RunConfig, ServeConfig
 from llava_ray.errors import ResourceError
 from llava_ray.resources.devices import device_name
 
@@ -97,6 +97,17 @@ class Fleet:
             raise ResourceError(
                 f"{what} asks for {times}{need}: the cluster {has}; it has {self}{held}"
             )
+
+    def gpus_per_replica(self, serve: ServeConfig) -> float:
+        """Return the GPUs of one replica of the endpoint, whose variants share them."""
+        if serve.gpus_per_replica is not None or not self.gpu:
+            return serve.gpus_per_replica or 0.0
+        there = sum(node.each.num_gpus * node.max_count for node in self.types)
+        return min(1.0, there / serve.min_replicas) if self.complete else 1.0
+
+    def check_replicas(self, serve: ServeConfig, count: int) -> None:
+        """Raise ResourceError when the cluster can never hold so many replicas."""
+        self.check("serve", Resources(serve.cpus_per_replica, self.gpus_per_replica(serve)), count)
 
     def fit(self, what: str, need: Resources) -> Resources:
         """Lower the CPUs to what the largest fitting node has: fewer CPUs only take longer.

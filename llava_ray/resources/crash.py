@@ -109,14 +109,11 @@ def read_crash(path: Path, exit_code: int) -> Crash | None:
     frame = _FRAME.search(current) or _FRAME.search(threads[-1])
     known = number in signal.Signals.__members__.values()
     name = signal.Signals(number).name if known else f"signal {number}"
-    return Crash(name, _called(frame) if frame else "", path)
-
-
-def _called(frame: re.Match[str]) -> str:
-    """Name the native function that the line calls, else the Python function and its line."""
-    path, line, function = frame[1], int(frame[2]), frame[3]
-    call = _NATIVE_CALL.search(linecache.getline(path, line))
-    return call[1] if call else f"{function} ({Path(path).name}:{line})"
+    if frame is None:
+        return Crash(name, "", path)
+    # The native function that the line calls, else the Python function and its line.
+    call = _NATIVE_CALL.search(linecache.getline(frame[1], int(frame[2])))
+    return Crash(name, call[1] if call else f"{frame[3]} ({Path(frame[1]).name}:{frame[2]})", path)
 
 
 def run_child(

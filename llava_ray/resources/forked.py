@@ -70,16 +70,14 @@ class Forked(Generic[T]):
             done, value = pickle.loads(self._receiver.recv_bytes())
         except EOFError:
             self._process.join()
-            raise ResourceError(self._death()) from None
+            code = self._process.exitcode or 0
+            crash = read_crash(crash_file(self._name), code)
+            reason = crash.describe() if crash else f"its process ended with exit code {code}"
+            raise ResourceError(reason) from None
         if not done:
             raise value
         result: T = value
         return result
-
-    def _death(self) -> str:
-        code = self._process.exitcode or 0
-        crash = read_crash(crash_file(self._name), code)
-        return crash.describe() if crash else f"its process ended with exit code {code}"
 
 
 def run_forked(name: str, work: Callable[..., T], *arguments: Any) -> T:

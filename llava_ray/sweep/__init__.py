@@ -3,24 +3,20 @@
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from llava_ray.artifacts.identity import artifact_id
 from llava_ray.artifacts.records import DatasetRecord, SweepResult, Trial
 from llava_ray.artifacts.store import ArtifactStore
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
-from llava_ray.sweep.objective import Objective
+from llava_ray.sweep.objective import Objective, Scorer
 from llava_ray.sweep.space import check_space
 from llava_ray.train import shaping_settings
-
-if TYPE_CHECKING:
-    from llava_ray.sweep.trial import Scorer
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, dataset: DatasetRecord, score: "Scorer | None" = None) -> SweepResult:
+def run(config: RunConfig, dataset: DatasetRecord, score: Scorer | None = None) -> SweepResult:
     """Run all trials, or those that a killed sweep had left, and return the best settings.
 
     `score` judges a checkpoint where the objective is not eval_loss. Raises ConfigError for a
@@ -32,9 +28,17 @@ def run(config: RunConfig, dataset: DatasetRecord, score: "Scorer | None" = None
     store = ArtifactStore(config.storage.uri)
     settings = {
         "sweep": config.sweep.model_dump(mode="json", exclude={"max_concurrent_trials"}),
-        **(_score_settings(config) if score else {}),
         **shaping_settings(config),
     }
+    if score:
+        # What a trial's score depends on beside its training.
+        settings |= {
+            "merge": config.merge.model_dump(mode="json", exclude={"probe_samples"}),
+            "calibration_samples": config.quantize.calibration_samples,
+            "baseline": config.benchmark.baseline,
+            "caption_samples": config.benchmark.caption_samples,
+            "max_new_tokens": config.benchmark.max_new_tokens,
+        }
     id = artifact_id(SweepResult.kind, settings, [dataset.id])
     found = store.find(SweepResult, id)
     if found is not None:
@@ -53,7 +57,11 @@ def run(config: RunConfig, dataset: DatasetRecord, score: "Scorer | None" = None
         assert best.value is not None
         write_report(done, best, build.folder, objective=objective.label)
         if store.storage.is_local:
-            _keep_events(Path(work) / "tune", build.folder / "tensorboard")
+            # TensorBoard's hparams page compares what Ray Tune wrote of each trial.
+            for file in (Path(work) / "tune").glob("*/events.out.tfevents.*"):
+                folder = build.folder / "tensorboard" / file.parent.name
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, folder)
         record = build.finish(
             SweepResult,
             device=done.device,
@@ -66,24 +74,6 @@ def run(config: RunConfig, dataset: DatasetRecord, score: "Scorer | None" = None
         )
     store.remove_work(id)
     return record
-
-
-def _keep_events(tune: Path, folder: Path) -> None:
-    """Copy what Ray Tune wrote of each trial for TensorBoard, whose hparams page compares them."""
-    for file in tune.glob("*/events.out.tfevents.*"):
-        (folder / file.parent.name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, folder / file.parent.name)
-
-
-def _score_settings(config: RunConfig) -> dict[str, Any]:
-    """Return what a trial's score depends on beside its training."""
-    return {
-        "merge": config.merge.model_dump(mode="json", exclude={"probe_samples"}),
-        "calibration_samples": config.quantize.calibration_samples,
-        "baseline": config.benchmark.baseline,
-        "caption_samples": config.benchmark.caption_samples,
-        "max_new_tokens": config.benchmark.max_new_tokens,
-    }
 
 
 def best_trial(trials: tuple[Trial, ...]) -> Trial:

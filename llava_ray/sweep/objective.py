@@ -1,10 +1,17 @@
 """What a sweep minimizes: `eval_loss`, or how far captions are from the best score there is."""
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
+from llava_ray.artifacts.records import DatasetRecord
+from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
+
+Scorer = Callable[[RunConfig, DatasetRecord, str, int], float]
+"""A function of a trial's config, the data set, a checkpoint's path and its step; smaller is
+better."""
 
 BEST_SCORES = {"rouge_l": 1.0, "cider_d": 10.0, "word_recall": 1.0, "character_error_rate": 0.0}
 """The value that perfect captions have in each score."""

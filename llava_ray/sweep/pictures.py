@@ -1,21 +1,17 @@
 """The report of a sweep: a table and learning curves; TensorBoard draws the rest."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jinja2 import Template
+from matplotlib.figure import Figure
 
 from llava_ray.artifacts.records import Trial
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from llava_ray.sweep.search import Search
+from llava_ray.sweep.search import Search
 
 
-def write_report(done: "Search", best: Trial, folder: Path, *, objective: str) -> None:
+def write_report(done: Search, best: Trial, folder: Path, *, objective: str) -> None:
     """Write report.md and learning_curves.png into a folder."""
-    from jinja2 import Template
-    from matplotlib.figure import Figure
-
     template = Path(__file__).with_name("report.md.j2").read_text(encoding="utf-8")
     page = Template(template, trim_blocks=True, keep_trailing_newline=True).render(
         trials=sorted(done.trials, key=lambda t: (t.value is None, t.value or 0)),
@@ -23,17 +19,7 @@ def write_report(done: "Search", best: Trial, folder: Path, *, objective: str) -
     )  # fmt: skip
     (folder / "report.md").write_text(page, encoding="utf-8")
     figure = Figure(figsize=(11, 5), layout="constrained")
-    _curves(figure.add_subplot(), done, best, objective)
-    figure.savefig(folder / "learning_curves.png", dpi=120)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return " ".join(str(part).removesuffix("_proj") for part in value)
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _curves(axes: "Axes", done: "Search", best: Trial, objective: str) -> None:
+    axes = figure.add_subplot()
     for trial, curve in zip(done.trials, done.curves, strict=True):
         if not curve:
             continue
@@ -46,3 +32,10 @@ def _curves(axes: "Axes", done: "Search", best: Trial, objective: str) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel(objective)
     axes.legend(loc="upper right")
+    figure.savefig(folder / "learning_curves.png", dpi=120)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(str(part).removesuffix("_proj") for part in value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

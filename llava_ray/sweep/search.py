@@ -18,8 +18,9 @@ from llava_ray.config.run import RunConfig, TrainConfig
 from llava_ray.config.section import need_package
 from llava_ray.console import Progress
 from llava_ray.resources.capacity import Fleet, find_fleet
+from llava_ray.sweep.objective import Scorer
 from llava_ray.sweep.space import domains, num_samples
-from llava_ray.sweep.trial import Scorer, TrialRun, TrialTask
+from llava_ray.sweep.trial import TrialRun, TrialTask
 from llava_ray.train.resources import WorkerPlan, plan_workers
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,10 @@ class Search:
 def search(
     config: RunConfig, dataset: DatasetRecord, *, work_uri: str, score: Scorer | None
 ) -> Search:
-    """Run the trials of a sweep, leaving out those that an earlier run below `work_uri` ended."""
+    """Run the trials of a sweep, leaving out those that an earlier run below `work_uri` ended.
+
+    Raises StorageError for a full disk.
+    """
     fleet, train = find_fleet(config), config.train
     if train.cpus_per_worker is None and not fleet.gpu:
         # One CPU for each trial's worker, so that several trials run at a time.
@@ -73,7 +77,12 @@ def search(
     )
     places = concurrent_trials(plan, fleet, scored=score is not None)
     tuner = _tuner(config, trainable, places, total, Storage(work_uri).uri)
-    grid = _fit(tuner, work_uri)
+    with disk_errors(work_uri):
+        try:
+            grid = tuner.fit()
+        except (EOFError, UnpicklingError) as error:
+            # Tune reads trials' errors from files, and goes on where it could not write them.
+            raise OSError(errno.ENOSPC, "a trial's error is cut short") from error
     results = [grid[index] for index in range(len(grid))]
     devices = [(result.metrics or {}).get("device") for result in results]
     return Search(
@@ -103,7 +112,6 @@ def concurrent_trials(plan: WorkerPlan, fleet: Fleet, *, scored: bool = False) -
 
 
 def _tuner(config: RunConfig, trainable: Any, concurrent: int, total: int, work: str) -> tune.Tuner:
-    samples = num_samples(config.sweep)
     if tune.Tuner.can_restore(f"{work}/tune"):
         logger.info("sweep: goes on with the trials that an earlier run left")
         # With its space, which Tune needs where a full disk has cut short what it knew of trials.
@@ -119,7 +127,7 @@ def _tuner(config: RunConfig, trainable: Any, concurrent: int, total: int, work:
         tune_config=tune.TuneConfig(
             metric="objective",
             mode="min",
-            num_samples=samples,
+            num_samples=num_samples(config.sweep),
             max_concurrent_trials=concurrent,
             scheduler=_scheduler(config, total),
             search_alg=_search_algorithm(config, concurrent),
@@ -134,19 +142,6 @@ def _tuner(config: RunConfig, trainable: Any, concurrent: int, total: int, work:
             callbacks=[_TrialProgress()],
         ),
     )
-
-
-def _fit(tuner: tune.Tuner, work_uri: str) -> tune.ResultGrid:
-    """Run the trials.
-
-    Raises ResourceError for a full disk.
-    """
-    with disk_errors(work_uri):
-        try:
-            return tuner.fit()
-        except (EOFError, UnpicklingError) as error:
-            # Tune reads trials' errors from files, and goes on where it could not write them.
-            raise OSError(errno.ENOSPC, "a trial's error is cut short") from error
 
 
 def _scheduler(config: RunConfig, total: int) -> Any:

@@ -9,7 +9,6 @@ from pydantic import ValidationError
 from llava_ray.config.run import RunConfig, SweepConfig, TrainConfig
 from llava_ray.errors import ConfigError
 
-_LISTS = ("grid", "choice")
 _RANGES = ("uniform", "loguniform")
 
 
@@ -30,15 +29,11 @@ def _mistake(train: TrainConfig, key: str, entry: Any, sweep: SweepConfig) -> st
     if key not in TrainConfig.model_fields:
         near = difflib.get_close_matches(key, TrainConfig.model_fields, n=1, cutoff=0.5)
         return "train has no such key" + (f"; did you mean '{near[0]}'?" if near else "")
-    if (
-        not isinstance(entry, Mapping)
-        or len(entry) != 1
-        or next(iter(entry)) not in _LISTS + _RANGES
-    ):
-        return (
-            f"{entry!r} is not one of {{grid|choice: [...]}}, {{uniform|loguniform: [low, high]}}"
-        )
-    kind, values = next(iter(entry.items()))
+    kind, *others = entry if isinstance(entry, Mapping) and entry else (None,)
+    if others or kind not in ("grid", "choice", *_RANGES):
+        forms = "{grid|choice: [...]}, {uniform|loguniform: [low, high]}"
+        return f"{entry!r} is not one of {forms}"
+    values = entry[kind]
     if not isinstance(values, list) or not values:
         return f"{kind} needs a list, not {values!r}"
     if kind in _RANGES:
@@ -65,10 +60,8 @@ def with_settings(train: TrainConfig, settings: Mapping[str, Any]) -> TrainConfi
     try:
         return TrainConfig.model_validate(train.model_dump() | dict(settings))
     except ValidationError as error:
-        item = error.errors()[0]
-        raise ConfigError(
-            f"{dict(settings)}: {item['msg'].removeprefix('Value error, ')}"
-        ) from error
+        mistake = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{dict(settings)}: {mistake}") from error
 
 
 def domains(space: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ reach Tune too, as paths, so that population based training can start a trial fr
 import logging
 import math
 import threading
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from ray.util.queue import Empty, Queue
 from llava_ray.artifacts.records import DatasetRecord, Frozen
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
+from llava_ray.sweep.objective import Scorer
 from llava_ray.sweep.space import with_settings
 from llava_ray.train.resources import WorkerPlan
 from llava_ray.train.trainer import fit, make_trainer
@@ -29,10 +29,6 @@ from llava_ray.train.trainer import fit, make_trainer
 logger = logging.getLogger(__name__)
 
 _LET_GO_S = 20.0
-
-Scorer = Callable[[RunConfig, DatasetRecord, str, int], float]
-"""A function of a trial's config, the data set, a checkpoint's path and its step; smaller is
-better."""
 
 
 class TrialTask(Frozen):

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from llava_ray.benchmark.fidelity import SampleFidelity, compare, paired_difference, summarize
+from llava_ray.benchmark.fidelity import SampleFidelity, paired_difference, summarize
+from llava_ray.benchmark.reference import compare
 
 
 def test_compare_sums_what_the_formulas_say() -> None:

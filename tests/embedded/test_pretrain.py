@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
+from llava_ray.config.overrides import load_section
 from llava_ray.embedded.captions import DESCRIBE
 from llava_ray.embedded.pretrain.augment import patch_targets, random_affine, warp
 from llava_ray.embedded.pretrain.examples import Encoder, Examples
@@ -14,7 +15,7 @@ from llava_ray.embedded.pretrain.export import export_model, save_checkpoint
 from llava_ray.embedded.pretrain.loop import pretrain
 from llava_ray.embedded.pretrain.network import Reader, caption_loss, probe_loss, shipped_reader
 from llava_ray.embedded.pretrain.scores import describe
-from llava_ray.embedded.pretrain.settings import PretrainSettings, parse_settings
+from llava_ray.embedded.pretrain.settings import PretrainSettings
 from llava_ray.embedded.scene_text import load_assets
 from llava_ray.errors import ConfigError
 from llava_ray.models.conversation import IGNORE_INDEX
@@ -151,4 +152,4 @@ def test_exported_folder_is_the_shipped_one_with_other_weights(tmp_path: Path) -
 )
 def test_wrong_arguments_are_named(pairs: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        parse_settings(pairs)
+        load_section(PretrainSettings, {}, pairs)

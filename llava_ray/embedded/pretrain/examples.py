@@ -46,7 +46,7 @@ class Encoder:
 
     def __init__(self) -> None:
         self.tokenizer = load()
-        self.quote_ids = {i for token, i in self.tokenizer.get_vocab().items() if '"' in token}
+        self.quote_ids = [i for token, i in self.tokenizer.get_vocab().items() if '"' in token]
 
     def prefix(self) -> list[int]:
         """Return the ids before the image: <s> USER: and a space."""
@@ -76,27 +76,14 @@ class Encoder:
             if end + length > TAIL:
                 continue
             ids[end : end + length] = asked + answered
-            weights[end + len(asked) : end + length] = self._weights(answered)
+            marks = np.isin(answered, self.quote_ids)
+            # A quote is open where an odd number of marks stands before a token.
+            inside = (marks.cumsum() - marks) % 2 == 1
+            weights[end + len(asked) : end + length] = np.where(inside, QUOTED_WEIGHT, 1)
             segments[end : end + length] = segments.max() + 1
             positions[end : end + length] = np.arange(length)
             end += length
         return {"ids": ids, "weights": weights, "segments": segments, "positions": positions}
-
-    def _weights(self, answered: list[int]) -> list[int]:
-        inside = False
-        weights = []
-        for token in answered:
-            weights.append(QUOTED_WEIGHT if inside else 1)
-            if token in self.quote_ids:
-                inside = not inside
-        return weights
-
-
-def level_at(progress: float, rng: random.Random) -> Level:
-    """Return how hard a scene is at a share of the run: single large words come first."""
-    ramp = min(1.0, max(0.0, (progress - 0.04) / 0.3))
-    ease = rng.uniform(0.3, 1) * ramp
-    return Level(clutter=ease, tilt=max(0.2, ramp) * rng.random(), nonsense=0.4 - 0.25 * ramp)
 
 
 class Examples(IterableDataset[Example]):
@@ -120,9 +107,14 @@ class Examples(IterableDataset[Example]):
             yield self.make(self.progress.value)
 
     def make(self, progress: float) -> Example:
-        """Render one example."""
+        """Render one example at a share of the run: single large words come first."""
         rng = self.rng
-        scene = self._scene(level_at(progress, rng))
+        ramp = min(1.0, max(0.0, (progress - 0.04) / 0.3))
+        ease = rng.uniform(0.3, 1) * ramp
+        level = Level(clutter=ease, tilt=max(0.2, ramp) * rng.random(), nonsense=0.4 - 0.25 * ramp)
+        shorter = IMAGE_SIZE if rng.random() < 0.4 else int(IMAGE_SIZE * rng.uniform(0.75, 1))
+        size = (IMAGE_SIZE, shorter) if rng.random() < 0.5 else (shorter, IMAGE_SIZE)
+        scene = compose(rng, self.assets.words, self.assets.faces, size, level)
         picture, glyphs = draw(scene, self._background)
         offset = ((IMAGE_SIZE - scene.width) // 2, (IMAGE_SIZE - scene.height) // 2)
         return {
@@ -130,12 +122,6 @@ class Examples(IterableDataset[Example]):
             **self.encoder.pack(self._exchanges(scene, progress)),
             "glyphs": _glyph_rows(scene, glyphs, offset),
         }
-
-    def _scene(self, level: Level) -> Scene:
-        rng = self.rng
-        shorter = IMAGE_SIZE if rng.random() < 0.4 else int(IMAGE_SIZE * rng.uniform(0.75, 1))
-        size = (IMAGE_SIZE, shorter) if rng.random() < 0.5 else (shorter, IMAGE_SIZE)
-        return compose(rng, self.assets.words, self.assets.faces, size, level)
 
     def _background(self, scene: Scene) -> Image.Image:
         key = (scene.background, scene.background_seed % (self.BACKGROUNDS // 8))

@@ -54,7 +54,7 @@ def write_tokenizer(folder: Path) -> Path:
         texts.append(captions.condensed(scene, rng))
         for question, answer in captions.exchanges(scene, rng):
             texts += [f"USER: {question} ASSISTANT:", answer]
-    tokenizer = vocabulary.train(vocabulary.count_words(texts))
+    tokenizer = vocabulary.train(texts)
     folder.mkdir(parents=True, exist_ok=True)
     if not folder.samefile(EMBEDDED):
         copy_sidecars(EMBEDDED, folder)

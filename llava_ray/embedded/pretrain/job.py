@@ -12,7 +12,9 @@ card       write the model card of `model` from `scores`, `embedded` and the log
 import logging
 from pathlib import Path
 
+from llava_ray.embedded.pretrain.card import write_card
 from llava_ray.embedded.pretrain.settings import PretrainSettings
+from llava_ray.embedded.scene_text import pack_assets
 from llava_ray.errors import ConfigError
 
 ACTIONS = ("card", "export", "pack", "picture", "score", "tokenizer", "train")
@@ -23,39 +25,27 @@ def run(action: str, settings: PretrainSettings) -> Path:
 
     Raises ConfigError for what the action needs and does not find.
     """
-    # Each branch imports for itself: card and pack need no torch.
+    if action == "card":
+        return write_card(settings.model, settings.scores, settings.embedded)
+    if action == "pack":
+        if settings.assets is None:
+            raise ConfigError("pack needs assets=FOLDER to write to")
+        return pack_assets(settings.assets)
+    # Not above: card and pack need no torch.
+    from llava_ray.embedded.pretrain import export, loop, scores
+
     match action:
-        case "pack":
-            from llava_ray.embedded.scene_text import pack_assets
-
-            if settings.assets is None:
-                raise ConfigError("pack needs assets=FOLDER to write to")
-            return pack_assets(settings.assets)
         case "train":
-            from llava_ray.embedded.pretrain.loop import pretrain
-
             logging.basicConfig(
                 level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
             )
-            return pretrain(settings)
+            return loop.pretrain(settings)
         case "tokenizer":
-            from llava_ray.embedded.pretrain.export import write_tokenizer
-
-            return write_tokenizer(settings.model)
+            return export.write_tokenizer(settings.model)
         case "export":
-            from llava_ray.embedded.pretrain.export import export_model
-
-            return export_model(settings.out, settings.model)
+            return export.export_model(settings.out, settings.model)
         case "score":
-            from llava_ray.embedded.pretrain.scores import score_model
-
-            return score_model(settings.model, settings.images, settings.scores, settings.assets)
+            return scores.score_model(settings)
         case "picture":
-            from llava_ray.embedded.pretrain.picture import draw_readings
-
-            return draw_readings(settings.model, settings.picture, settings.assets)
-        case "card":
-            from llava_ray.embedded.pretrain.card import write_card
-
-            return write_card(settings.model, settings.scores, settings.embedded)
+            return scores.draw_readings(settings)
     raise AssertionError(action)

@@ -59,11 +59,20 @@ class _Run:
         torch.set_float32_matmul_precision("high")
         torch.manual_seed(settings.seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        on_gpu = self.device.type == "cuda"
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu)
         encoder = Encoder()
         self.reader = Reader(config, encoder.prefix()).to(self.device)
         if settings.compile:
             self.reader.compile(dynamic=False)
-        self.optimizer = _optimizer(self.reader, settings.learning_rate)
+        # Matrices alone decay.
+        groups: dict[float, list[nn.Parameter]] = {WEIGHT_DECAY: [], 0.0: []}
+        for name, value in self.reader.named_parameters():
+            groups[WEIGHT_DECAY if value.ndim > 1 and "embed" not in name else 0.0].append(value)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": values, "weight_decay": decay} for decay, values in groups.items()],
+            lr=settings.learning_rate, betas=BETAS,
+        )  # fmt: skip
         self.schedule = get_wsd_schedule(
             self.optimizer,
             num_warmup_steps=settings.warmup_steps,
@@ -142,13 +151,9 @@ class _Run:
             batch["glyphs"], maps, size=vision.image_size, patch=vision.patch_size
         )
         ids, positions, segments = (batch[name].long() for name in ("ids", "positions", "segments"))
-        with self._autocast():
+        with self.autocast:
             logits, guesses = self.reader(pixels, ids, positions, segments)
         return caption_loss(logits, ids, batch["weights"]), probe_loss(guesses, targets)
-
-    def _autocast(self) -> torch.autocast:
-        on_gpu = self.device.type == "cuda"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu)
 
     def _log(self, caption: float, letters: float) -> None:
         now = time.monotonic()
@@ -166,7 +171,7 @@ class _Run:
         if not count:
             return
         tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-        with self._autocast():
+        with self.autocast:
             scores = read_scenes(
                 self.reader.llava, tokenizer, "held_out", count, self.settings.assets
             )
@@ -181,15 +186,3 @@ class _Run:
         log.info("%s", line)
         with (self.settings.out / "log.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
-
-
-def _optimizer(reader: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    """Return AdamW that decays matrices alone."""
-    named = list(reader.named_parameters())
-    matrices = [value for name, value in named if value.ndim > 1 and "embed" not in name]
-    others = [value for name, value in named if value.ndim <= 1 or "embed" in name]
-    groups = [
-        {"params": matrices, "weight_decay": WEIGHT_DECAY},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS)

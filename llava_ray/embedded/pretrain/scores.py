@@ -1,6 +1,7 @@
 """What the model reads on generated scenes, while it trains and once it is exported."""
 
 import json
+import textwrap
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 from llava_ray.artifacts.code_digest import code_digest
 from llava_ray.benchmark.caption_scores import caption_scores
 from llava_ray.embedded.captions import DESCRIBE, plain
+from llava_ray.embedded.pretrain.settings import PretrainSettings
 from llava_ray.embedded.scene_text import dataset_picture, load_assets
 from llava_ray.embedded.words import Split
 from llava_ray.errors import ConfigError
@@ -22,21 +24,24 @@ from llava_ray.models.folder import weights_sha256
 from llava_ray.models.images import normalize, square_pixels
 
 SCORE_SEED = 424_242
+SHOWN_SEED, SHOWN = 7, (2, 3)
+"""Of the scenes in `draw_readings`, other ones than those that are scored: rows and columns."""
 WEIGHTS = "model.safetensors"
 BATCH = 64
 MAX_NEW_TOKENS = 200
 
 
-def score_model(folder: Path, count: int, out: Path, assets: Path | None = None) -> Path:
-    """Let a model folder read `count` scenes of training's words and fonts; write JSON.
+def score_model(settings: PretrainSettings) -> Path:
+    """Let the model folder read `images` scenes of training's words and fonts; write `scores`.
 
     The scenes themselves are fresh. Held-out words and fonts are `llava_ray.bench.embedded`'s.
     Raises ConfigError where the folder has no weights.
     """
+    folder, count, out = settings.model, settings.images, settings.scores
     if not (folder / WEIGHTS).is_file():
         raise ConfigError(f"no {WEIGHTS} in {folder}: run 'llava-ray pretrain export' first")
     tree = {
-        "train": read_scenes(*load_model(folder), "train", count, assets),
+        "train": read_scenes(*load_model(folder), "train", count, settings.assets),
         "images": count,
         "seed": SCORE_SEED,
         "question": DESCRIBE,
@@ -91,3 +96,20 @@ def describe(
             )
         answers += tokenizer.batch_decode(out[:, len(prompt) :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
+
+
+def draw_readings(settings: PretrainSettings) -> Path:
+    """Write `picture`: held-out scenes in a grid, each with the model's greedy answer below it."""
+    from matplotlib.figure import Figure
+
+    loaded, (rows, columns) = load_assets("held_out", settings.assets), SHOWN
+    images = [dataset_picture(loaded, SHOWN_SEED, index)[0] for index in range(rows * columns)]
+    answers = describe(*load_model(settings.model), images)
+    figure = Figure(figsize=(4 * columns, 4.3 * rows), layout="constrained")
+    for axis, image, answer in zip(figure.subplots(*SHOWN).flat, images, answers, strict=True):
+        axis.imshow(image)
+        axis.set_axis_off()
+        axis.set_title(textwrap.fill(answer, width=44), fontsize=10, y=-0.02, va="top")
+    settings.picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(settings.picture, dpi=90)
+    return settings.picture

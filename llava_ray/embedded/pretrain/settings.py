@@ -1,12 +1,10 @@
 """The keys of `llava-ray pretrain ACTION key=value ...`."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field
 
-from llava_ray.config.overrides import load_section
 from llava_ray.config.section import Count, Positive, Section
 from llava_ray.models.folder import EMBEDDED
 
@@ -44,8 +42,3 @@ class PretrainSettings(Section):
     score_samples: int = Field(default=256, ge=0)
     """Held-out pictures read at the end; a quarter of them in between; 0 reads none."""
     log_every_steps: Count = Field(default=50)
-
-
-def parse_settings(pairs: Sequence[str]) -> PretrainSettings:
-    """Read key=value pairs; raises ConfigError as `load_config` does."""
-    return load_section(PretrainSettings, {}, pairs)
