@@ -16,6 +16,7 @@ from llava_ray.models.low_bits import check_groups
 from llava_ray.models.tensors import is_linear, module_name, weight_shapes
 from llava_ray.prepare.sources import check_source
 from llava_ray.quantize.registry import spec_for
+from llava_ray.sweep.objective import Objective
 from llava_ray.sweep.space import check_space
 from llava_ray.trial_score import scorer_for
 
@@ -54,16 +55,17 @@ def check_model(config: RunConfig, folder: Path) -> None:
 def check_slugs(config: RunConfig, folder: Path) -> None:
     """Say which of quantize.variants the base model cannot have.
 
-    Raises ConfigError for those of serve.beside, for the baseline, and for all where
-    quantize.on_unsupported is `error`.
+    Raises ConfigError for those of serve.beside and sweep.objective, for the baseline, and for all
+    where quantize.on_unsupported is `error`.
     """
-    refused = []
-    for slug in dict.fromkeys((*config.quantize.variants, *config.serve.beside)):
+    refused, needed = [], {config.benchmark.baseline, *config.serve.beside}
+    if config.sweep.space:
+        needed |= {Objective.parse(config.sweep.objective).slug or config.benchmark.baseline}
+    for slug in dict.fromkeys((*config.quantize.variants, *sorted(needed))):
         try:
             spec_for(slug).check(folder)
         except VariantError as error:
-            needed = slug == config.benchmark.baseline or slug in config.serve.beside
-            if config.quantize.on_unsupported == "strike" and not needed:
+            if config.quantize.on_unsupported == "strike" and slug not in needed:
                 logger.warning("%s cannot be made of model.path: %s", slug, error)
             else:
                 refused.append(f"{slug} cannot be made of model.path ({error}): leave it out")
