@@ -64,16 +64,14 @@ def examine(path: Path, config: RunConfig, working_dir: Path, runtime_env: Path)
         "placeholders": _placeholders(cluster, config),
     }
     found = [Finding(name, tuple(problems)) for name, problems in checks.items()]
-    has_llama_cpp = importlib.util.find_spec("llama_cpp") is not None
+    llama_cpp = "not installed: gguf variants need 'pip install llava_ray[gguf]'"
+    if importlib.util.find_spec("llama_cpp"):
+        # Tried in a child process where it never was.
+        llama_cpp = features()
     notes = {
         "how secrets reach nodes": _secret_means(cluster, config),
         "serving": _serving(config),
-        # Tried in a child process where it never was.
-        "llama.cpp on this machine": (
-            features()
-            if has_llama_cpp
-            else "not installed: gguf variants need 'pip install llava_ray[gguf]'",
-        ),
+        "llama.cpp on this machine": (llama_cpp,),
     }
     return [*found, *(Finding(name, (), tuple(said)) for name, said in notes.items())]
 

@@ -120,9 +120,8 @@ def check_storage(config: RunConfig) -> None:
     uri = config.storage.uri
     storage = Storage(uri)
     if storage.is_local:
-        there = next(
-            path for path in (Path(storage.root), *Path(storage.root).parents) if path.exists()
-        )
+        root = Path(storage.root)
+        there = next(path for path in (root, *root.parents) if path.exists())
         if not there.is_dir():
             raise ConfigError(f"storage.uri {uri!r}: {there} is no folder; give another path")
     relative = "://" not in uri and not Path(uri).expanduser().is_absolute()

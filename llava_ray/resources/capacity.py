@@ -219,9 +219,8 @@ def serve_details() -> dict[str, Any]:
     if not dashboard:
         return {}
     try:
-        details: dict[str, Any] = ServeSubmissionClient(f"http://{dashboard}").get_serve_details()
+        return dict(ServeSubmissionClient(f"http://{dashboard}").get_serve_details())
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         # In a worker of a cluster without a dashboard the address may be another cluster's.
         logger.warning("what Ray Serve holds is unknown: %s", str(error).splitlines()[0])
         return {}
-    return details
