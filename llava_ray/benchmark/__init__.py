@@ -90,10 +90,7 @@ def score_captions(config: RunConfig, variant: Variant, dataset: DatasetRecord) 
 
     check_dataset(dataset)
     plan = make_plan(config, find_fleet(config))
-    try:
-        return _run(measure_captions, plan, variant, dataset)
-    except LlavaRayError as error:
-        raise VariantError(f"captions of {variant.slug!r}: {error}") from error
+    return _run(f"captions of {variant.slug!r}", measure_captions, plan, variant, dataset)
 
 
 def find_baseline(config: RunConfig, variants: Sequence[Variant | VariantFailure]) -> Variant:
@@ -118,12 +115,8 @@ def _reference(plan: Plan, baseline: Variant, dataset: DatasetRecord) -> Referen
     store = ArtifactStore(plan.run.storage.uri)
     if found := store.find(ReferenceScores, plan.reference_id(baseline, dataset)):
         return found
-    try:
-        return _run(score_baseline, plan, baseline, dataset)
-    except LlavaRayError as error:
-        raise VariantError(
-            f"baseline {baseline.slug!r} cannot be scored, so nothing compares: {error}"
-        ) from error
+    failure = f"baseline {baseline.slug!r} cannot be scored, so nothing compares"
+    return _run(failure, score_baseline, plan, baseline, dataset)
 
 
 def _measure_all(
@@ -155,8 +148,12 @@ def _measure_all(
     return results
 
 
-def _run(work: Callable[..., T], plan: Plan, variant: Variant, dataset: DatasetRecord) -> T:
-    return run_task(_task(work, plan, variant, dataset), wait_s=plan.run.resources.wait_s)
+def _run(failure: str, work: Callable[..., T], plan: Plan, variant: Variant, *others: Any) -> T:
+    """Run one task to its end; raises VariantError that begins with `failure`."""
+    try:
+        return run_task(_task(work, plan, variant, *others), wait_s=plan.run.resources.wait_s)
+    except LlavaRayError as error:
+        raise VariantError(f"{failure}: {error}") from error
 
 
 def _task(work: Callable[..., T], plan: Plan, variant: Variant, *others: Any) -> Task[T]:

@@ -30,7 +30,7 @@ def probe_request(
     Raises ArtifactError when the data set that the choice rests on is gone.
     """
     cards = (store.find(Scorecard, parent) for parent in chosen.parents)
-    names = [parent for card in cards if card for parent in card.parents]
+    names = (parent for card in cards if card for parent in card.parents)
     found = (store.find(DatasetRecord, name) for name in names if name.startswith("dataset-"))
     dataset = next(filter(None, found), None)
     if dataset is None:

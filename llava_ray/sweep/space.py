@@ -68,14 +68,12 @@ def domains(space: Mapping[str, Any]) -> dict[str, Any]:
     """Return the space in Ray Tune's terms."""
     from ray import tune
 
-    makers: dict[str, Any] = {
-        "grid": tune.grid_search,
-        "choice": tune.choice,
-        "uniform": lambda bounds: tune.uniform(*bounds),
-        "loguniform": lambda bounds: tune.loguniform(*bounds),
-    }
+    lists: dict[str, Any] = {"grid": tune.grid_search, "choice": tune.choice}
+    ranges: dict[str, Any] = {"uniform": tune.uniform, "loguniform": tune.loguniform}
     return {
-        key: makers[kind](values) for key, entry in space.items() for kind, values in entry.items()
+        key: lists[kind](values) if kind in lists else ranges[kind](*values)
+        for key, entry in space.items()
+        for kind, values in entry.items()
     }
 
 
