@@ -15,6 +15,7 @@ class Letters:
     """A byte tokenizer with Llama's special tokens; id 3 + byte, then `<image>`."""
 
     image = 259
+    eos_token_id = None
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         ids = [1]
