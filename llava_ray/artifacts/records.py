@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Frozen(BaseModel):
@@ -139,6 +139,9 @@ class MergedModel(Record):
     mean_logit_difference: float
     rounded_max_logit_difference: float
     """The same once the merged weights are rounded to the dtype that is written."""
+    pixel_differences: dict[str, float] = Field(default_factory=dict)
+    """Between transformers' processor of the folder and the pixels trained on, the largest by the
+    kind of picture, in steps of 1/255."""
     peak_memory_bytes: int | None = None
     """Allocated on the GPU that merged, or resident without one."""
 

@@ -62,6 +62,7 @@ class Build(Generic[R]):
         assert record_type is self.record_type
         relative = f"{record_type.kind}/{self.id}"
         with disk_errors(self.storage.join(relative)):
+            _open_to_others(self.folder)
             record = record_type(
                 id=self.id,
                 uri=self.storage.join(relative),
@@ -86,6 +87,17 @@ class Build(Generic[R]):
             remember_checked(record, Path(record.uri))
         logger.info("%s finished in %.1f s: %s", record.id, record.wall_s, record.uri)
         return record
+
+
+def _open_to_others(folder: Path) -> None:
+    """Give files the modes of the umask: safetensors are written for their owner alone."""
+    probe = folder / "mode.partial"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o666
+    probe.unlink()
+    for path in (folder, *folder.rglob("*")):
+        # Who may read a folder may also look into it.
+        path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
 
 
 class ArtifactStore:

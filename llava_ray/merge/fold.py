@@ -3,10 +3,8 @@
 In fp32, because merging in bf16 or fp16 rounds small LoRA updates away.
 """
 
-import json
 import logging
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,7 @@ from llava_ray.artifacts.records import AdapterCheckpoint, DatasetRecord, Merged
 from llava_ray.artifacts.store import ArtifactStore, local_folder, read_record
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ArtifactError
-from llava_ray.inference.prompts import eos_token_id
+from llava_ray.merge.beside import carry, pixel_differences
 from llava_ray.models.conversation import encode_with_images
 from llava_ray.models.dataset import open_split
 from llava_ray.models.family import family_of
@@ -29,9 +27,6 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
-
-_CARRIED = ("*.json", "*.jinja", "*.model", "*.txt")
-"""Tokenizer, processor, chat template and generation config of the base."""
 
 
 def merge_task(
@@ -67,7 +62,7 @@ def merge_task(
                 f"merge.dtype={config.merge.dtype} cannot hold the merged weights, whose logits "
                 "are no numbers then: set merge.dtype=bf16"
             )
-        _carry(base, build.folder)
+        carry(base, build.folder)
         return build.finish(
             MergedModel,
             device=device_name(device),
@@ -76,6 +71,7 @@ def merge_task(
             max_logit_difference=exact[0],
             mean_logit_difference=exact[1],
             rounded_max_logit_difference=rounded[0],
+            pixel_differences=pixel_differences(build.folder),
             peak_memory_bytes=peak_bytes(device),
         )
 
@@ -171,34 +167,3 @@ def _differences(
     gaps = [(_logits(model, inputs) - old).abs() for inputs, old in zip(probe, before, strict=True)]
     count = sum(gap.numel() for gap in gaps)
     return max(float(gap.max()) for gap in gaps), sum(float(gap.sum()) for gap in gaps) / count
-
-
-def _carry(base: Path, folder: Path) -> None:
-    """Copy what belongs to the base beside its weights."""
-    from transformers import AutoImageProcessor
-
-    processor: Any = AutoImageProcessor
-
-    written = {"config.json"}
-    for pattern in _CARRIED:
-        for path in base.glob(pattern):
-            if path.name not in written and not path.name.endswith(".index.json"):
-                shutil.copy(path, folder / path.name)
-    if not (folder / "preprocessor_config.json").is_file():
-        # transformers 4 and the GGUF and AWQ tools read only this name.
-        processor.from_pretrained(base, backend="pil").save_pretrained(folder)
-    stop_where_the_template_ends(folder)
-
-
-def stop_where_the_template_ends(folder: Path) -> None:
-    """Have others stop too where the chat template ends an answer, as with `<|im_end|>`."""
-    from transformers import AutoTokenizer
-
-    stop = eos_token_id(AutoTokenizer.from_pretrained(folder))
-    path = folder / "generation_config.json"
-    tree = json.loads(path.read_bytes()) if path.is_file() else {}
-    named = tree.get("eos_token_id")
-    ends = named if isinstance(named, list) else [] if named is None else [named]
-    if stop not in ends:
-        tree["eos_token_id"] = [stop, *ends]
-        path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")

@@ -91,6 +91,18 @@ class Family(ABC):
         tiles = np.concatenate([none, *(image.tiles for image in images)])
         return {"pixel_values": normalize(tiles, device, mean, std)}
 
+    def image_processor(self) -> dict[str, Any]:
+        """Return the settings by which transformers' processor makes these pixels."""
+        return {
+            "do_resize": True,
+            "size": {"shortest_edge": self.vision.image_size},
+            "resample": Image.Resampling.BICUBIC.value,
+            "do_rescale": True,
+            "do_normalize": True,
+            "image_mean": list(self.vision.mean),
+            "image_std": list(self.vision.std),
+        }
+
     def obstacle(self, method: str) -> str:
         """Say why a quantization method cannot take such models; empty where it can."""
         return ""

@@ -1,6 +1,7 @@
 """LLaVA-1.5: a picture is padded to one square, and every picture takes as many tokens."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
@@ -25,3 +26,8 @@ class Llava(Family):
         """Pad with the mean colour and resize."""
         square = square_pixels(image, self.vision.image_size, self.vision.mean)
         return ImagePixels(square[None], self.vision.tokens, (image.height, image.width))
+
+    def image_processor(self) -> dict[str, Any]:
+        """Have pictures padded, which llava-hf's own folders leave out."""
+        padded = {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+        return {**super().image_processor(), **padded, "do_center_crop": False}

@@ -92,6 +92,16 @@ class LlavaNext(Family):
         sizes = torch.tensor([image.size for image in images]).reshape(-1, 2)
         return {**super().inputs(images, device), "image_sizes": sizes}
 
+    def image_processor(self) -> dict[str, Any]:
+        """Add the grids."""
+        side = self.vision.image_size
+        return {
+            **super().image_processor(),
+            "image_processor_type": "LlavaNextImageProcessor",
+            "crop_size": {"height": side, "width": side},
+            "image_grid_pinpoints": [list(size) for size in self.grid],
+        }
+
     def obstacle(self, method: str) -> str:
         """Refuse GGUF."""
         if method == "gguf":

@@ -71,7 +71,14 @@ class AwqSpec(QuantizationSpec):
             "group_size": self.group_size,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": ["vision_tower", "multi_modal_projector", "lm_head"],
+            # transformers 5 matches from the start of a name, vLLM anywhere in it.
+            "modules_to_not_convert": [
+                "model.vision_tower",
+                "model.multi_modal_projector",
+                "vision_tower",
+                "multi_modal_projector",
+                "lm_head",
+            ],
         }
 
     def check(self, folder: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
+from sealed import FIELDS, write
 
 from llava_ray.artifacts import node
 from llava_ray.artifacts.faults import disk_errors
@@ -209,3 +210,21 @@ def test_what_a_dry_run_lists_stays(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert len(store.everything()) == 2
+
+
+def test_files_have_the_modes_of_the_umask(tmp_path: Path) -> None:
+    """E6"""
+    before = os.umask(0o022)
+    try:
+        store = ArtifactStore(str(tmp_path))
+        with store.build(DatasetRecord, "dataset-9", settings={"seed": 0}) as build:
+            write(build.folder, {"a/b.txt": "x"})
+            (build.folder / "a" / "b.txt").chmod(0o600)
+            record = build.finish(DatasetRecord, **FIELDS)
+    finally:
+        os.umask(before)
+    folder = Path(record.uri)
+    modes = [
+        oct(path.stat().st_mode & 0o777) for path in (folder, folder / "a", folder / "a/b.txt")
+    ]
+    assert modes == ["0o755", "0o755", "0o644"]

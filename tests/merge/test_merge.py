@@ -74,7 +74,9 @@ def test_merged_folder_speaks_like_base_with_adapter(
     assert 0 < record.max_logit_difference < 1e-4
     assert record.mean_logit_difference <= record.max_logit_difference
     assert record.max_logit_difference < record.rounded_max_logit_difference < 5e-3
-    assert (folder / "preprocessor_config.json").is_file()
+    # E1
+    assert record.pixel_differences.keys() == {"wide", "tall", "tiny", "square", "grey"}
+    assert max(record.pixel_differences.values()) <= 1
     assert (folder / "generation_config.json").is_file()
     assert AutoTokenizer.from_pretrained(folder)("<image>")["input_ids"][-1] == 1022
     assert merge.run(config, adapter).created == record.created

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from llava_ray.errors import ConfigError
 from llava_ray.inference.prompts import eos_token_id
-from llava_ray.merge.fold import stop_where_the_template_ends
+from llava_ray.merge.beside import stop_where_the_template_ends
 from llava_ray.models.chat_template import (
     TokenizersOwn,
     Turn,
