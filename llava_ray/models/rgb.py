@@ -161,9 +161,8 @@ def _range(mode: str, bits: int, low: float, high: float) -> tuple[float, float]
     if mode.startswith("I;16"):
         return 0, 2 ** min(bits, 16) - 1
     # Floats go to 1 or 255, integers to 255 or 65535, a little over or far below by chance.
-    for top, least in ((1, 0), (255, 16), (65535, 16384)) if mode == "F" else (
-        (255, 0), (65535, 16384)
-    ):  # fmt: skip
+    tops = ((1, 0), (255, 16), (65535, 16384)) if mode == "F" else ((255, 0), (65535, 16384))
+    for top, least in tops:
         if low >= -0.05 * top and least < high <= 1.05 * top:
             return 0, top
     return low, high

@@ -29,10 +29,11 @@ IMAGES = (
 CAPTIONS = ("caption_condensed", "caption", "text", "txt", "captions", "sentence", "answer")
 QUESTION = "question"
 MOVING = ("video", "videos", "audio")
-"""Columns, and tokens in angle brackets, of what no picture shows."""
+"""Columns of what no picture shows."""
 _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"BM": ".bmp"}
 IDS = ("id", "__key__", "image_id")
-_MOVING_TOKENS = tuple(f"<{name}>" for name in MOVING)
+_MOVES = re.compile(r"\A<(video|audio)>\n|\n<(video|audio)>\Z")
+"""A token on a line of its own; within a text it is HTML."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class RowReader:
         self._question = question if self._said is None and self._caption != question else None
         self._id = _first_of(IDS, table.columns)
         self._moving = [name for name in MOVING if name in table.columns]
-        others = () if config.image_column else _all_of(IMAGES, table.columns)
+        alone = config.image_column or self.image_column in table.binary_columns
+        others = () if alone else _all_of(IMAGES, table.columns)
         self._pictures = [name for name in dict.fromkeys((self.image_column, *others)) if name]
         """The image column, and those that are looked into where it is empty."""
         images = config.images or self.folder or ""
@@ -180,8 +182,8 @@ class RowReader:
         row = Row(number, Sample(row_id, names, found.turns, found.system, files))
         for text in (row_id, found.system, *(t for turn in found.turns for t in _texts(turn))):
             _check_text(text)
-        if token := next((t for t in _MOVING_TOKENS if any(t in u.text for u in found.turns)), ""):
-            raise RowProblem("no_picture", f"{token}: only pictures are read")
+        if token := next(filter(None, (_MOVES.search(turn.text) for turn in found.turns)), None):
+            raise RowProblem("no_picture", f"{token[0].strip()}: only pictures are read")
         return row
 
     def _image(self, value: Any, folder: str) -> tuple[str, bytes]:
