@@ -204,8 +204,6 @@ def _odd_number(tree: Mapping[str, Any]) -> str:
                     return f"{part}.{key} is {value!r}, not {what} above 0"
     if "sliding_attention" in (text.get("layer_types") or ()) and not text.get("sliding_window"):
         return "text_config.layer_types has sliding_attention, and sliding_window is not set"
-    if "quantization_config" in tree:
-        return "it is quantized (quantization_config): give the model as it was before"
     return ""
 
 

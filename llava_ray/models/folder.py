@@ -64,6 +64,10 @@ def check_files(folder: Path) -> None:
             ) from error
         if path.name.endswith("config.json") and not isinstance(tree, dict):
             raise base_error(folder, f"{path.name} is a {type(tree).__name__}, not an object")
+        if path.name == "config.json" and "quantization_config" in tree:
+            raise base_error(
+                folder, "it is quantized (quantization_config): give the model as it was before"
+            )
 
 
 def check_weights(folder: Path) -> None:

@@ -148,5 +148,5 @@ def test_a_failed_baseline_ends_the_stage_with_its_reason() -> None:
 def test_nothing_held_out_is_said_before_any_work(tmp_path: Path) -> None:
     dataset = make_dataset(ArtifactStore(str(tmp_path))).model_copy(update={"num_test": 0})
     assert isinstance(dataset, DatasetRecord)
-    with pytest.raises(ConfigError, match="raise data.test_share"):
+    with pytest.raises(ConfigError, match="data.test_share leaves none"):
         benchmark.run(make_config(tmp_path), [], dataset)
