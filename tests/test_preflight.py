@@ -281,3 +281,13 @@ def test_slugs_that_a_base_cannot_have_are_said_before_anything_runs(
     strict = load_config(None, [*settings, "quantize.on_unsupported=error"])
     with pytest.raises(ConfigError, match="gguf-q8_0 cannot be made of model.path"):
         preflight.check(strict)
+
+
+def test_a_vocabulary_that_lacks_letters_is_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED, folder)
+    path = folder / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    tree["model"]["byte_fallback"] = False
+    path.write_text(json.dumps(tree))
+    preflight.check(load_config(None, [f"model.path={folder}", "quantize.variants=[none-fp16]"]))

@@ -85,7 +85,8 @@ def _check_conversations(folder: Path, tokenizer: Any) -> None:
             f"an answer ends with {template.stop!r}, which is no token: set eos_token in "
             "tokenizer_config.json",
         )
-    control = control_tokens(tokenizer)
+    # Of letters that a vocabulary lacks the token for unknown ones is made rightly.
+    control = [token for token in control_tokens(tokenizer) if token != tokenizer.unk_token]
     hostile = [form(token) for token in control for form in (str, str.upper, _wide)]
     counts = [
         Counter(encode_prompt(tokenizer, [Turn(text)], [])) for text in ("a", " a ".join(hostile))
