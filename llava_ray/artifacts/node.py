@@ -8,6 +8,7 @@ checked again.
 import hashlib
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from filelock import FileLock
@@ -94,13 +95,15 @@ def verify(record: Record, folder: Path) -> None:
 
 def hash_files(folder: Path) -> dict[str, FileEntry]:
     """Return size and hash of each file below a folder, its manifest left out."""
-    return {
-        path.relative_to(folder).as_posix(): FileEntry(
-            size_bytes=path.stat().st_size, sha256=sha256_of(path)
-        )
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST
-    }
+    manifest = folder / MANIFEST
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != manifest]
+    with ThreadPoolExecutor() as pool:
+        entries = [
+            FileEntry(size_bytes=path.stat().st_size, sha256=sha256)
+            for path, sha256 in zip(paths, pool.map(sha256_of, paths), strict=True)
+        ]
+    names = (path.relative_to(folder).as_posix() for path in paths)
+    return dict(zip(names, entries, strict=True))
 
 
 def sha256_of(path: Path) -> str:

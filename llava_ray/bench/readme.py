@@ -124,7 +124,7 @@ def _forms() -> str:
 
 _TRAINERS = {
     "plain": "transformers + peft",
-    "replica": "**llava_ray**, without DeepSpeed (`train.zero_stage=0`)",
+    "replica": "**llava_ray**, without DeepSpeed",
     "zero2": "**llava_ray**, DeepSpeed ZeRO-2",
     "zero3": "**llava_ray**, DeepSpeed ZeRO-3",
 }
@@ -134,12 +134,14 @@ _TRAINER_OPTIONS = (
     ("liger", True, "Liger kernels"),
     ("fused_layers", False, "peft's layers"),
     ("lora_dropout", True, "LoRA dropout"),
+    ("fp16", True, "fp16"),
 )
 _CHECKPOINTING = {False: "no", True: "yes", "mlp": "mlp"}
 
 
 def _trainer(row: dict[str, Any]) -> str:
-    own = [name for key, value, name in _TRAINER_OPTIONS if bool(row[key]) is value]
+    own = [name for key, value, name in _TRAINER_OPTIONS if bool(row.get(key, not value)) is value]
+    own += [f"{row['accumulation']} batches a step"] if row.get("accumulation", 1) > 1 else []
     own += [f"{row['gpus']} GPUs"] if row["gpus"] > 1 else []
     return " + ".join([_TRAINERS[row["engine"]], *own])
 
@@ -257,7 +259,7 @@ def _parts(row: Any) -> str:
 
 _RUNS: Mapping[str, tuple[int, list[str]]] = {
     "one GPU of 24 GB": (1, ["train.method=qlora", "train.precision=bf16"]),
-    "one GPU of 80 GB": (1, ["train.zero_stage=0", "train.batch_size=8", "train.precision=bf16"]),
+    "one GPU of 80 GB": (1, ["train.batch_size=8", "train.precision=bf16"]),
     "four GPUs of 24 GB, as the article": (4, ["train.zero_stage=3", "train.precision=fp16"]),
     "eight GPUs of 80 GB": (8, ["train.batch_size=8", "train.precision=bf16"]),
 }
@@ -271,7 +273,7 @@ def _hardware(tree: Any) -> str:
         train = load_config(None, overrides).train
         load = default_load(sizes, train)
         memory = estimate(sizes, train, workers=workers, load=load).gpu
-        engine = {0: "replica", 2: "zero2", 3: "zero3"}[train.zero_stage]
+        engine = {0: "replica", 2: "zero2", 3: "zero3"}[train.stage_for(workers)]
         measured = workers == 1 and train.method == "lora"
         speed = speeds.get(f"{engine}-b{train.batch_size}") if measured else None
         hours = "" if speed is None else f"{10_000 / speed / 3600:.2f}"
@@ -363,6 +365,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "storage": ("storage", _STORAGE),
     "train": ("train_h100", _TRAIN),
     "zero2": ("zero2_h100", _TRAIN),
+    "train_two_gpus": ("train_two_h200", _TRAIN),
     "variants_7b": ("llava_7b_h100", _VARIANTS_7B),
 }
 """By name: the results file, without `.json`, and what makes the table of it."""

@@ -30,7 +30,8 @@ ROWS = (
     "plain-b4", "plain-b8", "plain-ckpt-b8", "replica-b4", "replica-b8", "replica-b16",
     "replica-ckpt-b8", "zero2-b4", "zero2-b8", "zero2-b16", "zero2-ckpt-b8",
 )  # fmt: skip
-"""What is measured where no rows are asked for; `parse_row` knows more."""
+"""What is measured where no rows are asked for; `parse_row` knows more, as the article's flags,
+zero3-fp16-accum4-ckpt-b1."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "ckpt": {"checkpointing": True},
     "mlp": {"checkpointing": "mlp"},
@@ -38,6 +39,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "peft": {"fused_layers": False},
     "liger": {"liger": True},
     "compile": {"compile": True},
+    "fp16": {"fp16": True},
+    "accum4": {"accumulation": 4},
 }
 """By the word in a row's name."""
 

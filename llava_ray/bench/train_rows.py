@@ -50,6 +50,9 @@ class Row:
     lora_dropout: float = 0.0
     compile: bool = False
     liger: bool = False
+    fp16: bool = False
+    accumulation: int = 1
+    """Batches of a step."""
     gpus: int = 1
     samples_per_s: float = 0.0
     """Median over steps, of all GPUs together."""
@@ -61,7 +64,7 @@ class Row:
     """Per GPU, of what must be computed: recomputation is not counted."""
     check_losses: list[float] = field(default_factory=list)
     """Nats per token before each of the process's first steps on a batch that is the same for all
-    engines: equal but for rounding."""
+    engines: equal but for rounding. A compiled row has its own batch."""
     check_grad_norm: float | None = None
     """Of the first of these steps."""
     warm_up_s: float = 0.0
@@ -69,15 +72,24 @@ class Row:
 
     def kind(self) -> tuple[Any, ...]:
         """Return what the process must be started with."""
-        return self.engine, self.fused_layers, self.lora_dropout, self.compile, self.liger
+        return (
+            self.engine,
+            self.fused_layers,
+            self.lora_dropout,
+            self.compile,
+            self.liger,
+            self.fp16,
+            self.accumulation,
+        )
 
     def train(self, checkpointing: Checkpointing = False) -> TrainConfig:
         """Return the train section that the product would run with."""
         stage = STAGES[self.engine]
         return TrainConfig(
             lora_r=LORA_R, lora_alpha=256, lora_dropout=self.lora_dropout,
-            fused_layers=self.fused_layers and stage != 3, zero_stage=stage, precision="bf16",
-            gradient_checkpointing=checkpointing,
+            fused_layers=self.fused_layers and stage != 3, zero_stage=stage,
+            precision="fp16" if self.fp16 else "bf16", gradient_checkpointing=checkpointing,
+            gradient_accumulation=self.accumulation,
         )  # fmt: skip
 
 
@@ -147,7 +159,8 @@ class Product:
         if train.zero_stage == 0:
             self.engine = ReplicaEngine(loss, groups, train, model.dtype)
         else:
-            config = zero.zero_config(train, "bf16" if gpu else "fp32", gpu=gpu)
+            precision: zero.Precision = ("fp16" if row.fp16 else "bf16") if gpu else "fp32"
+            config = zero.zero_config(train, precision, gpu=gpu)
             self.engine = zero.make_engine(loss, groups, config)
 
     def recompute(self, checkpointing: Checkpointing) -> None:
@@ -158,9 +171,10 @@ class Product:
 
     def step(self, batch: Batch) -> tuple[torch.Tensor, Any]:
         """Train on a batch; return the loss per supervised token and the gradient's norm."""
-        loss = self.engine(**batch) / (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
-        self.engine.backward(loss)
-        self.engine.step()
+        for _ in range(self.row.accumulation):
+            loss = self.engine(**batch) / (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+            self.engine.backward(loss)
+            self.engine.step()
         return loss.detach(), self.engine.get_global_grad_norm()
 
 
@@ -170,11 +184,18 @@ def make_engine(row: Row, shapes: Mapping[str, Any], device: str) -> Plain | Pro
         from liger_kernel.transformers import apply_liger_kernel_to_llava
 
         apply_liger_kernel_to_llava()
-    model = random_model(shapes, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    model = random_model(shapes, device, _dtype(row, device))
     return Plain(model, row) if row.engine == "plain" else Product(model, row)
 
 
-def make_batch(task: Task, batch: int, device: str) -> Batch:
+def _dtype(row: Row, device: str) -> torch.dtype:
+    """Return the dtype of weights and pixels."""
+    if device != "cuda":
+        return torch.float32
+    return torch.float16 if row.fp16 else torch.bfloat16
+
+
+def make_batch(task: Task, row: Row, batch: int, device: str) -> Batch:
     """Draw samples of one image, a question and a caption that fills up to `task.tokens`."""
     shapes, size = task.shapes, task.shapes["vision_config"]["image_size"]
     image_tokens = Sizes.of(shapes).image_tokens
@@ -184,12 +205,11 @@ def make_batch(task: Task, batch: int, device: str) -> Batch:
     labels = ids.clone()
     labels[:, : 1 + image_tokens + QUESTION_TOKENS - 1] = IGNORE_INDEX
     pixels = torch.randn(batch, 3, size, size, generator=draw)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     return {
         "input_ids": ids.to(device),
         "attention_mask": torch.ones_like(ids).to(device),
         "labels": labels.to(device),
-        "pixel_values": pixels.to(device, dtype),
+        "pixel_values": pixels.to(device, _dtype(row, device)),
     }
 
 
@@ -212,7 +232,7 @@ def flop_per_sample(shapes: Mapping[str, Any], tokens: int) -> float:
 def measure(row: Row, engine: Plain | Product, task: Task, device: str) -> None:
     """Fill a row's figures in; every process takes the same steps, or collectives would hang."""
     engine.recompute(row.checkpointing)
-    batch = make_batch(task, row.batch, device)
+    batch = make_batch(task, row, row.batch, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times: list[float] = []
@@ -222,7 +242,7 @@ def measure(row: Row, engine: Plain | Product, task: Task, device: str) -> None:
         wait_for(device)
         times.append(time.perf_counter() - start)
     row.warm_up_s = sum(times[:WARM_UP_STEPS])
-    rates = [row.batch * row.gpus / seconds for seconds in times[WARM_UP_STEPS:]]
+    rates = [row.batch * row.accumulation * row.gpus / seconds for seconds in times[WARM_UP_STEPS:]]
     row.samples_per_s = statistics.median(rates)
     row.samples_per_s_min, row.samples_per_s_max = min(rates), max(rates)
     if device == "cuda":
@@ -246,7 +266,8 @@ def run(task: Task, out: Path) -> None:
                 raise TimeoutError("not started: the time given with --minutes was over")
             if engine is None:
                 made = make_engine(row, task.shapes, device)
-                batch = make_batch(task, 2, device)
+                # Another batch size would be compiled once more, for minutes.
+                batch = make_batch(task, row, row.batch if row.compile else 2, device)
                 steps = [made.step(batch) for _ in range(CHECK_STEPS)]
                 losses, norm = [float(loss) for loss, _ in steps], float(steps[0][1])
                 engine = made

@@ -23,9 +23,11 @@ class TrainConfig(Section):
     """Default: one for each GPU that the cluster can have, or one CPU worker."""
     cpus_per_worker: Positive | None = Field(default=None)
     """Default: 4 beside a GPU, else the CPUs that stay free, shared by the workers."""
-    zero_stage: Literal[0, 2, 3] = Field(default=2)
+    zero_stage: Literal["auto", 0, 2, 3] = Field(default="auto")
     """DeepSpeed's [deepspeed zero2.json, zero3.json]; 0 trains without DeepSpeed, every worker
-    holding all, which is faster where little is trained."""
+    holding all. `auto`: 2 where several workers share the optimizer's state, and for offload and
+    fp16; 0 for one worker, where DeepSpeed costs time and saves no memory (README's training
+    table)."""
     offload: Literal["none", "optimizer", "optimizer+weights"] = Field(default="none")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(default="auto")
     """`auto`: bf16 on GPUs, fp32 on CPUs."""
@@ -95,6 +97,13 @@ class TrainConfig(Section):
         """Whether layers run with a backward of their own, where the model's are plain LLaMA's."""
         return self.fused_layers and self.method == "lora" and self.zero_stage != 3
 
+    def stage_for(self, num_workers: int) -> Literal[0, 2, 3]:
+        """Return what `zero_stage` comes to with so many workers."""
+        if self.zero_stage != "auto":
+            return self.zero_stage
+        alone = num_workers == 1 and self.offload == "none" and self.precision != "fp16"
+        return 0 if alone or self.optimizer != "adamw" else 2
+
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
         stage = self.zero_stage
@@ -104,7 +113,7 @@ class TrainConfig(Section):
             raise ValueError(
                 f"method={self.method} needs zero_stage=2: packed weights cannot be sharded"
             )
-        if self.optimizer != "adamw" and stage != 0:
+        if self.optimizer != "adamw" and stage not in ("auto", 0):
             raise ValueError(
                 f"optimizer={self.optimizer} needs zero_stage=0: ZeRO flattens weights into "
                 "pieces, and this optimizer's state belongs to whole ones"

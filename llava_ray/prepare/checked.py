@@ -1,8 +1,9 @@
 """Rows with their pictures, read in one place and checked by the whole cluster, through Ray Data.
 
 One task reads rows on the driver's node, where its files are, in portions that depend on the rows
-alone; others decode the pictures, wherever there are CPUs. Rows travel as bytes and arrive in their
-order, so what is made of them hangs neither on nodes nor on blocks or tries.
+alone; others decode the pictures, wherever there are CPUs. Files of a cluster's only node are not
+sent: the tasks stay there and read them. Rows travel as bytes and arrive in their order, so what is
+made of them hangs neither on nodes nor on blocks or tries.
 """
 
 import functools
@@ -19,7 +20,7 @@ from llava_ray.prepare.parts import Part
 from llava_ray.prepare.pictures import (
     Read,
     checked,
-    digests,
+    digest,
     fetched,
     image_reader,
     in_order,
@@ -27,12 +28,13 @@ from llava_ray.prepare.pictures import (
 )
 from llava_ray.prepare.rows import Rejection, Row
 
-_PORTION_ROWS, _PORTION_BYTES = 256, 16 * 2**20
+_PORTION_ROWS, _PORTION_BYTES = 64, 16 * 2**20
 """A portion is full with either."""
+_FEW_ROWS = 4096
+"""Whose files are hashed in the time that tasks take to start."""
 
-
-Work = Callable[[Iterable[Row | Rejection], Read], Iterable[Any]]
-"""What is made of rows with what reads their pictures."""
+Work = Callable[[Row | Rejection, Read], Any]
+"""What is made of a row with what reads its pictures."""
 
 
 def content_sha256(part: Part) -> str:
@@ -47,9 +49,10 @@ def content_sha256(part: Part) -> str:
 
 
 def _of_pictures(part: Part) -> Iterator[bytes]:
-    if part.has_files_here:
-        return digests(part.reader, image_reader(part.images))
-    return _each(portions_of(part, digests))
+    if part.has_files_here and (part.reader.num_rows <= _FEW_ROWS or not _one_node()):
+        read = image_reader(part.images)
+        return in_order(lambda row: digest(row, read), part.reader)
+    return _each(portions_of(part, digest))
 
 
 def _each(portions: Iterable[bytes]) -> Iterator[Any]:
@@ -82,11 +85,15 @@ def portions_of(part: Part, work: Work, *, size: int = _PORTION_ROWS) -> Iterato
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    sent = part.has_files_here and not _one_node()
     # Not the part itself: its reader may hold all rows.
-    read = functools.partial(_read, part.open, part.images, size)
+    read = functools.partial(_read, part.open, part.images if sent else None, size)
     portions = ray.data.from_items([0]).map_batches(read, num_cpus=0, label_selector=here)
-    portions = portions.map(functools.partial(_work, work, part.images))
+    stays: Any = {} if sent or not part.has_files_here else {"label_selector": here}
+    portions = portions.map(functools.partial(_work, work, part.images), **stays)
     portions.context.execution_options.preserve_order = True
+    # A block is one portion, however small, so that all CPUs have work.
+    portions.context.target_max_block_size = 1
     portions.context.enable_progress_bars = False
     try:
         for row in portions.iter_rows():
@@ -101,12 +108,14 @@ def portions_of(part: Part, work: Work, *, size: int = _PORTION_ROWS) -> Iterato
 def _read(
     rows: Callable[[], Iterable[Row | Rejection]], images: str | None, most_rows: int, _: Any
 ) -> Iterator[dict[str, list[bytes]]]:
-    """Yield a source's rows in portions, with those of their pictures that are on this machine."""
+    """Yield a source's rows in portions.
+
+    images: the folder of pictures that travel with them.
+    """
     read = image_reader(images)
-    here = images is not None and Storage(images).is_local
     portion: list[Row | Rejection] = []
     size = 0
-    for row in in_order(lambda row: fetched(row, read), rows()) if here else rows():
+    for row in in_order(lambda row: fetched(row, read), rows()) if images else rows():
         portion.append(row)
         if isinstance(portion[-1], Row):
             size += sum(map(len, portion[-1].sample.pictures))
@@ -119,5 +128,15 @@ def _read(
 
 def _work(work: Work, images: str | None, portion: dict[str, Any]) -> dict[str, Any]:
     """Read what is not read yet of a portion's pictures, and do the work."""
-    rows = pickle.loads(portion["rows"])
-    return {"rows": pickle.dumps(list(work(rows, image_reader(images))))}
+    rows, read = pickle.loads(portion["rows"]), image_reader(images)
+    if images is not None and not Storage(images).is_local:
+        # Threads wait for the storage; decoding has the one CPU of a task.
+        rows = in_order(lambda row: fetched(row, read), rows)
+    return {"rows": pickle.dumps([work(row, read) for row in rows])}
+
+
+def _one_node() -> bool:
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return len([node for node in nodes if node["Alive"]]) == 1

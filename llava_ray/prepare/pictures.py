@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
 
+import xxhash
+from PIL import Image
+
 from llava_ray.artifacts.storage import Storage
 from llava_ray.errors import DataError
 from llava_ray.models.conversation import Sample
@@ -65,32 +68,25 @@ class Checked:
     contents: tuple[str, ...]
     """The SHA-256 of each file."""
     pixels: tuple[str, ...]
-    """The SHA-256 of what each shows: the same picture may lie in files of several formats."""
+    """A hash of what each shows: the same picture may lie in files of several formats."""
     files: tuple[bytes, ...] = ()
     """Left out where the driver has them at hand."""
 
 
 def checked(
-    rows: Iterable[Row | Rejection], read: Read, *, max_pixels: int, with_files: bool
-) -> Iterator[Checked | Rejection]:
-    """Read what is not read yet of rows' pictures, and decode each once; the order is kept.
-
-    Decoding releases Python's lock, so threads are enough.
-    """
-
-    def check(row: Row | Rejection) -> Checked | Rejection:
-        row = fetched(row, read)
-        if isinstance(row, Rejection):
-            return row
-        files = row.sample.pictures
-        try:
-            images = (open_image(file, max_pixels=max_pixels) for file in files)
-            pixels = tuple(_sha256(image.tobytes(), repr(image.size)) for image in images)
-        except DataError as error:
-            return Rejection(row.number, row.sample.id, "unusable_image", str(error))
-        return Checked(content_digests(row.sample), pixels, files if with_files else ())
-
-    return in_order(check, rows)
+    row: Row | Rejection, read: Read, *, max_pixels: int, with_files: bool
+) -> Checked | Rejection:
+    """Decode a row's pictures once, read first where that is not done."""
+    row = fetched(row, read)
+    if isinstance(row, Rejection):
+        return row
+    files = row.sample.pictures
+    try:
+        images = (open_image(file, max_pixels=max_pixels) for file in files)
+        pixels = tuple(_pixel_digest(image) for image in images)
+    except DataError as error:
+        return Rejection(row.number, row.sample.id, "unusable_image", str(error))
+    return Checked(content_digests(row.sample), pixels, files if with_files else ())
 
 
 def joined(read: Read, pair: tuple[Row | Rejection, Checked | Rejection]) -> Row | Rejection:
@@ -110,27 +106,24 @@ def joined(read: Read, pair: tuple[Row | Rejection, Checked | Rejection]) -> Row
     return replace(row, sample=sample, contents=found.contents, pixels=found.pixels)
 
 
-def digests(rows: Iterable[Row | Rejection], read: Read) -> Iterator[bytes]:
-    """Hash the files that each row names, or why they cannot be had."""
-
-    def digest(row: Row | Rejection) -> bytes:
-        row = fetched(row, read)
-        found = (
-            row if isinstance(row, Rejection) else (row.sample.images, content_digests(row.sample))
-        )
-        return hashlib.sha256(repr(found).encode()).digest()
-
-    return in_order(digest, rows)
+def digest(row: Row | Rejection, read: Read) -> bytes:
+    """Hash the files that a row names, or why they cannot be had."""
+    row = fetched(row, read)
+    found = row if isinstance(row, Rejection) else (row.sample.images, content_digests(row.sample))
+    return hashlib.sha256(repr(found).encode()).digest()
 
 
 def content_digests(sample: Sample) -> tuple[str, ...]:
     """Return the SHA-256 of each of its pictures' files."""
-    return tuple(map(_sha256, sample.pictures))
+    return tuple(hashlib.sha256(file).hexdigest() for file in sample.pictures)
 
 
-def _sha256(content: bytes, besides: str = "") -> str:
-    digest = hashlib.sha256(content)
-    digest.update(besides.encode())
+def _pixel_digest(image: Image.Image) -> str:
+    # SHA-256 would take longer than decoding, as would new memory for all pixels at once.
+    digest = xxhash.xxh3_128(repr(image.size).encode())
+    for top in range(0, image.height, 64):
+        strip = (0, top, image.width, min(top + 64, image.height))
+        digest.update(image.crop(strip).tobytes())
     return digest.hexdigest()
 
 

@@ -91,7 +91,8 @@ class DatasetWriter:
         self._shards.append(self._num_shards - 1)
         self._offsets.append(self._shard.tell())
         self._sizes.append(len(content))
-        self._shard.write(content + bytes(-len(content) % 512))
+        self._shard.write(content)
+        self._shard.write(bytes(-len(content) % 512))
         return number
 
     def _write(self, name: str, rows: Sequence[int]) -> None:

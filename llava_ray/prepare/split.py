@@ -21,7 +21,7 @@ class Shown:
 
     def add(self, row: Row) -> None:
         """Take a row whose pictures were read."""
-        found = row.pixels or (hashlib.sha256(repr(row.sample.turns).encode()).hexdigest(),)
+        found = row.pixels or (hashlib.sha256(repr(row.sample.turns).encode()).hexdigest()[:32],)
         for digest in found:
             self._digests += bytes.fromhex(digest)
         self._counts.append(len(found))
@@ -32,7 +32,7 @@ class Shown:
         Rows with a picture in common go together, in the order of a hash of what they show, so most
         stay where they are when others are added.
         """
-        words = np.frombuffer(self._digests, ">u8").reshape(-1, 4)
+        words = np.frombuffer(self._digests, ">u8").reshape(-1, 2)
         pictures, numbers = np.unique(words, axis=0, return_inverse=True)
         group_of_row = self._groups(numbers.reshape(-1), len(pictures))
         groups, rows, sizes = np.unique(group_of_row, return_inverse=True, return_counts=True)

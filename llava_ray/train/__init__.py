@@ -83,7 +83,7 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
             base_model_sha256=weights_sha256(model_folder(config.model)),
             dataset_uri=dataset.uri,
             num_workers=plan.num_workers,
-            zero_stage=train.zero_stage,
+            zero_stage=train.stage_for(plan.num_workers),
             steps=metrics["step"],
             train_loss=metrics["train_loss"],
             eval_loss=metrics.get("eval_loss"),

@@ -79,6 +79,7 @@ def estimate(sizes: Sizes, train: TrainConfig, *, workers: int, load: int) -> Me
 
     load: tokens of a sample, image tokens counted in, with a question of usual length.
     """
+    train = train.model_copy(update={"zero_stage": train.stage_for(workers)})
     width = DTYPE_BYTES[train.precision]
     trained = trained_weights(sizes, train)
     full = train.method == "full"

@@ -105,7 +105,10 @@ class Loop:
     def __init__(
         self, task: WorkerTask, distributed: DistributedContext, resume_from: Path | None
     ) -> None:
-        self.task, self.train, self.distributed = task, task.config.train, distributed
+        self.task, self.distributed = task, distributed
+        train = task.config.train
+        stage = train.stage_for(distributed.world_size)
+        self.train = train.model_copy(update={"zero_stage": stage})
         self.rank, self.world_size = distributed.rank, distributed.world_size
         self.device = distributed.device
         self.gpu = self.device.type == "cuda"

@@ -25,7 +25,7 @@ from llava_ray.models.conversation import Sample
 from llava_ray.models.dataset import Split
 from llava_ray.prepare.checked import portions_of
 from llava_ray.prepare.parts import Part, opened_parts
-from llava_ray.prepare.pictures import checked, content_digests, digests
+from llava_ray.prepare.pictures import checked, content_digests, digest
 from llava_ray.prepare.rows import Rejection, Row
 from llava_ray.prepare.shards import DatasetWriter
 from llava_ray.prepare.split import Shown
@@ -94,7 +94,7 @@ def test_the_driver_holds_few_bytes_a_row(tmp_path: Path) -> None:
     tracemalloc.start()
     for i in range(count):
         sample = Sample(str(i), (f"{i}.png",), turns, pictures=(i.to_bytes(8, "big"),))
-        row = Row(i, sample, (i.to_bytes(32, "big").hex(),))
+        row = Row(i, sample, (i.to_bytes(16, "big").hex(),))
         writer.add(row)
         shown.add(row)
         repeats.append(1)
@@ -118,5 +118,5 @@ def test_what_fails_on_the_way_is_one_line() -> None:
     unsendable = threading.Lock()
 
     with pytest.raises(StorageError) as caught:
-        list(portions_of(Part(DataConfig(), 1.0, "", gone, unsendable, None), digests))  # type: ignore[arg-type]
+        list(portions_of(Part(DataConfig(), 1.0, "", gone, unsendable, None), digest))  # type: ignore[arg-type]
     assert str(caught.value) == "s3://bucket: the server does not answer"
