@@ -50,6 +50,7 @@ class MixConfig(Section):
     split: str | None = Field(default=None)
     image_column: str | None = Field(default=None)
     caption_column: str | None = Field(default=None)
+    question_column: str | None = Field(default=None)
     question: str | None = Field(default=None)
     limit: Integer | None = Field(default=None, ge=2)
 
@@ -70,11 +71,14 @@ class DataConfig(Section):
     """Default: a column with images in it, else one known by its name, such as file_name."""
     caption_column: str | None = Field(default=None)
     """Default: conversations or messages, else a column known by its name, such as caption."""
+    question_column: str | None = Field(default=None)
+    """Default: one known by its name, such as question or prompt."""
     question: str = Field(default="Describe this image in detail.")
     """What is asked of an image that comes with a caption alone."""
     limit: Integer | None = Field(default=None, ge=2)
     """Take only the first rows; for scene-text how many are drawn (default 240)."""
     test_share: Share = Field(default=0.1)
+    """Of the rows; each side has at least one."""
     max_rejected_share: Share = Field(default=0.05)
     """More rejected rows than this share end the stage with the list of reasons."""
     max_image_pixels: Count = Field(default=50_000_000)

@@ -22,9 +22,6 @@ from llava_ray.models.conversation import Sample
 Numbers = NDArray[np.integer[Any]]
 """One for each row."""
 
-_TURN_TOKENS = 64
-"""At most what a chat template writes around a question and its answer."""
-
 
 class Split:
     """The rows of one side of a data set."""
@@ -40,8 +37,8 @@ class Split:
         """Of each row's turns, negative where it shows no picture."""
         self.num_images = np.diff(self._index["images"])
         """That each row shows."""
-        self.most_text_tokens = self._index["size"] + _TURN_TOKENS * self._index["turns"]
-        """More than each row's text has, its system text apart: no token is less than a byte."""
+        self.turns, self.text_bytes = self._index["turns"], self._index["size"]
+        """How many each row has, and the bytes of its text at most."""
         pictures = np.concatenate([[0], np.cumsum(self._index["bytes"])])[self._index["images"]]
         self.num_bytes = self._index["size"] + np.diff(pictures)
         """That reading each row takes."""

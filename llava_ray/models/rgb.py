@@ -95,8 +95,8 @@ def _unknown(data: bytes) -> str:
     if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS and "HEIF" not in _formats():
         return "a HEIC picture: 'pip install pillow-heif' reads it, or convert it to JPEG"
     if data[:4] in _TIFF:
-        return "a TIFF of a kind that is not read: save it with 8 or 16 bits a channel"
-    return f"not an image in one of {_FOR_PEOPLE}"
+        return "a TIFF that is damaged or not read: save it with 8 or 16 bits a channel"
+    return f"damaged, or not an image in one of {_FOR_PEOPLE}"
 
 
 def _scale_clear_colour(image: Image.Image, *, depth: int) -> None:

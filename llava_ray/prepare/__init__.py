@@ -125,7 +125,8 @@ def _build(
 
 
 _NOT_SHAPING = {
-    "cache_bytes", "max_rejected_share", "source", "images", "image_column", "caption_column", "mix"
+    "cache_bytes", "max_rejected_share", "source", "images", "image_column", "caption_column",
+    "question_column", "mix",
 }  # fmt: skip
 """What only says where rows are and how they are found: the content's digest has the outcome."""
 

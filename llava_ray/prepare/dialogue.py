@@ -41,12 +41,16 @@ class Dialogue:
     system: str | None = None
 
 
+class Place(int):
+    """Which of the row's images a part shows, from 0."""
+
+
 @dataclass
 class _Message:
     role: str
     text: str
     images: list[Any]
-    """Of its parts; None where the picture stands in the row's column."""
+    """Of its parts; None for the next of the row's column, a `Place` for one by its number."""
 
 
 def read_dialogue(said: Any, images: Sequence[Any]) -> Dialogue:
@@ -78,12 +82,19 @@ def _turns(
     """Return answered turns, the images they show, and those of the row that none shows."""
     turns: list[Turn] = []
     shown: list[Any] = []
+    left = dict(enumerate(images))
     pending: Turn | None = None
     for message in messages:
         if message.role == "user":
-            own = [images.pop(0) if i is None and images else i for i in message.images]
-            if any(image is None for image in own):
-                raise RowProblem("no_image", f"more {IMAGE_TOKEN} than images")
+            own = []
+            for image in message.images:
+                if image is None or isinstance(image, Place):
+                    number = next(iter(left), len(images)) if image is None else image
+                    if not 0 <= number < len(images):
+                        raise RowProblem("no_image", f"more {IMAGE_TOKEN} than images")
+                    left.pop(number, None)
+                    image = images[number]
+                own.append(image)
             shown += own
             before = (pending.text, pending.num_images) if pending else ("", 0)
             text = "\n".join(filter(None, (before[0], message.text)))
@@ -100,7 +111,7 @@ def _turns(
     if pending is not None and pending.num_images:
         # An unanswered question takes its pictures with it.
         shown = shown[: len(shown) - pending.num_images]
-    return turns, shown, images
+    return turns, shown, list(left.values())
 
 
 def _answer(message: _Message) -> str:
@@ -130,13 +141,15 @@ def _messages(said: Any) -> Iterator[_Message]:
         role = _ROLES.get(who.strip().lower()) if isinstance(who, str) else None
         if role is None:
             raise RowProblem("no_exchange", f"a turn is by {who!r}: {', '.join(_ROLES)} are known")
+        if role == "assistant" and turn.get("weight") == 0:
+            raise RowProblem("no_exchange", "an answer of weight 0: all answers are learned")
         yield _message(role, next((turn[key] for key in _WHAT if turn.get(key) is not None), ""))
 
 
 def _message(role: str, content: Any) -> _Message:
     if isinstance(content, str):
         text, images = content, [None] * content.count(IMAGE_TOKEN)
-        return _Message(role, _without_images(text), list(images))
+        return _Message(role, without_images(text), list(images))
     if not isinstance(content, list):
         raise RowProblem("no_exchange", f"a turn's text is a {type(content).__name__}")
     texts, found = [], []
@@ -146,7 +159,7 @@ def _message(role: str, content: Any) -> _Message:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in _TEXTS and isinstance(part.get("text"), str):
             found += [None] * part["text"].count(IMAGE_TOKEN)
-            texts.append(_without_images(part["text"]))
+            texts.append(without_images(part["text"]))
         elif kind in _PICTURES:
             found.append(_picture(part))
         else:
@@ -162,11 +175,15 @@ def _picture(part: dict[str, Any]) -> Any:
             value = value.get("url") or value.get("bytes") or value.get("path")
         if value:
             return value
-    return None
+    number = part.get("index")
+    return Place(number) if isinstance(number, int) and not isinstance(number, bool) else None
 
 
-def _without_images(text: str) -> str:
-    return text.replace(IMAGE_TOKEN, "").strip()
+def without_images(text: str) -> str:
+    """Return a text without its image tokens, and without those that come of taking them out."""
+    while IMAGE_TOKEN in text:
+        text = text.replace(IMAGE_TOKEN, "")
+    return text.strip()
 
 
 def shorten(text: str) -> str:

@@ -12,7 +12,7 @@ from llava_ray.artifacts.storage import Storage
 from llava_ray.config.run import DataConfig
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.prepare.rows import RowReader
-from llava_ray.prepare.sources import SCENE_TEXT, here_or_copied, open_table
+from llava_ray.prepare.sources import SCENE_TEXT, here_or_copied, open_table, place_and_name
 
 SCENE_TEXT_ROWS = 240
 
@@ -76,7 +76,7 @@ def _open(config: DataConfig, weight: float, folder: str, stack: ExitStack) -> P
     reader = read()
     if not images and reader.folder == scratch and len(list(Path(scratch).iterdir())) == 1:
         # The rows' own file alone was copied, so its pictures are where it is.
-        images = config.source.rpartition("/")[0]
+        images = place_and_name(config.source)[0].rstrip("/")
     return Part(config, weight, folder, read, reader, images or reader.folder)
 
 

@@ -4,9 +4,10 @@ import base64
 import binascii
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,22 +17,28 @@ from llava_ray.config.run import DataConfig
 from llava_ray.errors import DataError
 from llava_ray.models.chat_template import IMAGE_TOKEN, Turn
 from llava_ray.models.conversation import Sample
-from llava_ray.prepare.dialogue import Dialogue, RowProblem, read_dialogue, shorten
+from llava_ray.prepare.dialogue import Dialogue, RowProblem, read_dialogue, shorten, without_images
 from llava_ray.prepare.table import FOLDER, BrokenRow, Cells, Table
 
 logger = logging.getLogger(__name__)
 
 CONVERSATIONS = ("conversations", "messages", "conversation", "texts")
 IMAGES = (
-    "filename", "file_name", "image", "images", "image_path", "image_file", "img", "path",
+    "image", "images", "filename", "file_name", "image_path", "image_file", "img", "path",
     "jpg", "jpeg", "png", "webp", "image_url", "url",
 )  # fmt: skip
 CAPTIONS = ("caption_condensed", "caption", "text", "txt", "captions", "sentence", "answer")
-QUESTION = "question"
+QUESTIONS = ("question", "query", "prompt", "instruction")
+ANSWERS = ("answer", "response", "output", "completion")
+"""Captions where there is a question."""
 MOVING = ("video", "videos", "audio")
 """Columns of what no picture shows."""
 _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"BM": ".bmp"}
 IDS = ("id", "__key__", "image_id")
+_LONGEST_NAME = 255
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
+_MARKED = re.compile(r"<img>[^<>\n]+</img>|<\|(?:image_pad|vision_start|image_1)\|>")
+"""Pictures as other models' own formats have them."""
 _MOVES = re.compile(r"\A<(video|audio)>\n|\n<(video|audio)>\Z")
 """A token on a line of its own; within a text it is HTML."""
 
@@ -47,7 +54,7 @@ class Row:
     contents: tuple[str, ...] = ()
     """The SHA-256 of its pictures' files, once they are read."""
     pixels: tuple[str, ...] = ()
-    """The SHA-256 of what its pictures show."""
+    """A hash of what each shows."""
 
 
 @dataclass(frozen=True)
@@ -71,23 +78,26 @@ class RowReader:
         if not table.num_rows:
             raise DataError(f"data.source {config.source!r} has no rows")
         self._said = None if config.caption_column else _first_of(CONVERSATIONS, table.columns)
-        question = _first_of([QUESTION], table.columns)
-        known = ("answer", *CAPTIONS) if question else CAPTIONS
+        question = config.question_column or _first_of(QUESTIONS, table.columns)
+        known = (*ANSWERS, *CAPTIONS) if question else CAPTIONS
         self._caption = config.caption_column or _first_of(known, table.columns)
         self.image_column = self._choose_image_column()
         self._check()
         self._question = question if self._said is None and self._caption != question else None
         self._id = _first_of(IDS, table.columns)
+        self._system = _first_of(["system"], table.columns) if self._said else None
         self._moving = [name for name in MOVING if name in table.columns]
         alone = config.image_column or self.image_column in table.binary_columns
         others = () if alone else _all_of(IMAGES, table.columns)
         self._pictures = [name for name in dict.fromkeys((self.image_column, *others)) if name]
         """The image column, and those that are looked into where it is empty."""
         images = config.images or self.folder or ""
+        images = images.removeprefix("file://")
         self._root = images if "://" in images else str(Path(images).expanduser().absolute())
         self._lists = 0
         chosen = (
-            self._said or self._caption, *self._pictures, self._question, self._id, *self._moving
+            self._said or self._caption, *self._pictures, self._question, self._system, self._id,
+            *self._moving,
         )  # fmt: skip
         self.columns = list(dict.fromkeys(filter(None, chosen)))
         """What is read."""
@@ -121,7 +131,7 @@ class RowReader:
             try:
                 yield self._row(number, cells)
             except RowProblem as problem:
-                where = printable(self._row_id(number, cells))
+                where = printable(shorten(self._row_id(number, cells)))
                 yield Rejection(number, where, problem.reason, printable(problem.detail))
 
     def _choose_image_column(self) -> str | None:
@@ -142,6 +152,8 @@ class RowReader:
         wanted = {
             "image_column": self.image_column, "caption_column": self._said or self._caption
         }  # fmt: skip
+        if self._config.question_column is not None:
+            wanted["question_column"] = self._config.question_column
         if self._said is not None and self._config.image_column is None:
             del wanted["image_column"]  # Of text alone, or with its pictures in the messages.
         problems = [
@@ -160,6 +172,8 @@ class RowReader:
         value = cells.get(self._id) if self._id else None
         if value is None and self.image_column:
             value = next(iter(as_list(cells.get(self.image_column))), None)
+        if isinstance(value, str) and (value[:5].lower() == "data:" or len(value) > _LONGEST_NAME):
+            value = value.encode(errors="surrogatepass")  # A picture itself.
         if isinstance(value, str | int) and str(value).strip():
             return str(value)
         if isinstance(value, bytes):
@@ -175,6 +189,9 @@ class RowReader:
         pictures = next(filter(None, shown), [])
         if self._said is not None:
             found = read_dialogue(cells.get(self._said), pictures)
+            system = cells.get(self._system or "")
+            if isinstance(system, str) and system.strip() and found.system is None:
+                found = replace(found, system=system.strip())
         else:
             found = self._captioned(cells, pictures)
         images = [self._image(each, cells.get(FOLDER, "")) for each in found.images]
@@ -184,6 +201,9 @@ class RowReader:
             _check_text(text)
         if token := next(filter(None, (_MOVES.search(turn.text) for turn in found.turns)), None):
             raise RowProblem("no_picture", f"{token[0].strip()}: only pictures are read")
+        if token := next(filter(None, (_MARKED.search(turn.text) for turn in found.turns)), None):
+            detail = f"{shorten(token[0])}: name it in a column, and write {IMAGE_TOKEN}"
+            raise RowProblem("no_image", detail)
         return row
 
     def _image(self, value: Any, folder: str) -> tuple[str, bytes]:
@@ -192,7 +212,8 @@ class RowReader:
         if folder and not file and not self._config.images:
             # Names mostly start where the row's own file lies, else at the source's folder.
             own = f"{folder}/{name}"
-            name = own if (Path(self._root) / own).is_file() else name
+            name = own if os.path.isfile(f"{self._root}/{own}") else name
+            _check_text(name)
         return name, file
 
     def _captioned(self, cells: Cells, pictures: Sequence[Any]) -> Dialogue:
@@ -205,16 +226,19 @@ class RowReader:
             if self._lists == 1:
                 logger.warning("prepare: column %r has lists: the first is used", self._caption)
         caption = next(iter(captions), "")
+        if isinstance(caption, int | float) and not isinstance(caption, bool):
+            caption = str(caption)  # An answer may be a number.
         if not isinstance(caption, str):
             raise RowProblem("empty_caption", f"a {type(caption).__name__}, not text")
         if not caption.strip():
-            raise RowProblem("empty_caption", "")
+            detail = f"column {self._caption!r} is empty: data.caption_column names another"
+            raise RowProblem("empty_caption", detail)
         if IMAGE_TOKEN in caption:
             raise RowProblem("image_token_in_caption", shorten(caption))
         question = cells.get(self._question) if self._question else None
         if not isinstance(question, str) or not question.strip():
             question = self._config.question
-        question = question.replace(IMAGE_TOKEN, "").strip()
+        question = without_images(question)
         turn = Turn(question, len(pictures), caption.strip())
         return Dialogue((turn,), tuple(pictures))
 
@@ -248,11 +272,22 @@ def _image(value: Any, root: str) -> tuple[str, bytes]:
         raise RowProblem("no_image", f"a {type(value).__name__}, neither a path nor bytes")
     if value[:5].lower() == "data:":
         return _image(_inline(value), root)
+    if len(value) > _LONGEST_NAME and _BASE64.fullmatch(value):
+        return _image(_inline(f"data:;base64,{value}"), root)
     _check_text(value)
-    if re.match(r"https?://", value):
+    if re.match(r"https?://", value) and not value.startswith(f"{root}/"):
         raise RowProblem("remote_image", f"{shorten(value)}: download it, and name the file")
     path = value.removeprefix("file://")
-    return safe_path(path.removeprefix(f"{root.rstrip('/')}/") if root else path), b""
+    below = path.removeprefix(f"{root.rstrip('/')}/") if root else path
+    if "://" in below:
+        detail = f"{shorten(value)}: set data.images to the folder that it starts with"
+        raise RowProblem("path_outside_folder", detail)
+    if below.startswith("/") and root:
+        # By another name of the same folder.
+        real = f"{os.path.realpath(root)}/"
+        below = os.path.realpath(below).removeprefix(real)
+        below = path if below.startswith("/") else below
+    return safe_path(below), b""
 
 
 def _inline(url: str) -> bytes:
@@ -260,7 +295,10 @@ def _inline(url: str) -> bytes:
     try:
         if not header.endswith(";base64"):
             raise ValueError("not base64")
-        return base64.b64decode("".join(unquote(payload).split()), validate=True)
+        found = base64.b64decode("".join(unquote(payload).split()), validate=True)
+        if not found:
+            raise ValueError("it is empty")
+        return found
     except (ValueError, binascii.Error) as error:
         raise RowProblem("unusable_image", f"a broken data URL ({error})") from error
 

@@ -3,8 +3,9 @@
 import difflib
 import hashlib
 import logging
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from llava_ray.prepare.table import (
     Table,
     binary_columns,
     decoded,
+    each_row,
 )
 
 logger = logging.getLogger(__name__)
@@ -60,14 +62,21 @@ def here_or_copied(source: str, scratch: Path) -> str:
     if not names:
         raise DataError(f"data.source {source!r}: no such file or folder")
     if names == [""]:
-        # A chain such as zip://rows.csv::s3://bucket/x.zip names the file before its archive.
-        first, *chain = source.split("::")
-        parent, slash, name = first.rpartition("/")
-        place = "::".join([parent + slash, *chain])
+        place, name = place_and_name(source)
         Storage(place, setting="data.source").get_files("", [name], scratch)
         return str(scratch / name)
     storage.get_files("", names, scratch)
     return str(scratch)
+
+
+def place_and_name(uri: str) -> tuple[str, str]:
+    """Return the folder of a remote file, and its name there.
+
+    A chain such as zip://rows.csv::s3://bucket/x.zip names the file before its archive.
+    """
+    first, *chain = uri.split("::")
+    parent, slash, name = first.rpartition("/")
+    return "::".join([parent + slash, *chain]), name
 
 
 def check_source(source: str) -> None:
@@ -116,9 +125,11 @@ def open_folder(folder: Path, config: DataConfig) -> Table:
         if len(metadata) == 1:
             return open_file(metadata[0])
     kinds: dict[str, list[Path]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name[0] not in "._"):
+    for path in sorted(_files_below(folder)):
         kinds.setdefault(path.suffix.lower(), []).append(path)
     known = {suffix: paths for suffix, paths in kinds.items() if suffix in readers()}
+    if ".tar" in known:
+        known = _without_statistics(known)
     pictures = [path for suffix in PICTURES for path in kinds.get(suffix, ())]
     texts = {path.with_suffix("") for path in kinds.get(".txt", ())}
     captioned = any(path.with_suffix("") in texts for path in pictures)
@@ -130,7 +141,9 @@ def open_folder(folder: Path, config: DataConfig) -> Table:
             f"{examples}{besides}, or move the others away"
         )
     if captioned:
-        return _open_captions(folder, sorted(pictures), kinds[".txt"])
+        _warn_of_unused(texts - {path.with_suffix("") for path in pictures}, folder)
+        chosen = _of_split(sorted(pictures), folder, config.split, by_name=False)
+        return _open_captions(folder, chosen, kinds[".txt"])
     if known:
         ((_, paths),) = known.items()
         chosen = _of_split(paths, folder, config.split)
@@ -141,15 +154,55 @@ def open_folder(folder: Path, config: DataConfig) -> Table:
     )
 
 
-def _of_split(paths: Sequence[Path], folder: Path, split: str) -> Sequence[Path]:
-    """Return the files of a split by the words of their names; those that name none are train's.
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield files that are not hidden, in folders behind links too, each folder once."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else sorted(
+            name for name in folders if name[0] != "." and not name.startswith("__")
+        )  # fmt: skip
+        if real not in seen:
+            paths = (Path(place, name) for name in names if name[0] not in "._")
+            yield from (path for path in paths if os.path.isfile(path))
+        seen.add(real)
+
+
+def _without_statistics(known: dict[str, list[Path]]) -> dict[str, list[Path]]:
+    """Leave out the tables that img2dataset writes beside each tar of the same name."""
+    tars = {str(path.with_suffix("")) for path in known[".tar"]}
+    named = {
+        suffix: [p for p in paths if str(p.with_suffix("")).removesuffix("_stats") not in tars]
+        for suffix, paths in known.items()
+        if suffix != ".tar"
+    }
+    return {".tar": known[".tar"], **{suffix: paths for suffix, paths in named.items() if paths}}
+
+
+def _warn_of_unused(stems: Set[Path], folder: Path) -> None:
+    if stems:
+        first = min(str(stem.relative_to(folder)) for stem in stems)
+        logger.warning(
+            "prepare: %d .txt files have no picture beside them that is read, first %r; "
+            "pictures end in %s", len(stems), first, ", ".join(sorted(PICTURES)),
+        )  # fmt: skip
+
+
+def _of_split(
+    paths: Sequence[Path], folder: Path, split: str, *, by_name: bool = True
+) -> Sequence[Path]:
+    """Return the files of a split by the words of their names and folders, or of these alone; those
+    that name none are train's.
 
     Raises ConfigError where there are none.
     """
     found: dict[str, list[Path]] = {}
     for path in paths:
-        words = re.split("[^a-z0-9]+", str(path.relative_to(folder).with_suffix("")).lower())
-        named = [name for name, known in _SPLITS.items() if known & set(words)]
+        relative = path.relative_to(folder)
+        text = str(relative.with_suffix("") if by_name else relative.parent).lower()
+        # Digits part words too: train2017.
+        words = {*re.split("[^a-z0-9]+", text), *re.split("[^a-z]+", text)}
+        named = [name for name, known in _SPLITS.items() if known & words]
         own = split if split.lower() in words else next(iter(named), "train")
         found.setdefault(own, []).append(path)
     if split not in found:
@@ -211,7 +264,8 @@ def _open_captions(folder: Path, pictures: Sequence[Path], texts: Sequence[Path]
 
     digest = hashlib.sha256()
     for path in texts:
-        digest.update(f"{path.relative_to(folder)} {sha256_of(path)}\n".encode())
+        name = os.fsencode(path.relative_to(folder))
+        digest.update(name + f" {sha256_of(path)}\n".encode())
     return Table(("file_name", "text"), len(pictures), digest.hexdigest(), read, folder)
 
 
@@ -240,7 +294,6 @@ def open_hub(name: str, split: str) -> Table:
 
 def _of_dataset(dataset: Any, sha256: str) -> Table:
     import datasets
-    import pyarrow
 
     arrow = dataset.with_format("arrow")
 
@@ -248,14 +301,7 @@ def _of_dataset(dataset: Any, sha256: str) -> Table:
         chosen = arrow.select_columns(list(columns))
         for start in range(0, dataset.num_rows, BATCH_ROWS):
             stop = min(start + BATCH_ROWS, dataset.num_rows)
-            try:
-                # An image may be a path into the download cache; this reads it in.
-                rows = datasets.table.embed_table_storage(chosen[start:stop]).to_pylist()
-            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-                reason = str(error).splitlines()[0]
-                yield from [BrokenRow(f"a damaged batch ({reason})")] * (stop - start)
-            else:
-                yield from rows
+            yield from each_row(chosen[start:stop], datasets.table.embed_table_storage)
 
     return Table(
         columns=tuple(dataset.column_names),

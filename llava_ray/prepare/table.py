@@ -21,8 +21,11 @@ _MARKS = {
     "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
 PICTURES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"}
-)
+    {
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
+        ".avif", ".heic", ".heif",
+    }
+)  # fmt: skip
 """Ends of their files' names."""
 
 
@@ -71,6 +74,22 @@ def encoding_of(content: bytes) -> str:
     if len(content) < 2 or (content[0] == 0) == (content[1] == 0):
         return "utf-8-sig"
     return "utf-16-le" if content[1] == 0 else "utf-16-be"
+
+
+def each_row(batch: Any, opened: Callable[[Any], Any] = lambda batch: batch) -> Iterator[Any]:
+    """Yield the rows of an Arrow batch or table as they are opened; a broken one costs no other."""
+    import pyarrow
+
+    try:
+        rows = opened(batch).to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        if batch.num_rows == 1:
+            yield BrokenRow(f"it is damaged ({' '.join(str(error).split())[:200]})")
+            return
+        for number in range(batch.num_rows):
+            yield from each_row(batch.slice(number, 1), opened)
+    else:
+        yield from rows
 
 
 def binary_columns(schema: Any) -> frozenset[str]:

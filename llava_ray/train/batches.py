@@ -18,14 +18,22 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from llava_ray.errors import ConfigError
-from llava_ray.models.conversation import IGNORE_INDEX, encode_sample, encode_with_images
-from llava_ray.models.dataset import Split
+from llava_ray.models.chat_template import Turn, control_tokens
+from llava_ray.models.conversation import (
+    IGNORE_INDEX,
+    Sample,
+    encode_sample,
+    encode_with_images,
+)
+from llava_ray.models.dataset import Numbers, Split
 from llava_ray.models.family import Family
 from llava_ray.models.images import read_pixels
 
 Batch = dict[str, torch.Tensor]
 """input_ids, attention_mask and labels [batch, length], and what `Family.inputs` gives."""
 
+_SPARE_TOKENS = 4
+"""That a template may write more around one turn than around another."""
 _WINDOW = 16
 """Global batches among which samples are sorted by length."""
 
@@ -146,7 +154,7 @@ class CaptionSamples:
         cut, split = [], self.split
         most = self.family.max_image_tokens
         varies = self.family.vision.tokens != most
-        needed = split.num_images * most + split.most_text_tokens + len(self.system.encode()) + 1
+        needed = split.num_images * most + self._most_text_tokens()
         # Long samples alone are read and tokenized.
         for index in np.flatnonzero(needed > self.max_length).tolist():
             sample = split.read(index) if varies else split.row(index)
@@ -167,6 +175,24 @@ class CaptionSamples:
                     )
                 cut.append(sample.id)
         return cut
+
+    def _most_text_tokens(self) -> Numbers:
+        """Return at least what each row's text comes to: no token is less than a byte."""
+        turn = Turn("?", 0, "!")
+        once, twice = (
+            len(
+                encode_sample(
+                    self.tokenizer, Sample("", (), turns), [], max_length=2**31, system=self.system
+                ).labels
+            )
+            for turns in ((turn,), (turn, turn))
+        )
+        # Control tokens in a text become longer by a joiner.
+        shortest = min(len(token) for token in control_tokens(self.tokenizer) if len(token) > 1)
+        bytes_of_text = self.split.text_bytes * (1 + len("\u2060".encode()) / shortest)
+        each = max(0, twice - once) + _SPARE_TOKENS
+        found: Numbers = np.ceil(bytes_of_text).astype(np.int64) + once + each * self.split.turns
+        return found
 
 
 def train_batches(

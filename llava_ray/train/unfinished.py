@@ -40,7 +40,7 @@ def offer(store: ArtifactStore, id: str, settings: Mapping[str, Any], dataset: s
 
 
 def check_origin(store: ArtifactStore, id: str, settings: Mapping[str, Any], dataset: str) -> None:
-    """Raise ConfigError where more than code and libraries of an unfinished training is another."""
+    """Raise ConfigError where more than code, libraries and workers differ from its beginning."""
     origin = dict(_unfinished(store)).get(id)
     if origin is None:
         return
@@ -89,5 +89,6 @@ def _origin(settings: Mapping[str, Any], dataset: str) -> dict[str, Any]:
 
 def _apart_from_versions(origin: dict[str, Any]) -> dict[str, Any]:
     settings = {key: value for key, value in origin["settings"].items() if key != "versions"}
-    settings["train"] = {**settings["train"], "resume_from": None}
+    # As with torchrun, other workers may go on: samples keep their order.
+    settings["train"] = {**settings["train"], "resume_from": None, "num_workers": None}
     return {**origin, "settings": settings, "revision": None}

@@ -87,7 +87,12 @@ def test_a_named_image_column_goes_before_other_bytes(tmp_path: Path) -> None:
     [
         (
             'i,caption\n1.jpg,"one\n2.jpg,two\n3.jpg,three"\n4.jpg,four\n',
-            ["unreadable_row", "four"],
+            ["unreadable_row", "two", 'three"', "four"],
+        ),
+        ('i,caption\n1.jpg,one\n2.jpg,"two\n3.jpg,three\n', ["one", "unreadable_row", "three"]),
+        (
+            'i,caption\n1.jpg,"one:\nfig1.png, a chart\nend"\n2.jpg,two\n',
+            ["one:\nfig1.png, a chart\nend", "two"],
         ),
         ('i,caption\n1.jpg,"one" and more\n2.jpg,two\n', ["unreadable_row", "two"]),
         ('i,caption\n1.jpg,"two\nlines, with a comma"\n', ["two\nlines, with a comma"]),

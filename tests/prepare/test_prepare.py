@@ -86,7 +86,7 @@ def test_every_bad_row_is_counted_and_listed(
         {"filename": "0.png", "caption_condensed": "\ud83d half of a letter"},
         {"filename": "./1.png", "caption_condensed": "  "},
         {"filename": "x2.png", "caption_condensed": None},
-        {"filename": "x3.png", "caption_condensed": 7},
+        {"filename": "x3.png", "caption_condensed": [[7]]},
         {"filename": "x4.png", "caption_condensed": "says <image> here"},
         {"filename": f"../{outside.name}", "caption_condensed": good},
         {"filename": str(outside), "caption_condensed": good},

@@ -1,13 +1,13 @@
 """CSV, separated by what its lines say, with a line of names above."""
 
 import csv
-import io
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from llava_ray.artifacts.store import sha256_of
 from llava_ray.errors import DataError
@@ -27,17 +27,25 @@ def _open_csv(path: Path) -> Table:
     counted = re.sub('"[^"]*"', "", first)
     delimiter = named[1] if named else max(",;\t|", key=counted.count)
 
+    written = text.removesuffix("\n").split("\n")
+
     def lines() -> "Iterator[list[str] | BrokenRow]":
-        reader = csv.reader(
-            io.StringIO(text), delimiter=delimiter, skipinitialspace=True, strict=True
-        )
-        while True:
+        start = 0
+        while start < len(written):
+            reader = _reader(written, start, delimiter)
+            begun = start
             try:
-                yield next(reader)
-            except StopIteration:
-                return
+                for cells in reader:
+                    if any(_holds_rows(cell, delimiter) for cell in cells):
+                        raise csv.Error("a value goes over lines that are rows")
+                    start = begun + reader.line_num
+                    yield cells
             except csv.Error as error:
-                yield BrokenRow(f"line {reader.line_num}: {error}")
+                # What a quote that is left open has swallowed are rows of their own.
+                yield BrokenRow(f"line {start + 1}: a quote is left open or misplaced ({error})")
+                start += 1
+            else:
+                return
 
     names = next(lines(), [])
     if isinstance(names, BrokenRow) or not any(names):
@@ -54,8 +62,6 @@ def _open_csv(path: Path) -> Table:
                 continue
             elif len(cells) != len(columns):
                 yield BrokenRow(f"{len(cells)} values for {len(columns)} columns")
-            elif any(_holds_rows(cell, delimiter, len(columns)) for cell in cells):
-                yield BrokenRow("a value goes over lines that are rows: a quote is left open")
             else:
                 yield dict(zip(columns, cells, strict=True))
 
@@ -65,12 +71,18 @@ def _open_csv(path: Path) -> Table:
     return Table(columns, sum(1 for _ in rows()), sha256_of(path), read, path.parent)
 
 
-def _holds_rows(cell: str, delimiter: str, num_columns: int) -> bool:
-    """Say whether a later line of a value has a row's columns, a picture's name among them."""
-    return any(
-        line.count(delimiter) == num_columns - 1
-        and any(Path(part.strip().lower()).suffix in PICTURES for part in line.split(delimiter))
-        for line in cell.split("\n")[1:]
+def _reader(written: Sequence[str], start: int, delimiter: str) -> Any:
+    lines = (f"{written[number]}\n" for number in range(start, len(written)))
+    return csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+
+
+def _holds_rows(cell: str, delimiter: str) -> bool:
+    """Say whether all later lines of a value begin or end as rows do, with a picture's name."""
+    later = cell.split("\n")[1:]
+    return bool(later) and all(
+        any(Path(part.strip().lower()).suffix in PICTURES for part in line.split(delimiter))
+        and delimiter in line
+        for line in later
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from llava_ray.artifacts.store import sha256_of
 from llava_ray.errors import DataError
 from llava_ray.prepare.readers import Reader
-from llava_ray.prepare.table import BATCH_ROWS, BrokenRow, Cells, Table, binary_columns
+from llava_ray.prepare.table import BATCH_ROWS, BrokenRow, Cells, Table, binary_columns, each_row
 
 
 def _open_parquet(path: Path) -> Table:
@@ -26,9 +26,9 @@ def _open_parquet(path: Path) -> Table:
                 batches = opened.iter_batches(BATCH_ROWS, columns=list(columns), row_groups=[group])
                 try:
                     for batch in batches:
-                        yield from batch.to_pylist()
+                        yield from each_row(batch)
                         left -= batch.num_rows
-                except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+                except (pyarrow.ArrowException, OSError) as error:
                     reason = str(error).splitlines()[0]
                     yield from [BrokenRow(f"a damaged page ({reason})")] * left
 

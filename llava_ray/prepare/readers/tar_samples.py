@@ -25,7 +25,9 @@ def _open_tar(path: Path) -> Table:
             if isinstance(cells, dict):
                 columns |= dict.fromkeys(cells)
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise DataError(f"data.source {str(path)!r}: no whole tar ({error})") from error
+        raise DataError(
+            f"data.source {str(path)!r}: no whole tar ({str(error).splitlines()[0]})"
+        ) from error
 
     def read(_: Sequence[str]) -> Iterator[Cells | BrokenRow]:
         return _samples(path, with_images=True)
