@@ -37,16 +37,16 @@ def _checks(config: RunConfig) -> Iterator[Callable[[], object]]:
         yield lambda: scorer_for(config)
     for part, _ in config.data.parts():
         yield functools.partial(check_source, part.source)
-    folder = cached_folder(config.model)
-    if folder is not None and folder != EMBEDDED:
-        yield lambda: check_model(config, folder)
+    yield lambda: check_model(config, cached_folder(config.model))
 
 
-def check_model(config: RunConfig, folder: Path) -> None:
-    """Say which slugs the base model cannot have.
+def check_model(config: RunConfig, folder: Path | None) -> None:
+    """Say which slugs the base model cannot have; None: it is not on this machine yet.
 
     Raises ConfigError that lists what is wrong with its files, and which settings it cannot take.
     """
+    if folder is None or folder == EMBEDDED:
+        return
     check_base(folder)
     looks = (check_slugs, check_training, check_context)
     raise_all(functools.partial(look, config, folder) for look in looks)
@@ -77,7 +77,11 @@ def check_slugs(config: RunConfig, folder: Path) -> None:
 
 def check_training(config: RunConfig, folder: Path) -> None:
     """Raise ConfigError where the base model's linear layers are not as the train section says."""
-    train = config.train
+    train, tokens = config.train, family_of(folder).vision.tokens
+    if train.max_length <= tokens:
+        raise ConfigError(
+            f"train.max_length={train.max_length}: a picture alone takes {tokens} tokens"
+        )
     linears = {
         module: shape
         for name, shape in weight_shapes(folder).items()

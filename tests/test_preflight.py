@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES, write_family
 
 from llava_ray import cli, preflight
 from llava_ray.config.run import load_config
 from llava_ray.errors import ConfigError
-from llava_ray.models.folder import EMBEDDED
+from llava_ray.models.folder import EMBEDDED, file_hashes, weights_sha256
 
 
 def test_mistakes_of_several_sections_come_together() -> None:
@@ -58,8 +59,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a number": lambda folder: (folder / "config.json").write_text(
         '{"model_type": "llava", "vision_config": 5}'
     ),
-    "an index of nothing": lambda folder: (folder / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "gone.safetensors"}}'
+    "an index of nothing": lambda folder: (folder / "model.safetensors").rename(
+        folder / "model.safetensors.index.json"
     ),
     "no index": lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
 }
@@ -196,6 +197,36 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "writes 1 <image> for 0 pictures",
     ),
+    "processors that disagree": (
+        edit("preprocessor_config.json", image_mean=[0.1, 0.1, 0.1]),
+        "preprocessor_config.json and processor_config.json disagree",
+    ),
+    "an older processor alone": (
+        lambda folder: [
+            (folder / "preprocessor_config.json").unlink(),
+            (folder / "processor_config.json").write_text('{"image_token": "<image>"}'),
+        ],
+        "no preprocessor_config.json, which says",
+    ),
+    "generation settings that are refused": (
+        edit("generation_config.json", num_return_sequences=5, do_sample=False),
+        "generation_config.json is refused",
+    ),
+    "an index without metadata": (
+        lambda folder: [
+            (folder / "model.safetensors").rename(folder / "other.safetensors"),
+            (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}'),
+        ],
+        "model.safetensors.index.json has no metadata",
+    ),
+    "no window": (part("text_config", sliding_window=0), "sliding_window is 0, not a whole number"),
+    "heads that are not shared evenly": (
+        part("text_config", num_key_value_heads=64), "no multiple of num_key_value_heads, 64"
+    ),
+    "an unknown activation of the projector": (
+        edit("config.json", projector_hidden_act="foo"), "projector_hidden_act is 'foo'"
+    ),
+    "a part of nothing": (edit("config.json", text_config=None), "text_config is no object"),
     "a template of nothing": (
         lambda folder: (folder / "chat_template.jinja").write_text("{{ bos_token }}"),
         "chat template shows no question",
@@ -291,3 +322,35 @@ def test_a_vocabulary_that_lacks_letters_is_taken(tmp_path: Path) -> None:
     tree["model"]["byte_fallback"] = False
     path.write_text(json.dumps(tree))
     preflight.check(load_config(None, [f"model.path={folder}", "quantize.variants=[none-fp16]"]))
+
+
+def test_what_nobody_reads_is_not_looked_at(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED, folder)
+    (folder / "notes.json").write_text("{")
+    (folder / "old.safetensors").mkdir()
+    (folder / "tokenizer.model").symlink_to(tmp_path / "nowhere")
+    edit("config.json", quantization_config=None)(folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.vision_tower.embeddings.position_ids"
+    save_file({**tensors, name: torch.arange(9)[None]}, folder / "model.safetensors")
+    preflight.check(load_config(None, [f"model.path={folder}"]))
+    assert "old.safetensors" not in file_hashes(folder) and weights_sha256(folder)
+
+
+@pytest.mark.parametrize("name", ["a/file", "gone", "./gone"])
+def test_a_path_where_no_folder_is_is_no_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/file").write_text("")
+    path = name if name.startswith("./") else tmp_path / name
+    with pytest.raises(ConfigError, match="a file, not a folder|no such folder"):
+        preflight.check(load_config(None, [f"model.path={path}"]))
+
+
+def test_a_picture_must_fit_max_length() -> None:
+    config = load_config(None, ["train.max_length=100"])
+    with pytest.raises(ConfigError, match="train.max_length=100: a picture alone takes 196"):
+        preflight.check_training(config, EMBEDDED)

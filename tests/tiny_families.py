@@ -90,4 +90,6 @@ def write_family(name: str, folder: Path) -> Any:
     if "siglip" in name:
         images |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     path.write_text(json.dumps(images))
+    path = folder / "processor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "image_processor": images}))
     return model

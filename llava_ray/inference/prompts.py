@@ -7,7 +7,7 @@ from PIL import Image
 
 from llava_ray.errors import DataError
 from llava_ray.inference.engine import Engine, Prompt
-from llava_ray.models.chat_template import TokenizersOwn, Turn, chat_template
+from llava_ray.models.chat_template import Turn, chat_template
 from llava_ray.models.conversation import encode_prompt
 from llava_ray.models.family import Family
 
@@ -75,9 +75,10 @@ def eos_token_id(tokenizer: Any, *configured: Any) -> int:
 
     configured: ints, lists of ints or None. Raises DataError where none is named.
     """
-    template = chat_template(tokenizer)
-    if isinstance(template, TokenizersOwn):
-        return int(tokenizer.convert_tokens_to_ids(template.stop))
+    stop = chat_template(tokenizer).stop
+    number = tokenizer.convert_tokens_to_ids(stop)
+    if number is not None and (number != tokenizer.unk_token_id or stop == tokenizer.unk_token):
+        return int(number)
     for value in (tokenizer.eos_token_id, *configured):
         if isinstance(value, list):
             return int(value[0])

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<image>"
 _LLAMA_TOKENS = ("<s>", "</s>", "<unk>", "<pad>")
+_OVERLAPS = 2
+"""Passes after which no token is left of those that lay over each other, as @@ in @@@."""
 _BRACKETED = re.compile(r"<.*>|\[.*\]")
 """Tokens that are meant as marks, whether they are called special or not."""
 
@@ -82,7 +84,9 @@ def protect(text: str, tokenizer: Any) -> str:
     ):
         text = guard.normalize(text)
     for token in guard.tokens:
-        text = text.replace(token, f"{token[0]}{guard.joiner}{token[1:]}" if token[1:] else " ")
+        for _ in range(_OVERLAPS):
+            parted = f"{token[0]}{guard.joiner}{token[1:]}" if token[1:] else " "
+            text = text.replace(token, parted)
     return text
 
 
@@ -108,7 +112,9 @@ def _guard(tokenizer: Any) -> _Guard:
     found = {
         token.content
         for token in added
-        if token.special or token.content in template or _BRACKETED.fullmatch(token.content)
+        if token.special
+        or (token.content.strip() and token.content in template)
+        or _BRACKETED.fullmatch(token.content)
     }
     found |= {IMAGE_TOKEN, *getattr(tokenizer, "all_special_tokens", _LLAMA_TOKENS)}
     tokens = tuple(sorted(filter(None, found), key=lambda each: (-len(each), each)))
@@ -179,6 +185,9 @@ class TokenizersOwn(ChatTemplate):
     ) -> Written:  # fmt: skip
         """Put the answers in place of their marks, each ended by the stop token, and widen the
         image tokens; what a template does to an answer's own text is not learned."""
+        if asked and turns[-1].answer is not None and not text.startswith(asked[-1]):
+            # The last prompt is written as it will be asked, with what a template puts there alone.
+            text = asked[-1] + text[text.rfind(f"{mark}{len(turns) - 1}{mark}") :]
         shown, wanted = text.count(IMAGE_TOKEN), sum(turn.num_images for turn in turns)
         if shown != wanted:
             raise ConfigError(

@@ -1,8 +1,11 @@
 """What stages will need of a base model's folder, looked at before anything is spent."""
 
+import json
+import logging
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from PIL import Image
@@ -10,9 +13,11 @@ from PIL import Image
 from llava_ray.errors import ConfigError, said_by
 from llava_ray.models.chat_template import IMAGE_TOKEN, Turn, chat_template, control_tokens
 from llava_ray.models.conversation import encode_prompt
-from llava_ray.models.family import base_error, family_of
+from llava_ray.models.family import PROCESSORS, base_error, family_of
 from llava_ray.models.folder import check_files, check_weights
 from llava_ray.models.tensors import empty_model, is_tied, module_name, weight_shapes
+
+logger = logging.getLogger(__name__)
 
 _SHOWN = 3
 
@@ -22,13 +27,29 @@ def check_base(folder: Path) -> None:
     mistakes: list[str] = []
     for look, rests_on_all in (
         (family_of, False), (check_files, False), (check_weights, False),
-        (check_tokenizer, False), (check_shapes, True),
+        (check_tokenizer, False), (check_generation, False), (check_shapes, True),
     ):  # fmt: skip
         if not (rests_on_all and mistakes):
             mistakes += said_by([partial(look, folder)])
     if mistakes:
         # Several look into the same files.
         raise ConfigError("; ".join(dict.fromkeys(mistakes)))
+
+
+def check_generation(folder: Path) -> None:
+    """Raise ConfigError for a generation_config.json that transformers does not read and write."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return
+    try:
+        with TemporaryDirectory() as scratch:
+            GenerationConfig.from_pretrained(folder).save_pretrained(scratch)
+    except Exception as error:  # It raises whatever a value leads to.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise base_error(
+            folder, f"generation_config.json is refused ({reason}): mend or delete it"
+        ) from error
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -64,7 +85,18 @@ def check_tokenizer(folder: Path) -> None:
             f"{IMAGE_TOKEN} is token {found} of the tokenizer and "
             f"{wanted} in config.json: set image_token_index to {found}",
         )
+    unread = [n for n in ("chat_template.json", PROCESSORS[1]) if _has_template(folder / n)]
+    if unread and not tokenizer.chat_template:
+        logger.warning(
+            "%s: the chat template in %s is the processor's and is not read: write it to "
+            "chat_template.jinja, or Vicuna's is used", folder, unread[0],
+        )  # fmt: skip
     _check_conversations(folder, tokenizer)
+
+
+def _has_template(path: Path) -> bool:
+    tree = json.loads(path.read_bytes()) if path.is_file() else {}
+    return isinstance(tree, dict) and bool(tree.get("chat_template"))
 
 
 def _check_conversations(folder: Path, tokenizer: Any) -> None:
@@ -109,8 +141,15 @@ def _wide(text: str) -> str:
 def check_shapes(folder: Path) -> None:
     """Raise ConfigError where stored weights are not those that config.json describes."""
     from transformers import AutoTokenizer
+    from transformers.activations import ACT2FN
 
     config = read_config(folder)
+    acts = {
+        "projector_hidden_act": config.projector_hidden_act,
+        "vision_config.hidden_act": config.vision_config.hidden_act,
+    }
+    if odd := [f"{key} is {act!r}" for key, act in acts.items() if act not in ACT2FN]:
+        raise base_error(folder, f"config.json's {odd[0]}, which transformers does not know")
     try:
         model = empty_model(config)
         found = _dry_tokens(model, folder)

@@ -28,11 +28,11 @@ _WHOLE = frozenset(
     {
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "vocab_size", "max_position_embeddings", "image_size",
-        "patch_size", "head_dim",
+        "patch_size", "head_dim", "sliding_window",
     }
 )  # fmt: skip
 _POSITIVE = frozenset({"rms_norm_eps", "layer_norm_eps", "rope_theta", "factor"})
-_MAY_BE_NONE = ("num_key_value_heads", "head_dim")
+_MAY_BE_NONE = ("num_key_value_heads", "head_dim", "sliding_window")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those whose angles hang on the position alone."""
 _SIGLIP = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -123,6 +123,8 @@ def family_of(folder: Path) -> Family:
         raise base_error(folder, "no config.json there")
     try:
         tree = json.loads(path.read_bytes())
+        if broken := [name for name in _PARTS if not isinstance(tree.get(name, {}), dict)]:
+            raise base_error(folder, f"config.json's {broken[0]} is no object")
         if "mm_vision_tower" in tree:
             raise base_error(
                 folder,
@@ -202,8 +204,15 @@ def _odd_number(tree: Mapping[str, Any]) -> str:
                 if not good or value == float("inf"):
                     what = "a whole number" if whole else "a number"
                     return f"{part}.{key} is {value!r}, not {what} above 0"
-    if "sliding_attention" in (text.get("layer_types") or ()) and not text.get("sliding_window"):
-        return "text_config.layer_types has sliding_attention, and sliding_window is not set"
+    window = text.get("use_sliding_window", True) and text.get("sliding_window")
+    if "sliding_attention" in (text.get("layer_types") or ()) and not window:
+        return "text_config.layer_types has sliding_attention, and no sliding_window is used"
+    heads, shared = text.get("num_attention_heads", 1), text.get("num_key_value_heads")
+    if shared is not None and heads % shared:
+        return (
+            f"text_config.num_attention_heads is {heads}, no multiple of num_key_value_heads, "
+            f"{shared}"
+        )
     return ""
 
 
@@ -219,29 +228,49 @@ def mean_and_std(folder: Path) -> tuple[Colour, Colour]:
 
     Raises ConfigError for a processor that does something else with pixels.
     """
+    found = {}
     for name in PROCESSORS:
-        if not (folder / name).is_file():
-            continue
-        try:
-            tree = json.loads((folder / name).read_bytes())
-            tree = tree.get("image_processor", tree)
-            siglip = "siglip" in str(tree.get("image_processor_type", "")).lower()
-            known = _SIGLIP if siglip else (CLIP_MEAN, CLIP_STD)
-            mean, std = (
-                tuple(float(part) for part in tree.get(key, default))
-                for key, default in zip(("image_mean", "image_std"), known, strict=True)
-            )
-            scale, plain = tree.get("rescale_factor", 1 / 255), ("do_rescale", "do_normalize")
-            good = len(mean) == len(std) == 3 and abs(scale * 255 - 1) < 1e-3
-            good = good and all(0 <= part <= 1 for part in mean) and all(0 < s < 9 for s in std)
-            if good and all(tree.get(key, True) for key in plain):
-                return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
-        except (ValueError, TypeError, AttributeError) as error:
-            raise base_error(folder, f"{name} is damaged ({error}): copy it again") from error
+        path = folder / name
+        tree = _read_processor(path) if path.is_file() else None
+        # transformers 5's second file says nothing of pixels in older folders.
+        if tree is not None and (name == PROCESSORS[0] or "image_processor" in tree):
+            found[name] = _colours(path, tree.get("image_processor", tree))
+    if len({*found.values()}) > 1:
         raise base_error(
             folder,
-            f"{name}: pixels must be divided by 255 and normalized by an image_mean of 0 to 1 and "
-            "an image_std above 0, three each, with do_rescale and do_normalize; it has "
-            f"rescale_factor {scale:g}, {list(mean)} and {list(std)}",
+            f"{' and '.join(found)} disagree on how pixels are normalized: delete the wrong one",
         )
-    return CLIP_MEAN, CLIP_STD
+    return next(iter(found.values()), (CLIP_MEAN, CLIP_STD))
+
+
+def _read_processor(path: Path) -> Mapping[str, Any]:
+    try:
+        tree = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise base_error(path.parent, f"{path.name} is damaged ({error}): copy it again") from error
+    if not isinstance(tree, dict):
+        raise base_error(path.parent, f"{path.name} is a {type(tree).__name__}, not an object")
+    return tree
+
+
+def _colours(path: Path, tree: Mapping[str, Any]) -> tuple[Colour, Colour]:
+    try:
+        siglip = "siglip" in str(tree.get("image_processor_type", "")).lower()
+        known = _SIGLIP if siglip else (CLIP_MEAN, CLIP_STD)
+        mean, std = (
+            tuple(float(part) for part in tree.get(key, default))
+            for key, default in zip(("image_mean", "image_std"), known, strict=True)
+        )
+        scale, plain = tree.get("rescale_factor", 1 / 255), ("do_rescale", "do_normalize")
+        good = len(mean) == len(std) == 3 and abs(scale * 255 - 1) < 1e-3
+        good = good and all(0 <= part <= 1 for part in mean) and all(0 < s < 9 for s in std)
+        if good and all(tree.get(key, True) for key in plain):
+            return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+    except (ValueError, TypeError, AttributeError) as error:
+        raise base_error(path.parent, f"{path.name} is damaged ({error}): copy it again") from error
+    raise base_error(
+        path.parent,
+        f"{path.name}: pixels must be divided by 255 and normalized by an image_mean of 0 to 1 and "
+        "an image_std above 0, three each, with do_rescale and do_normalize; it has "
+        f"rescale_factor {scale:g}, {list(mean)} and {list(std)}",
+    )

@@ -4,8 +4,11 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llava_ray.artifacts.storage import cache_folder
 from llava_ray.artifacts.store import sha256_of
@@ -16,6 +19,12 @@ from llava_ray.models.tensors import WEIGHTS, WEIGHTS_INDEX, shards
 
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_READ = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", *PROCESSORS, "chat_template.json",
+    WEIGHTS_INDEX,
+)  # fmt: skip
+"""What stages, transformers or llama.cpp's tools read, where it is there."""
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"
 
 
@@ -43,31 +52,42 @@ def check_model(folder: Path) -> None:
 
 def check_files(folder: Path) -> None:
     """Raise ConfigError where what lies beside the weights is missing or cannot be read."""
+    problems = list(_file_problems(folder))
+    if problems:
+        raise base_error(folder, "; ".join(problems))
+
+
+def _file_problems(folder: Path) -> Iterator[str]:
+    trees: dict[str, Any] = {}
+    for name in _READ:
+        if (folder / name).is_file():
+            try:
+                trees[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                yield f"{name} is no JSON ({error}); copy or download the model again"
+                continue
+            if not isinstance(trees[name], dict):
+                yield f"{name} is a {type(trees[name]).__name__}, not an object"
+                trees[name] = {}
     if not any((folder / name).is_file() for name in _TOKENIZERS):
-        raise base_error(folder, f"no {' or '.join(_TOKENIZERS)} there")
-    if not any((folder / name).is_file() for name in PROCESSORS):
-        raise base_error(
-            folder,
-            f"no {PROCESSORS[0]}, which says how pixels are "
-            "normalized: copy it from the model that the vision tower is of",
+        yield f"no {' or '.join(_TOKENIZERS)} there"
+    of_pixels = trees.get(PROCESSORS[1], {}).get("image_processor")
+    if of_pixels is None and not (folder / PROCESSORS[0]).is_file():
+        yield (
+            f"no {PROCESSORS[0]}, which says how pixels are normalized: copy it from the model "
+            "that the vision tower is of"
         )
+    elif of_pixels is not None and not isinstance(of_pixels, dict):
+        yield f"{PROCESSORS[1]}'s image_processor is a {type(of_pixels).__name__}, not an object"
     if (folder / "adapter_config.json").is_file():
-        raise base_error(
-            folder, "it holds an adapter (adapter_config.json): move it away, or merge it first"
-        )
-    for path in folder.glob("*.json"):
-        try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise base_error(
-                folder, f"{path.name} is no JSON ({error}); copy or download the model again"
-            ) from error
-        if path.name.endswith("config.json") and not isinstance(tree, dict):
-            raise base_error(folder, f"{path.name} is a {type(tree).__name__}, not an object")
-        if path.name == "config.json" and "quantization_config" in tree:
-            raise base_error(
-                folder, "it is quantized (quantization_config): give the model as it was before"
-            )
+        yield "it holds an adapter (adapter_config.json): move it away, or merge it first"
+    if trees.get("config.json", {}).get("quantization_config") is not None:
+        yield "it is quantized (quantization_config): give the model as it was before"
+    index = trees.get(WEIGHTS_INDEX)
+    if index is not None and not (folder / WEIGHTS).is_file():
+        for key in ("metadata", "weight_map"):
+            if not isinstance(index.get(key), dict):
+                yield f"{WEIGHTS_INDEX} has no {key}: copy or download it again"
 
 
 def check_weights(folder: Path) -> None:
@@ -79,7 +99,10 @@ def check_weights(folder: Path) -> None:
         for path in paths:
             with safe_open(path, framework="np") as file:
                 kinds = {name: file.get_slice(name).get_dtype() for name in file.offset_keys()}
-                packed = [name for name, kind in kinds.items() if kind not in _FLOATS]
+                packed = [
+                    name for name, kind in kinds.items()
+                    if kind not in _FLOATS and not name.endswith(".position_ids")
+                ]  # fmt: skip
                 if packed:
                     raise base_error(
                         folder,
@@ -87,7 +110,8 @@ def check_weights(folder: Path) -> None:
                         "it was quantized",
                     )
     except ArtifactError as error:
-        raise base_error(folder, f"no {WEIGHTS} there and no {WEIGHTS_INDEX}") from error
+        more = ": save_pretrained writes them from .bin files" if [*folder.glob("*.bin")] else ""
+        raise base_error(folder, f"no {WEIGHTS} there and no {WEIGHTS_INDEX}{more}") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise base_error(
             folder, f"its weights cannot be read ({error}); copy or download the model again"
@@ -111,16 +135,15 @@ def weights_sha256(folder: Path) -> str:
     stage asks, and the 14 GB of the 7B take 14 s.
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
         digest.update(f"{path.name} {_remembered_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file of a model's folder that stages read, by name."""
-    found = (
-        p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".model", ".jinja")
-    )
+    read = (".safetensors", ".json", ".model", ".jinja")
+    found = (path for path in folder.iterdir() if path.suffix in read and path.is_file())
     return {path.name: _remembered_sha256(path) for path in sorted(found)}
 
 
@@ -144,12 +167,20 @@ def _remembered_sha256(path: Path) -> str:
     return digest
 
 
+_PATH = re.compile(r"[/~.]|[^/]*/[^/]*/")
+"""What is no hub id."""
 _SMALL = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 def cached_folder(config: ModelConfig) -> Path | None:
-    """Return where a base model lies on this machine already; None for what is not here."""
+    """Return where a base model lies on this machine already; None for a hub id that is not here.
+
+    Raises ConfigError for a path where no folder is.
+    """
     folder = Path(config.path).expanduser()
+    if folder.is_file() or (not folder.is_dir() and _PATH.match(config.path)):
+        what = "a file, not a folder" if folder.is_file() else "no such folder"
+        raise ConfigError(f"model.path {config.path!r}: {what}; a hub id has at most one '/'")
     if config.path == "embedded" or folder.is_dir():
         return EMBEDDED if config.path == "embedded" else folder
     try:

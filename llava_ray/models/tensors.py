@@ -302,12 +302,14 @@ def is_tied(config: Any) -> bool:
 
 
 def shards(folder: Path) -> list[Path]:
-    """Return the safetensors that readers of a folder take, by name: those of its index, else
-    model.safetensors. Raises ArtifactError where there are none."""
+    """Return the safetensors that readers of a folder take, by name: model.safetensors, else
+    those of its index. Raises ArtifactError where there are none."""
     names, index = {WEIGHTS}, folder / WEIGHTS_INDEX
-    if index.is_file():
+    if (folder / WEIGHTS).is_file():
+        pass  # transformers takes it before an index.
+    elif index.is_file():
         names = set(json.loads(index.read_bytes())["weight_map"].values())
-    elif not (folder / WEIGHTS).is_file():
+    else:
         raise ArtifactError(f"{folder}: no {WEIGHTS} and no {WEIGHTS_INDEX} there")
     return [folder / name for name in sorted(names)]
 

@@ -93,6 +93,9 @@ def check_tokenization(text: Path) -> list[str]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(text.parent / "tokenizer.json"))
+    # Saved with the file; llama.cpp neither cuts nor fills up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     differing = []
     for sample, found in zip(TEXTS, llama_tokenize(text, TEXTS), strict=True):
         expected = tokenizer.encode(sample).ids

@@ -103,6 +103,8 @@ def check_convertible(folder: Path) -> None:
     config = AutoConfig.from_pretrained(folder)
     depth = _vision_depth(config)
     _check_text(config.text_config)
+    if not getattr(config, "multimodal_projector_bias", True):
+        raise VariantError("multimodal_projector_bias is false: llama.cpp's mlp needs biases")
     if config.projector_hidden_act != "gelu":
         raise VariantError(
             f"projector_hidden_act {config.projector_hidden_act!r}: llama.cpp's mlp has gelu"
@@ -202,6 +204,8 @@ def _some(names: list[str]) -> str:
 def _vision_depth(config: Any) -> int:
     """Return how many CLIP layers run before the selected hidden state."""
     selected, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    if isinstance(selected, list) and len(selected) == 1:
+        selected = selected[0]
     if not isinstance(selected, int):
         raise VariantError(f"vision_feature_layer {selected}: llama.cpp takes one layer only")
     if config.vision_feature_select_strategy != "default":

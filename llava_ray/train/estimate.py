@@ -12,6 +12,7 @@ from typing import Any
 
 from llava_ray.config.run import ModelConfig, RunConfig, TrainConfig
 from llava_ray.errors import ConfigError
+from llava_ray.models.family import family_of
 from llava_ray.models.folder import EMBEDDED
 from llava_ray.models.shapes import LLAVA_7B
 from llava_ray.models.sizes import Sizes
@@ -60,6 +61,7 @@ def shapes_of(model: ModelConfig) -> Mapping[str, Any]:
     folder = EMBEDDED if model.path == "embedded" else Path(model.path).expanduser()
     path = folder / "config.json"
     if path.is_file():
+        family_of(folder)  # Says what is wrong with a damaged one.
         return dict(json.loads(path.read_text(encoding="utf-8")))
     if model.path == "llava-hf/llava-1.5-7b-hf":
         return LLAVA_7B

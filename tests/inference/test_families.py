@@ -11,6 +11,7 @@ from tiny_families import FAMILIES, IMAGE_TOKENS, write_family
 from transformers import AutoTokenizer
 
 from llava_ray.config.run import TrainConfig
+from llava_ray.errors import VariantError
 from llava_ray.inference.engine import Engine, Prompt
 from llava_ray.models.family import family_of
 from llava_ray.quantize.registry import spec_for
@@ -94,3 +95,31 @@ def test_the_loss_is_transformers(case: Case) -> None:
         expected = case.model(**inputs, labels=labels[None]).loss * len(case.answer)
         found = loss_module(case.model, TrainConfig(fused_layers=False))(**batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"model_type": "llama", "sliding_window": 5},
+        {"model_type": "mistral", "sliding_window": 5, "layer_types": ["full_attention"] * 2},
+    ],
+)
+def test_windows_are_those_that_transformers_heeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: dict[str, Any]
+) -> None:
+    monkeypatch.setitem(FAMILIES, "odd", {"text_config": text})
+    case = Case("odd", tmp_path / "base")
+    engine = case.open("none-fp32", tmp_path / "out")
+    found = engine.score(case.prompt, case.answer).log_softmax(-1)
+    expected = case.logits((*case.ids, *case.answer))[len(case.ids) - 1 : -1].log_softmax(-1)
+    assert float((found - expected).abs().max()) < 1e-3
+    engine.close()
+
+
+def test_a_projector_without_biases_has_no_gguf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "odd", {"multimodal_projector_bias": False})
+    write_family("odd", tmp_path / "base")
+    with pytest.raises(VariantError, match="multimodal_projector_bias is false"):
+        spec_for("gguf-q8_0").check(tmp_path / "base")

@@ -254,3 +254,35 @@ def test_a_tokenizer_that_ends_every_text_leaves_prompts_open() -> None:
     sample = Sample("1", ("a.jpg",), (Turn("What?", 1, "A sign."),))
     encoded = encode_sample(tokenizer, sample, [2], max_length=512)
     assert encoded.input_ids.count(end) == encoded.labels.count(end) == 1
+
+
+def test_the_last_prompt_is_trained_as_it_will_be_asked() -> None:
+    turns = [Turn("What is it?", 1, "no"), Turn("And there?", 0, "yes")]
+    for template in (THINKS, LAST_ALONE):
+        own = chat_template(tokenizer_with(template))
+        trained = own.write(turns, "Be kind.", [1])
+        served = own.write([*turns[:-1], Turn("And there?")], "Be kind.", [1])
+        start, stop = trained.answers[-1]
+        assert trained.text.startswith(served.text)
+        assert trained.text[start:stop].startswith("yes")
+
+
+LAST_ALONE = (
+    "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}"
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}"
+    "<|im_start|>{{ m.content }}</s>{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+"""The system text stands in the last question alone, as Mistral's."""
+
+
+@pytest.mark.parametrize("text", ["@@@", "@@@@", "a@@@@@@@b"])
+def test_control_tokens_that_overlap_are_all_parted(text: str) -> None:
+    tokenizer = tokenizer_with("{% for m in messages %}@@{{ m.content }}</s>{% endfor %}")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["@@"]})
+    assert "@@" not in protect(text, tokenizer)
+
+
+def test_without_an_eos_token_answers_end_where_the_engine_stops() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer.chat_template = tokenizer.eos_token = None
+    assert eos_token_id(tokenizer) == tokenizer.convert_tokens_to_ids("</s>")

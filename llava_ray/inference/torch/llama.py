@@ -98,11 +98,11 @@ def rotary_tables(
 
 def windows_of(config: Any) -> list[int | None]:
     """Return of each layer how many tokens it attends to, itself included; None: to all."""
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    kind, window = config.model_type, getattr(config, "sliding_window", None)
+    if kind == "qwen2":
+        return [window if each == "sliding_attention" else None for each in config.layer_types]
+    # As transformers' code has it: Mistral's window is every layer's, and Llama heeds none.
+    return [window if kind == "mistral" else None] * config.num_hidden_layers
 
 
 class LlamaForward:
