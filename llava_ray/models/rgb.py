@@ -144,7 +144,12 @@ def _grey(image: Image.Image) -> Image.Image:
     elif image.mode == "I" and bits == 32 and _first(tags.get(_SAMPLE_FORMAT, 0)) == 1:
         pixels = pixels.view(np.uint32)
     values = np.nan_to_num(pixels.astype(np.float64), posinf=0, neginf=0)
-    low, high = _range(image.mode, bits, float(values.min()), float(values.max()))
+    darkest, brightest = float(values.min()), float(values.max())
+    if image.mode == "L" or (bits == 16 and _first(tags.get(_SAMPLE_FORMAT, 0)) == 2):
+        half = 2.0 ** (7 if image.mode == "L" else 15)
+        low, high = (0.0 if darkest >= 0 else -half), half - 1
+    else:
+        low, high = _range(image.mode, bits, darkest, brightest)
     grey = (values - low) * (255 / max(high - low, 1e-9))
     if tags.get(_PHOTOMETRIC) == 0:
         grey = 255 - grey
@@ -156,8 +161,6 @@ def _grey(image: Image.Image) -> Image.Image:
 
 def _range(mode: str, bits: int, low: float, high: float) -> tuple[float, float]:
     """Return what is black and what is white, by a grey's mode and its darkest and brightest."""
-    if mode == "L":
-        return -128, 127
     if mode.startswith("I;16"):
         return 0, 2 ** min(bits, 16) - 1
     # Floats go to 1 or 255, integers to 255 or 65535, a little over or far below by chance.

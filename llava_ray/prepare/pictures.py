@@ -17,7 +17,7 @@ from llava_ray.artifacts.storage import Storage
 from llava_ray.errors import DataError
 from llava_ray.models.conversation import Sample
 from llava_ray.models.rgb import open_image
-from llava_ray.prepare.dialogue import RowProblem
+from llava_ray.prepare.dialogue import RowProblem, shorten
 from llava_ray.prepare.rows import Rejection, Row
 
 A = TypeVar("A")
@@ -33,16 +33,17 @@ def image_reader(folder: str | None) -> Read:
     on_web = folder is not None and folder.startswith(("http://", "https://"))
 
     def read(name: str) -> bytes:
+        shown = shorten(name)
         if storage is None:
-            raise RowProblem("missing_file", f"{name}: data.images names no folder")
+            raise RowProblem("missing_file", f"{shown}: data.images names no folder")
         try:
             # A folder or a pipe is no image file either.
             there = not storage.is_local or Path(storage.root, name).is_file()
             content = storage.read_bytes(quote(name) if on_web else name) if there else None
         except OSError as error:
-            raise RowProblem("unusable_image", f"{name}: {error.strerror or error}") from error
+            raise RowProblem("unusable_image", f"{shown}: {error.strerror or error}") from error
         if content is None:
-            raise RowProblem("missing_file", f"{name} is not in {storage.uri}: set data.images")
+            raise RowProblem("missing_file", f"{shown} is not in {storage.uri}: set data.images")
         return content
 
     return read
