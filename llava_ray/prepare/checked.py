@@ -49,7 +49,7 @@ def content_sha256(part: Part) -> str:
 
 
 def _of_pictures(part: Part) -> Iterator[bytes]:
-    if part.has_files_here and (part.reader.num_rows <= _FEW_ROWS or not _one_node()):
+    if part.has_files_here and (part.reader.num_rows <= _FEW_ROWS or not stays_here()):
         read = image_reader(part.images)
         return in_order(lambda row: digest(row, read), part.reader)
     return _each(portions_of(part, digest))
@@ -85,7 +85,7 @@ def portions_of(part: Part, work: Work, *, size: int = _PORTION_ROWS) -> Iterato
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    sent = part.has_files_here and not _one_node()
+    sent = part.has_files_here and not stays_here()
     # Not the part itself: its reader may hold all rows.
     read = functools.partial(_read, part.open, part.images if sent else None, size)
     portions = ray.data.from_items([0]).map_batches(read, num_cpus=0, label_selector=here)
@@ -135,8 +135,11 @@ def _work(work: Work, images: str | None, portion: dict[str, Any]) -> dict[str, 
     return {"rows": pickle.dumps([work(row, read) for row in rows])}
 
 
-def _one_node() -> bool:
+def stays_here() -> bool:
+    """Say whether tasks are kept on this node: it is the only one, and has CPUs, as a head whose
+    workers are still to come may have none."""
     import ray
 
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return len([node for node in nodes if node["Alive"]]) == 1
+    cpus = [node["Resources"].get("CPU", 0) for node in nodes if node["Alive"]]
+    return len(cpus) == 1 and cpus[0] >= 1

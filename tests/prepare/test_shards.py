@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 from PIL import Image
 from small_data import png_of, write_dataset
 from test_prepare import rows_of, write_jsonl
@@ -23,7 +24,7 @@ from llava_ray.errors import ArtifactError, StorageError
 from llava_ray.models.chat_template import Turn
 from llava_ray.models.conversation import Sample
 from llava_ray.models.dataset import Split
-from llava_ray.prepare.checked import portions_of
+from llava_ray.prepare.checked import portions_of, stays_here
 from llava_ray.prepare.parts import Part, opened_parts
 from llava_ray.prepare.pictures import checked, content_digests, digest
 from llava_ray.prepare.rows import Rejection, Row
@@ -120,3 +121,28 @@ def test_what_fails_on_the_way_is_one_line() -> None:
     with pytest.raises(StorageError) as caught:
         list(portions_of(Part(DataConfig(), 1.0, "", gone, unsendable, None), digest))  # type: ignore[arg-type]
     assert str(caught.value) == "s3://bucket: the server does not answer"
+
+
+@pytest.mark.parametrize(
+    ("cpus", "expected"), [([4], True), ([0], False), ([4, 4], False), ([0, 4], False)]
+)
+def test_tasks_leave_a_node_without_cpus_and_one_of_several(
+    monkeypatch: pytest.MonkeyPatch, cpus: list[int], expected: bool
+) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": each} if each else {}} for each in cpus]
+    gone = {"Alive": False, "Resources": {"CPU": 8}}
+    monkeypatch.setattr(ray, "nodes", lambda: [gone, *nodes])
+    assert stays_here() is expected
+
+
+def test_pictures_travel_where_tasks_may_leave_the_node(
+    tmp_path: Path, config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = config(write_jsonl(tmp_path / "c.jsonl", rows_of(tmp_path, 10))).data
+    found = []
+    work = functools.partial(checked, max_pixels=10**6, with_files=False)
+    with opened_parts(data) as (part,):
+        for stays in (True, False):
+            monkeypatch.setattr("llava_ray.prepare.checked.stays_here", lambda stays=stays: stays)
+            found.append(list(portions_of(part, work)))
+    assert found[0] == found[1]
