@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from llava_ray.artifacts.faults import patiently
 from llava_ray.artifacts.identity import REVISIONS, artifact_id, versions
 from llava_ray.artifacts.records import AdapterCheckpoint, DatasetRecord
-from llava_ray.artifacts.store import ArtifactStore
+from llava_ray.artifacts.store import CARD, ArtifactStore
 from llava_ray.config.run import RunConfig, TrainConfig
 from llava_ray.config.section import need_package
 from llava_ray.models.folder import file_hashes, model_folder, weights_sha256
 from llava_ray.resources.capacity import find_fleet
+from llava_ray.train.card import adapter_card
 from llava_ray.train.curve import draw_curve
 from llava_ray.train.resources import plan_workers
 from llava_ray.train.trackers import METRICS, read_metrics
@@ -76,6 +77,8 @@ def run(config: RunConfig, dataset: DatasetRecord) -> AdapterCheckpoint:
         local_work = Path(work) if store.storage.is_local else None
         patiently(partial(_collect, result, build.folder, local_work), work)
         metrics = result.metrics or {}
+        if (adapter := build.folder / AdapterCheckpoint.peft_folder).is_dir():
+            (adapter / CARD).write_text(adapter_card(config, dataset, metrics), encoding="utf-8")
         record = build.finish(
             AdapterCheckpoint,
             device=str(metrics["device"]),

@@ -1,14 +1,18 @@
 """train.run on Ray: two workers, one of which is killed in the middle."""
 
+import contextlib
 import logging
 import os
+import re
 import shutil
 import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from llava_ray import train
 from llava_ray.artifacts import identity
@@ -16,6 +20,8 @@ from llava_ray.artifacts.records import AdapterCheckpoint
 from llava_ray.artifacts.store import ArtifactStore, local_folder
 from llava_ray.config.run import changed
 from llava_ray.errors import ConfigError, ResourceError
+from llava_ray.merge.fold import adapted_model
+from llava_ray.models.folder import model_folder
 from llava_ray.train.trackers import read_metrics
 from llava_ray.train.unfinished import last_checkpoint
 
@@ -42,6 +48,20 @@ def kill_a_worker_after_a_checkpoint(
     ]
     workers[0].send_signal(signal.SIGKILL)
     killed.append(workers[0].pid)
+
+
+def check_card(folder, config) -> None:
+    """E7: an adapter's card has base, data and settings; its code merges as the stage does."""
+    card = (folder / "adapter" / "README.md").read_text()
+    assert "# lora on " in card and "rows of " in card and "- `num_workers`: `2`" in card
+    (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
+    found: dict[str, Any] = {}
+    with contextlib.chdir(folder / "adapter"):
+        exec(code, found)
+    expected = adapted_model(model_folder(config.model), folder).merge_and_unload().state_dict()
+    merged = found["model"].state_dict()
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], value) for name, value in expected.items())
 
 
 def test_a_killed_worker_costs_at_most_one_checkpoint_interval(ray_local, bench, runs) -> None:
@@ -75,6 +95,7 @@ def test_a_killed_worker_costs_at_most_one_checkpoint_interval(ray_local, bench,
         "metrics.jsonl", "projector.safetensors",
     }  # fmt: skip
     assert any("tfevents" in name for name in record.files)
+    check_card(folder, config)
     assert not list((bench.root / "store" / "work").glob("adapter-*"))
     assert train.run(config, bench.dataset).created == record.created
 
