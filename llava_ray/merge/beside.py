@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from llava_ray.inference.prompts import eos_token_id
+from llava_ray.models.chat_template import processors_template
 from llava_ray.models.family import PROCESSORS, family_of
 
 _CARRIED = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -30,10 +31,16 @@ _PROBES = {
 
 def carry(base: Path, folder: Path) -> None:
     """Copy what belongs to the base beside its weights."""
+    from transformers import AutoTokenizer
+
     for pattern in _CARRIED:
         for path in base.glob(pattern):
             if path.name != "config.json" and not path.name.endswith(".index.json"):
                 shutil.copy(path, folder / path.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    template = processors_template(base)
+    if template and not tokenizer.chat_template:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     tell_how_pictures_are_read(folder)
     tell_older_readers_of_tokens(folder)
     stop_where_the_template_ends(folder)

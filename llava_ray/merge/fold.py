@@ -14,6 +14,7 @@ from llava_ray.artifacts.store import ArtifactStore, local_folder, read_record
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ArtifactError
 from llava_ray.merge.beside import carry, pixel_differences
+from llava_ray.models.chat_template import base_tokenizer
 from llava_ray.models.conversation import encode_with_images
 from llava_ray.models.dataset import open_split
 from llava_ray.models.family import family_of
@@ -140,9 +141,8 @@ def _probe(
 ) -> Iterator[dict[str, "torch.Tensor"]]:
     """Give the first held-out samples (training ones where none is held out) as model inputs."""
     import torch
-    from transformers import AutoTokenizer
 
-    tokenizer, family = AutoTokenizer.from_pretrained(base), family_of(base)
+    tokenizer, family = base_tokenizer(base), family_of(base)
     firsts = (
         open_split(dataset, name).first(config.merge.probe_samples) for name in ("test", "train")
     )

@@ -8,13 +8,16 @@ template places them.
 """
 
 import functools
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from llava_ray.errors import ConfigError
+from llava_ray.models.family import PROCESSORS
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +77,26 @@ def chat_template(tokenizer: Any) -> ChatTemplate:
     texts = [each.write(probe, "Be kind.", [1]).text for each in (vicuna, own)]
     same = len({"".join(text.replace(vicuna.stop, "").split()) for text in texts}) == 1
     return vicuna if same else own
+
+
+def base_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a base model, with its processor's template where it has none."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = processors_template(folder)
+    return tokenizer
+
+
+def processors_template(folder: Path) -> str | None:
+    """Return the chat template that stands beside a tokenizer, as llava-hf's folders have it."""
+    for name in ("chat_template.json", PROCESSORS[1]):
+        if (folder / name).is_file():
+            template = json.loads((folder / name).read_bytes()).get("chat_template")
+            if isinstance(template, str) and template:
+                return template
+    return None
 
 
 def protect(text: str, tokenizer: Any) -> str:

@@ -1,7 +1,5 @@
 """What stages will need of a base model's folder, looked at before anything is spent."""
 
-import json
-import logging
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -11,13 +9,17 @@ from typing import Any
 from PIL import Image
 
 from llava_ray.errors import ConfigError, said_by
-from llava_ray.models.chat_template import IMAGE_TOKEN, Turn, chat_template, control_tokens
+from llava_ray.models.chat_template import (
+    IMAGE_TOKEN,
+    Turn,
+    base_tokenizer,
+    chat_template,
+    control_tokens,
+)
 from llava_ray.models.conversation import encode_prompt
-from llava_ray.models.family import PROCESSORS, base_error, family_of
+from llava_ray.models.family import base_error, family_of
 from llava_ray.models.folder import check_files, check_weights
 from llava_ray.models.tensors import empty_model, is_tied, module_name, weight_shapes
-
-logger = logging.getLogger(__name__)
 
 _SHOWN = 3
 
@@ -56,7 +58,6 @@ def check_tokenizer(folder: Path) -> None:
     """Raise ConfigError where the tokenizer is slow, has no image token or another one than
     config.json names, or a chat template that cannot be followed."""
     from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
 
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -68,7 +69,7 @@ def check_tokenizer(folder: Path) -> None:
     read_config(folder)
     try:
         found = Tokenizer.from_file(str(path)).token_to_id(IMAGE_TOKEN)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = base_tokenizer(folder)
     except Exception as error:  # tokenizers raises a bare Exception.
         reason = " ".join(str(error).split())[:200]
         raise base_error(folder, f"its tokenizer cannot be read ({reason})") from error
@@ -85,18 +86,7 @@ def check_tokenizer(folder: Path) -> None:
             f"{IMAGE_TOKEN} is token {found} of the tokenizer and "
             f"{wanted} in config.json: set image_token_index to {found}",
         )
-    unread = [n for n in ("chat_template.json", PROCESSORS[1]) if _has_template(folder / n)]
-    if unread and not tokenizer.chat_template:
-        logger.warning(
-            "%s: the chat template in %s is the processor's and is not read: write it to "
-            "chat_template.jinja, or Vicuna's is used", folder, unread[0],
-        )  # fmt: skip
     _check_conversations(folder, tokenizer)
-
-
-def _has_template(path: Path) -> bool:
-    tree = json.loads(path.read_bytes()) if path.is_file() else {}
-    return isinstance(tree, dict) and bool(tree.get("chat_template"))
 
 
 def _check_conversations(folder: Path, tokenizer: Any) -> None:

@@ -22,6 +22,7 @@ from llava_ray.artifacts.records import DatasetRecord, Frozen
 from llava_ray.config.run import RunConfig
 from llava_ray.console import Progress
 from llava_ray.models import low_bits
+from llava_ray.models.chat_template import base_tokenizer
 from llava_ray.models.conversation import IGNORE_INDEX
 from llava_ray.models.dataset import Split, open_split
 from llava_ray.models.family import family_of
@@ -204,7 +205,6 @@ class Loop:
         return open_split(self.task.dataset, name, cache_bytes=data.cache_bytes)
 
     def _samples(self) -> CaptionSamples:
-        from transformers import AutoTokenizer
 
         folder = model_folder(self.task.config.model)
         longest = max_positions(folder)
@@ -212,7 +212,7 @@ class Loop:
             logger.warning("train: max_length is the model's %d, not more", longest)
         return CaptionSamples(
             split=self._split("train"),
-            tokenizer=AutoTokenizer.from_pretrained(folder),
+            tokenizer=base_tokenizer(folder),
             family=family_of(folder),
             max_length=min(self.train.max_length, longest),
             max_image_pixels=self.task.config.data.max_image_pixels,

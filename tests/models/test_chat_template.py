@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from llava_ray.errors import ConfigError
 from llava_ray.inference.prompts import eos_token_id
-from llava_ray.merge.beside import stop_where_the_template_ends
+from llava_ray.merge.beside import carry, stop_where_the_template_ends
 from llava_ray.models.chat_template import (
     TokenizersOwn,
     Turn,
     Vicuna,
+    base_tokenizer,
     chat_template,
     inside,
     protect,
@@ -286,3 +288,19 @@ def test_without_an_eos_token_answers_end_where_the_engine_stops() -> None:
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     tokenizer.chat_template = tokenizer.eos_token = None
     assert eos_token_id(tokenizer) == tokenizer.convert_tokens_to_ids("</s>")
+
+
+@pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
+def test_a_processors_template_is_the_models(tmp_path: Path, name: str) -> None:
+    shutil.copytree(EMBEDDED, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "base/chat_template.jinja").unlink(missing_ok=True)
+    path = tmp_path / "base" / name
+    tree = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**tree, "chat_template": CHATML}))
+    (tmp_path / "merged").mkdir()
+    shutil.copy(EMBEDDED / "config.json", tmp_path / "merged")
+    carry(tmp_path / "base", tmp_path / "merged")
+    for tokenizer in (
+        base_tokenizer(tmp_path / "base"), AutoTokenizer.from_pretrained(tmp_path / "merged")
+    ):  # fmt: skip
+        assert tokenizer.chat_template == CHATML
