@@ -40,8 +40,7 @@ def test_trials_are_scored_as_quantized_models_and_a_bad_one_is_a_row(
     config = bench.config(
         space, "train.learning_rate=1e30", "train.max_failures=0", "sweep.scheduler=fifo",
         "sweep.objective=rouge_l after hqq-w4-g32", "benchmark.caption_samples=2",
-        "merge.dtype=bf16",
-        "benchmark.max_new_tokens=8",
+        "merge.dtype=bf16", "benchmark.max_new_tokens=8", "train.zero_stage=2",
     )  # fmt: skip
     result = sweep.run(config, bench.dataset, scorer_for(config))
     good, diverged, crashed = result.trials
