@@ -53,7 +53,7 @@ def _merging(config: RunConfig) -> list[str]:
     base, train = config.model.path, config.train
     if train.method in ("hqq", "qlora"):
         return [
-            "It was trained over a base of low bits. `python jobs/merge.py` with the training's "
+            "It was trained over a base of low bits. `llava-ray merge` with the training's "
             "config rounds the base likewise before it merges."
         ]
     first = (
@@ -63,7 +63,7 @@ def _merging(config: RunConfig) -> list[str]:
     )
     projector = f'load_file("../{AdapterCheckpoint.projector_file}")'
     return [
-        "`python jobs/merge.py` with the training's config, or here:",
+        "`llava-ray merge` with the training's config, or here:",
         "",
         "```python",
         "from peft import PeftModel",
