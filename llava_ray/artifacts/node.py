@@ -98,12 +98,12 @@ def hash_files(folder: Path) -> dict[str, FileEntry]:
     manifest = folder / MANIFEST
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != manifest]
     with ThreadPoolExecutor() as pool:
-        entries = [
-            FileEntry(size_bytes=path.stat().st_size, sha256=sha256)
+        return {
+            path.relative_to(folder).as_posix(): FileEntry(
+                size_bytes=path.stat().st_size, sha256=sha256
+            )
             for path, sha256 in zip(paths, pool.map(sha256_of, paths), strict=True)
-        ]
-    names = (path.relative_to(folder).as_posix() for path in paths)
-    return dict(zip(names, entries, strict=True))
+        }
 
 
 def sha256_of(path: Path) -> str:

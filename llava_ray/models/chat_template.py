@@ -107,8 +107,8 @@ def protect(text: str, tokenizer: Any) -> str:
     ):
         text = guard.normalize(text)
     for token in guard.tokens:
+        parted = f"{token[0]}{guard.joiner}{token[1:]}" if token[1:] else " "
         for _ in range(_OVERLAPS):
-            parted = f"{token[0]}{guard.joiner}{token[1:]}" if token[1:] else " "
             text = text.replace(token, parted)
     return text
 
