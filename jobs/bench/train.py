@@ -2,7 +2,7 @@
 
 Needs torch, transformers, peft and, for the rows with ZeRO, deepspeed:
 python jobs/bench/train.py --out jobs/results/train_h100.json
-python jobs/bench/train.py --out train.json --gpus 1,2 --only zero2-b8,replica-b8
+python jobs/bench/train.py --out train.json --only zero2-b8,replica-b8@2
 """
 
 import argparse
@@ -17,14 +17,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--only", default="", help="names of rows, separated by commas")
-    parser.add_argument("--minutes", type=float, default=5, help="after these no row is started")
-    parser.add_argument("--gpus", default="1", help="numbers of GPUs to measure on, such as 1,2")
+    parser.add_argument("--minutes", type=float, default=9, help="after these no row is started")
     parser.add_argument("--tiny", action="store_true", help="a model that a CPU trains")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     only = [name for name in arguments.only.split(",") if name]
-    gpus = [int(number) for number in arguments.gpus.split(",")]
     with errors_in_one_line():
-        run(arguments.out, only=only, minutes=arguments.minutes, gpus=gpus, tiny=arguments.tiny)
+        run(arguments.out, only=only, minutes=arguments.minutes, tiny=arguments.tiny)
         print(table("train", arguments.out))
     print(arguments.out)

@@ -44,7 +44,7 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "serving_memory_h100": ("llava_ray.server.memory", "llava_ray.inference.torch.engine"),
     "storage": ("llava_ray.bench.storage",),
     "sweep": ("llava_ray.sweep",),
-    **dict.fromkeys(("train_h100", "zero2_h100", "train_two_h200"), ("llava_ray.bench.train",)),
+    "train_h100": ("llava_ray.bench.train",),
 }
 """By results file, without `.json`: the modules that measure it. `report` is choose's own."""
 _HOME = Path(__file__).parents[2]

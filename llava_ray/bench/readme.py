@@ -135,6 +135,7 @@ _TRAINER_OPTIONS = (
     ("fused_layers", False, "peft's layers"),
     ("lora_dropout", True, "LoRA dropout"),
     ("fp16", True, "fp16"),
+    ("ray", True, "started by Ray Train"),
 )
 _CHECKPOINTING = {False: "no", True: "yes", "mlp": "mlp"}
 
@@ -278,7 +279,7 @@ def _hardware(tree: Any) -> str:
         speed = speeds.get(f"{engine}-b{train.batch_size}") if measured else None
         hours = "" if speed is None else f"{10_000 / speed / 3600:.2f}"
         rows.append([name, f"`{' '.join(overrides)}`", f"{memory / 1e9:.1f}", hours])
-    return _table(["GPUs", "settings", "GB a GPU", "hours for 10,000 captions, H100"], rows)
+    return _table(["GPUs", "settings", "GB a GPU", "hours for 10,000 captions, H200"], rows)
 
 
 _COSTS = _by_row(
@@ -364,8 +365,6 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "stages_7b": ("llava_7b_h100", _STAGES_7B),
     "storage": ("storage", _STORAGE),
     "train": ("train_h100", _TRAIN),
-    "zero2": ("zero2_h100", _TRAIN),
-    "train_two_gpus": ("train_two_h200", _TRAIN),
     "variants_7b": ("llava_7b_h100", _VARIANTS_7B),
 }
 """By name: the results file, without `.json`, and what makes the table of it."""

@@ -17,20 +17,25 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def write(out: Path, name: str, tree: Mapping[str, Any], device: str = "cpu") -> Path:
-    """Write JSON: `tree` below the device, versions, command and code that measured it.
+def head(name: str, device: str = "cpu") -> dict[str, Any]:
+    """Return the device, versions, command and code that measure.
 
     name: an entry of code_digest.ENTRIES. device: such as `cuda` or `cpu`.
     """
     # Paths of this machine say nothing elsewhere.
     arguments = (each if not Path(each).is_absolute() else Path(each).name for each in sys.argv)
-    head = {
+    return {
         "device": device_name(device),
         "versions": {"python": platform.python_version()}
         | {found.name: found.version for found in distributions() if found.name in PACKAGES},
         "command": shlex.join(["python", *arguments]),
         "code_digest": code_digest(name),
     }
+
+
+def write(out: Path, name: str, tree: Mapping[str, Any], device: str = "cpu") -> Path:
+    """Write JSON: `tree` below its head."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**head, **tree}, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps({**head(name, device), **tree}, indent=1)
+    out.write_text(text + "\n", encoding="utf-8")
     return out

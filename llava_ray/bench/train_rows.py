@@ -1,6 +1,7 @@
 """One process of the training benchmark: rows that share a model, measured one after another.
 
-torchrun -m llava_ray.bench.train_rows TASK.json ROWS.jsonl; process 0 writes a line per row.
+torchrun -m llava_ray.bench.train_rows TASK.json ROWS.jsonl, or python -m … and the number of
+workers that Ray Train starts; process 0 writes a line per row.
 Each engine trains the same random model on the same batches with AdamW and gradient clipping.
 """
 
@@ -53,6 +54,8 @@ class Row:
     fp16: bool = False
     accumulation: int = 1
     """Batches of a step."""
+    ray: bool = False
+    """Whether Ray Train started the processes, not torchrun."""
     gpus: int = 1
     samples_per_s: float = 0.0
     """Median over steps, of all GPUs together."""
@@ -80,6 +83,8 @@ class Row:
             self.liger,
             self.fp16,
             self.accumulation,
+            self.ray,
+            self.gpus,
         )
 
     def train(self, checkpointing: Checkpointing = False) -> TrainConfig:
@@ -87,7 +92,7 @@ class Row:
         stage = STAGES[self.engine]
         return TrainConfig(
             lora_r=LORA_R, lora_alpha=256, lora_dropout=self.lora_dropout,
-            fused_layers=self.fused_layers and stage != 3, zero_stage=stage,
+            fused_layers=self.fused_layers, zero_stage=stage,
             precision="fp16" if self.fp16 else "bf16", gradient_checkpointing=checkpointing,
             gradient_accumulation=self.accumulation,
         )  # fmt: skip
@@ -166,7 +171,8 @@ class Product:
     def recompute(self, checkpointing: Checkpointing) -> None:
         """Choose what backward computes again, by the product's config key."""
         loss = self.engine.module
-        loss.decoder = adapt.fused_decoder(adapt.base_of(loss.model), self.row.train(checkpointing))
+        for layer in loss.decoder.layers if loss.decoder else ():
+            layer.recompute = {False: "none", "mlp": "mlp", True: "layer"}[checkpointing]
         adapt.set_checkpointing(self.base, on=loss.decoder is None and bool(checkpointing))
 
     def step(self, batch: Batch) -> tuple[torch.Tensor, Any]:
@@ -255,8 +261,11 @@ def run(task: Task, out: Path) -> None:
     """Measure all rows; a failing one is recorded with its reason and the rest go on."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        # Ray shows a process its own GPU alone.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    under_ray = torch.distributed.is_initialized()
+    if not under_ray:
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     engine: Plain | Product | None = None
     losses: list[float] = []
     norm: float | None = None
@@ -282,9 +291,30 @@ def run(task: Task, out: Path) -> None:
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-    torch.distributed.destroy_process_group()
+    if not under_ray:
+        torch.distributed.destroy_process_group()
+
+
+def run_under_ray(task: Task, out: Path, world: int) -> None:
+    """Measure all rows in as many workers of Ray Train."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    ray.init(address="local", num_cpus=world, include_dashboard=False)
+    trainer = TorchTrainer(
+        lambda: run(task, out),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=world, use_gpu=torch.cuda.is_available()
+        ),
+        run_config=ray.train.RunConfig(storage_path=str(out.parent)),
+    )
+    trainer.fit()
 
 
 if __name__ == "__main__":
     given = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    run(Task(**{**given, "rows": [Row(**row) for row in given["rows"]]}), Path(sys.argv[2]))
+    asked = Task(**{**given, "rows": [Row(**row) for row in given["rows"]]})
+    if len(sys.argv) > 3:
+        run_under_ray(asked, Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        run(asked, Path(sys.argv[2]))

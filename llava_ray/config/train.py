@@ -69,7 +69,7 @@ class TrainConfig(Section):
     """Less memory for more time. `mlp` computes only the feed-forward halves again, for about half
     of both (whole layers where `fused_layers` does not apply)."""
     fused_layers: bool = Field(default=True)
-    """Faster LoRA layers with the same results; for method=lora without DoRA, not for ZeRO-3."""
+    """Faster LoRA layers with the same results; for method=lora without DoRA."""
     group_by_modality_length: bool = Field(default=True)
     loader_workers: Natural | None = Field(default=None)
     """Processes that decode images beside each worker [dataloader_num_workers]. Default: 4 beside
@@ -95,7 +95,7 @@ class TrainConfig(Section):
     @property
     def runs_fused(self) -> bool:
         """Whether layers run with a backward of their own, where the model's are plain LLaMA's."""
-        return self.fused_layers and self.method == "lora" and self.zero_stage != 3
+        return self.fused_layers and self.method == "lora"
 
     def stage_for(self, num_workers: int) -> Literal[0, 2, 3]:
         """Return what `zero_stage` comes to with so many workers."""

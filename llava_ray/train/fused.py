@@ -3,7 +3,7 @@
 Equal to transformers + peft but for rounding, and faster: a LoRA product adds into its layer's
 output in place, linear layers that read one input share their A products and one dropout mask,
 and what is cheap is computed again instead of kept.
-Needs weights that are whole on the device, which ZeRO-3 and 4-bit bases do not give.
+Needs weights that are whole on the device while a layer runs, which 4-bit bases do not give.
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ def obstacle(llava: Any) -> str | None:
             base = getattr(module, "base_layer", module)
             if type(base) is not nn.Linear or base.bias is not None:
                 return f"{name} is not a plain linear layer without bias"
-            if base.weight.requires_grad or not base.weight.numel():
-                return f"{name} is trained or sharded"
+            if base.weight.requires_grad:
+                return f"{name} is trained"
             if any(getattr(module, "lora_variant", {}).values()):
                 return f"{name} has a variant of LoRA"
         if type(layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
@@ -180,11 +180,14 @@ class FeedForward:
     hidden: Hidden
 
 
-class Layer:
+class Layer(nn.Module):
     """One decoder layer; a seed per group says which inputs of LoRA are dropped."""
 
     def __init__(self, module: Any, recompute: Recompute) -> None:
+        super().__init__()
         self.recompute = recompute
+        # ZeRO-3 gathers what a module holds before it runs; a list is faster to walk than modules.
+        self.weights = nn.ParameterList(module.parameters())
         attention, mlp = module.self_attn, module.mlp
         self.head_width: int = attention.head_dim
         self.scaling: float = attention.scaling
@@ -194,8 +197,13 @@ class Layer:
         self.gate_up = Group([mlp.gate_proj, mlp.up_proj])
         self.down = Group([mlp.down_proj])
         groups = (self.qkv, self.o, self.gate_up, self.down)
-        self.parameters = [p for group in groups for p in group.parameters()]
+        self.trained = [p for group in groups for p in group.parameters()]
         self.dropout = max(group.dropout for group in groups)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], seed: int | None) -> Tensor:
+        """Return the hidden states after the layer, from those before [batch, length, width]."""
+        out: Tensor = _Run.apply(x, self, rope, seed, *self.trained)  # type: ignore[no-untyped-call]
+        return out
 
     def normed(self, x: Tensor, index: int, kernels: Kernels) -> Tensor:
         """Return the first or second norm of [rows, width]."""
@@ -305,24 +313,28 @@ class _Run(torch.autograd.Function):
         return (dx, None, None, None, *of_qkv, *of_o, *of_gate_up, *of_down)
 
 
-class Decoder:
+class Decoder(nn.Module):
     """The language model without embedding and head."""
 
     def __init__(self, language_model: Any, recompute: Recompute) -> None:
-        self.language_model = language_model
-        self.layers = [Layer(module, recompute) for module in language_model.layers]
+        super().__init__()
+        # Not a child: its modules have their place in the model, and hooks stand on each once.
+        self.language_model = (language_model,)
+        layers = (Layer(module, recompute) for module in language_model.layers)
+        self.layers: Any = nn.ModuleList(layers)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Return the last hidden states of embeddings [batch, length, width]."""
+        (language_model,) = self.language_model
         positions = torch.arange(x.shape[1], device=x.device)[None]
         cos, sin = (
             t.expand(x.shape[0], -1, -1).flatten(0, 1)[:, None].contiguous()
-            for t in self.language_model.rotary_emb(x, position_ids=positions)
+            for t in language_model.rotary_emb(x, position_ids=positions)
         )
         for layer in self.layers:
-            dropping = self.language_model.training and layer.dropout > 0
+            dropping = language_model.training and layer.dropout > 0
             # Drawn from the generator that the loop seeds by step and rank.
             seed = int(torch.randint(2**62, ())) if dropping else None
-            x = _Run.apply(x, layer, (cos, sin), seed, *layer.parameters)  # type: ignore[no-untyped-call]
-        out: Tensor = self.language_model.norm(x)
+            x = layer(x, (cos, sin), seed)
+        out: Tensor = language_model.norm(x)
         return out

@@ -18,8 +18,8 @@ from llava_ray.train.replica import ReplicaEngine
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
-_KEPT_WHOLE = 1_000_000
-"""ZeRO-3 does not share out smaller weights: LoRA's would be gathered one by one at each use."""
+_AHEAD = 250_000_000
+"""Weights that ZeRO-3 gathers ahead: a layer of a 7B model."""
 
 
 def torch_dtype(precision: Precision) -> torch.dtype:
@@ -38,7 +38,9 @@ def zero_config(train: TrainConfig, precision: Precision, *, gpu: bool) -> dict[
         "reduce_bucket_size": BUCKET,
     }
     if train.zero_stage == 3:
-        stage["stage3_param_persistence_threshold"] = _KEPT_WHOLE
+        # What is kept whole is gathered one by one after each step; a layer's weights come at once.
+        stage["stage3_param_persistence_threshold"] = 0
+        stage["stage3_prefetch_bucket_size"] = _AHEAD
     if train.offload != "none":
         stage["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
     if train.offload == "optimizer+weights":
@@ -80,6 +82,11 @@ def make_engine(module: nn.Module, groups: list[dict[str, Any]], config: dict[st
     on_gpu = all(p.is_cuda for group in groups for p in group["params"])
     fused = on_gpu and "offload_optimizer" not in config["zero_optimization"]
     optimizer = torch.optim.AdamW(groups, fused=fused)
+    if config["zero_optimization"]["stage"] == 3:
+        # Gathered layer by layer: hooks on each of LoRA's modules take the host longer than the
+        # GPU needs for its work.
+        lists = (part for part in module.modules() if isinstance(part, nn.ModuleList))
+        deepspeed.utils.set_z3_leaf_modules(module, list({type(part[0]) for part in lists}))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     _make_moments(engine)
     # transformers loads for inference, where nothing is dropped.

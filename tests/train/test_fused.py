@@ -119,7 +119,7 @@ def test_dropout_is_drawn_again_in_backward(folder: Path, batch: dict[str, torch
 
 
 @pytest.mark.parametrize(
-    "changes", [{"use_dora": True}, {"zero_stage": 3}, {"method": "full"}, {"fused_layers": False}]
+    "changes", [{"use_dora": True}, {"method": "full"}, {"fused_layers": False}]
 )
 def test_other_ways_of_training_run_through_peft(folder: Path, changes: dict[str, Any]) -> None:
     assert make(folder, **changes).decoder is None
