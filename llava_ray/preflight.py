@@ -16,6 +16,7 @@ from llava_ray.models.low_bits import check_groups
 from llava_ray.models.tensors import is_linear, module_name, weight_shapes
 from llava_ray.prepare.sources import check_source
 from llava_ray.quantize.registry import spec_for
+from llava_ray.report.passport import refusals
 from llava_ray.sweep.objective import Objective
 from llava_ray.sweep.space import check_space
 from llava_ray.trial_score import scorer_for
@@ -32,12 +33,22 @@ def _checks(config: RunConfig) -> Iterator[Callable[[], object]]:
     yield lambda: check_storage(config)
     for slug in dict.fromkeys((*config.quantize.variants, *config.serve.beside)):
         yield functools.partial(spec_for, slug)
+    yield lambda: check_readers(config)
     if config.sweep.space:
         yield lambda: check_space(config)
         yield lambda: scorer_for(config)
     for part, _ in config.data.parts():
         yield functools.partial(check_source, part.source)
     yield lambda: check_model(config, cached_folder(config.model))
+
+
+def check_readers(config: RunConfig) -> None:
+    """Raise ConfigError where none of quantize.variants opens in all of choose.must_open_in."""
+    readers, slugs = config.choose.must_open_in, config.quantize.variants
+    refused = {slug: refusals(slug, readers) for slug in slugs}
+    if slugs and all(refused.values()):
+        each = "; ".join(f"{slug}: {reasons[0]}" for slug, reasons in refused.items())
+        raise ConfigError(f"choose.must_open_in: no variant opens in all of them ({each})")
 
 
 def check_model(config: RunConfig, folder: Path | None) -> None:

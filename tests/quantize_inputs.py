@@ -112,6 +112,11 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     found: dict[str, torch.Tensor] = {}
-    for path in folder.glob("*.safetensors"):
+    for path in folder.rglob("*.safetensors"):
         found |= load_file(path)
     return found
+
+
+def parameters_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return every stored tensor by its name as transformers 5's parameter."""
+    return {llava_folder.module_name(name): value for name, value in tensors_of(folder).items()}

@@ -94,6 +94,13 @@ def half_an_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def two_names(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    other = "lm_head.weight" if "lm_head.weight" not in tensors else "language_model.lm_head.weight"
+    head = next(value for name, value in tensors.items() if name.endswith("lm_head.weight"))
+    save_file({**tensors, other: head.clone()}, folder / "model.safetensors")
+
+
 def narrow(folder: Path) -> None:
     tree = json.loads((folder / "config.json").read_text())
     tree["text_config"]["intermediate_size"] += 8
@@ -230,6 +237,18 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "a template of nothing": (
         lambda folder: (folder / "chat_template.jinja").write_text("{{ bos_token }}"),
         "chat template shows no question",
+    ),
+    "named templates without a default": (
+        lambda folder: [
+            (folder / "chat_template.jinja").unlink(),
+            edit("tokenizer_config.json", chat_template=[{"name": "rag", "template": "x"}])(folder),
+        ],
+        "chat templates are rag: call the one to be used 'default'",
+    ),
+    "one tensor under two names": (two_names, "lm_head.weight is there under two names"),
+    "grids of no pairs": (
+        edit("config.json", model_type="llava_next", image_grid_pinpoints=[224, 448]),
+        "image_grid_pinpoints is [224, 448], not a list of heights and widths in pixels",
     ),
 }  # fmt: skip
 

@@ -31,8 +31,8 @@ from llava_ray.errors import ArtifactError
 
 logger = logging.getLogger(__name__)
 
-CARD = "README.md"
-"""A model card; a variant's is written later than its manifest, and nothing loads it."""
+CARD, PASSPORT = "README.md", "passport.json"
+"""What stands beside a variant's files, written later than its manifest; nothing loads it."""
 
 
 R = TypeVar("R", bound=Record)

@@ -7,6 +7,7 @@ from llava_ray.artifacts.records import Scorecard, VariantFailure
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
 from llava_ray.report.findings import Findings
+from llava_ray.report.passport import refusals
 
 
 def decide(
@@ -74,7 +75,7 @@ def violations(card: Scorecard, config: RunConfig) -> list[str]:
         found.append(f"{rate:.4g} tokens/s is below {limits.min_decode_tokens_per_s:g}")
     if limits.max_size_bytes is not None and card.variant_bytes > limits.max_size_bytes:
         found.append(f"{card.variant_bytes:,} bytes on disk are above {limits.max_size_bytes:,}")
-    return found
+    return found + refusals(card.slug, limits.must_open_in)
 
 
 def _ranks(card: Scorecard, prefer: str) -> dict[str, float]:

@@ -184,6 +184,12 @@ class BenchmarkConfig(Section):
         return device
 
 
+Reader = Literal[
+    "transformers-4", "transformers-5", "vllm", "sglang", "lmdeploy", "llama.cpp", "ollama"
+]
+"""Programs that others open a variant's folder with."""
+
+
 class ChooseConfig(Section):
     """Limits that the winner keeps, and what decides among those that keep them."""
 
@@ -193,6 +199,8 @@ class ChooseConfig(Section):
     max_size_bytes: Count | None = Field(default=None)
     prefer: Literal["size", "speed", "fidelity"] = Field(default="speed")
     may_choose_baseline: bool = Field(default=False)
+    must_open_in: tuple[Reader, ...] = Field(default=())
+    """Programs that the winner's passport must not say refuse it."""
 
 
 class EndpointConfig(Section):

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from llava_ray.inference.prompts import eos_token_id
-from llava_ray.models.chat_template import processors_template
+from llava_ray.models.chat_template import VICUNA_TEMPLATE, base_tokenizer
 from llava_ray.models.family import PROCESSORS, family_of
 
 _CARRIED = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -38,8 +38,8 @@ def carry(base: Path, folder: Path) -> None:
             if path.name != "config.json" and not path.name.endswith(".index.json"):
                 shutil.copy(path, folder / path.name)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    template = processors_template(base)
-    if template and not tokenizer.chat_template:
+    if not tokenizer.chat_template:
+        template = base_tokenizer(base).chat_template or VICUNA_TEMPLATE
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     tell_how_pictures_are_read(folder)
     tell_older_readers_of_tokens(folder)
@@ -54,9 +54,26 @@ def tell_how_pictures_are_read(folder: Path) -> None:
     if not (folder / PROCESSORS[0]).is_file():
         # transformers 4 and the GGUF and AWQ tools read only this name.
         processor.from_pretrained(folder, backend="pil").save_pretrained(folder)
-    told = family_of(folder).image_processor()
+    family, config = family_of(folder), json.loads((folder / "config.json").read_bytes())
+    told = family.image_processor()
     _edit(folder / PROCESSORS[0], lambda tree: tree.update(told))
-    _edit(folder / PROCESSORS[1], lambda tree: tree.get("image_processor", {}).update(told))
+    shape, vision = family.vision, config["vision_config"]
+    strategy = config.get("vision_feature_select_strategy", "default")
+    patches = (shape.image_size // vision["patch_size"]) ** 2
+    # Without these the processor of a folder without a processor_config.json shows one token.
+    counted = {
+        "patch_size": vision["patch_size"],
+        "vision_feature_select_strategy": strategy,
+        "num_additional_image_tokens": shape.tokens - patches + (strategy == "default"),
+    }
+
+    def tell(tree: dict[str, Any]) -> None:
+        tree.get("image_processor", {}).update(told)
+        tree.update(counted)
+
+    if not (folder / PROCESSORS[1]).is_file():
+        (folder / PROCESSORS[1]).write_text("{}", encoding="utf-8")
+    _edit(folder / PROCESSORS[1], tell)
 
 
 def tell_older_readers_of_tokens(folder: Path) -> None:

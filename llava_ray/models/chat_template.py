@@ -28,6 +28,24 @@ _OVERLAPS = 2
 _BRACKETED = re.compile(r"<.*>|\[.*\]")
 """Tokens that are meant as marks, whether they are called special or not."""
 
+VICUNA_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'USER: ' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' }}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}{{ '<image>\n' }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token or '</s>' }}{% else %}{{ ' ' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""Vicuna's format, as `Vicuna` writes it, for other readers of a model.
+
+llama.cpp's tools pass a message's content as one string, of which the template of
+llava-hf/llava-1.5-7b-hf would print nothing.
+"""
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -72,6 +90,11 @@ def chat_template(tokenizer: Any) -> ChatTemplate:
     if not getattr(tokenizer, "chat_template", None):
         logger.info("the tokenizer has no chat template: conversations are written as Vicuna's")
         return vicuna
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise ConfigError(
+            f"the tokenizer's chat templates are {', '.join(tokenizer.chat_template)}: call the "
+            "one to be used 'default'"
+        )
     own = TokenizersOwn(tokenizer)
     probe = [Turn("What is it?", 1, "A sign."), Turn("And there?")]
     texts = [each.write(probe, "Be kind.", [1]).text for each in (vicuna, own)]

@@ -152,16 +152,19 @@ def check_shapes(folder: Path) -> None:
             "patch_size, vision_feature_layer and vision_feature_select_strategy in config.json",
         )
     expected = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    stored = {module_name(name): shape for name, shape in weight_shapes(folder).items()}
+    names = weight_shapes(folder)
+    stored = {module_name(name): shape for name, shape in names.items()}
     if is_tied(config):
         expected.pop("lm_head.weight", None)
+    twice = [name for name, count in Counter(map(module_name, names)).items() if count > 1]
     missing = sorted(expected.keys() - stored.keys())
     other = [
         f"{name} is {list(stored[name])}, not {list(shape)}"
         for name, shape in expected.items()
         if name in stored and stored[name] != shape
     ]
-    problems = [f"no {name}" for name in missing] + other
+    problems = [f"{name} is there under two names" for name in sorted(twice)]
+    problems += [f"no {name}" for name in missing] + other
     rows, ids = config.text_config.vocab_size, AutoTokenizer.from_pretrained(folder).get_vocab()
     if not problems and max(ids.values()) >= rows:
         raise base_error(

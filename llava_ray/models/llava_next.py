@@ -36,10 +36,13 @@ class LlavaNext(Family):
         """Read image_grid_pinpoints."""
         size = vision.image_size
         side = size // int(tree["vision_config"]["patch_size"])
-        grid = tuple(
-            (int(height), int(width))
-            for height, width in tree.get("image_grid_pinpoints") or _DEFAULT_GRID
-        )
+        pairs = tree.get("image_grid_pinpoints") or _DEFAULT_GRID
+        try:
+            grid = tuple((int(height), int(width)) for height, width in pairs)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"image_grid_pinpoints is {pairs!r}, not a list of heights and widths in pixels"
+            ) from error
         if vision.tokens != side**2:
             raise ValueError(
                 f"a tile of {side}x{side} patches gives {vision.tokens} features, which make no "

@@ -23,7 +23,7 @@ SHARD_BYTES = 4 * 2**30
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 Pack = Callable[[str, "torch.Tensor"], "dict[str, torch.Tensor]"]
-"""From a linear's name (without `.weight`) and weight to the tensors stored in its place."""
+"""From a linear module's name and its weight to the tensors stored in its place."""
 
 _READ_AHEAD = 4
 """Tensors that wait in pinned memory while a GPU packs the one before them."""
@@ -52,6 +52,22 @@ def module_name(name: str) -> str:
         name, count = pattern.subn(replacement, name, count=1)
         if count:
             break
+    return name
+
+
+def file_name(name: str) -> str:
+    """Return the name that a parameter of the transformers 5 model has in llava-hf's own folders.
+
+    transformers of all versions and vLLM read it; what transformers 5.6 and later write for towers
+    vLLM does not (tried with 0.22.1).
+    """
+    if name.startswith("lm_head."):
+        return f"language_model.{name}"
+    name = name.removeprefix("model.")
+    if name.startswith("vision_tower."):
+        return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    if name.startswith("language_model."):
+        return name.replace("language_model.", "language_model.model.", 1)
     return name
 
 
@@ -98,10 +114,11 @@ def rewrite(
     """
     progress = Progress(out.name, len(weight_shapes(merged)), "tensors")
     writer = ShardWriter(out)
-    for number, (name, value) in enumerate(_read_ahead(merged, device), start=1):
+    for number, (found, value) in enumerate(_read_ahead(merged, device), start=1):
+        name = file_name(module_name(found))
         stem = name.removesuffix(".weight")
-        if pack and stem != name and quantizes(module_name(stem)):
-            packed = pack(stem, value.to(device, dtype))
+        if pack and stem != name and quantizes(module := module_name(stem)):
+            packed = pack(module, value.to(device, dtype))
             stored = {f"{stem}.{key}": tensor for key, tensor in packed.items()}
             wait_for(device)
         else:
@@ -241,12 +258,16 @@ class ShardWriter:
 
 
 def load_model(
-    folder: Path, device: str, quantizes: Callable[[str], bool] = lambda module: False
+    folder: Path,
+    device: str,
+    quantizes: Callable[[str], bool] = lambda module: False,
+    weights: Path | None = None,
 ) -> tuple[Any, dict[str, dict[str, "torch.Tensor"]]]:
     """Return the folder's model by transformers, and what its packed modules hold.
 
     The modules of `quantizes` have no weight yet: their stored tensors are in the second value,
-    by the module's name and their own. Raises ArtifactError when a weight is not in the folder.
+    by the module's name and their own. weights: the folder of the safetensors, where it is another
+    one. Raises ArtifactError when a weight is not there.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -264,7 +285,7 @@ def load_model(
         model.get_submodule(name).weight = None
     dtype = compute_dtype(folder, device)
     wanted, values = {name for name, _ in model.named_parameters()}, {}
-    for stored, value in tensors(folder, device):
+    for stored, value in tensors(weights or folder, device):
         name = module_name(stored)
         module, _, leaf = name.rpartition(".")
         if name in wanted:

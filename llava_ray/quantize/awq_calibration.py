@@ -204,7 +204,7 @@ def _load(merged: Path, dtype: torch.dtype) -> Any:
     with init_empty_weights(include_buffers=False):
         model = auto.from_config(config, torch_dtype=torch.float32)
     values = {
-        old_name(llava_folder.module_name(name)): value.to(dtype)
+        llava_folder.file_name(llava_folder.module_name(name)): value.to(dtype)
         for name, value in llava_folder.tensors(merged)
     }
     missing = set(model.load_state_dict(values, strict=False, assign=True).missing_keys)
@@ -213,18 +213,6 @@ def _load(merged: Path, dtype: torch.dtype) -> Any:
     if missing:
         raise VariantError(f"{merged}: {len(missing)} weights are missing, first {min(missing)!r}")
     return model.eval().requires_grad_(False)
-
-
-def old_name(name: str) -> str:
-    """Turn a transformers 5 module's parameter name into the one of 4.51 (and of vLLM)."""
-    if name.startswith("lm_head."):
-        return f"language_model.{name}"
-    name = name.removeprefix("model.")
-    if name.startswith("vision_tower."):
-        return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
-    if name.startswith("language_model."):
-        return name.replace("language_model.", "language_model.model.", 1)
-    return name
 
 
 def old_config(folder: Path) -> dict[str, Any]:

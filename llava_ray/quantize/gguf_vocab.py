@@ -14,29 +14,11 @@ from gguf import GGUFWriter, TokenType
 
 from llava_ray.errors import VariantError
 from llava_ray.inference.prompts import eos_token_id
-from llava_ray.models.chat_template import TokenizersOwn, chat_template
+from llava_ray.models.chat_template import VICUNA_TEMPLATE, TokenizersOwn, chat_template
 
 logger = logging.getLogger(__name__)
 
 SPACE = "▁"
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ 'USER: ' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' }}{% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}{{ '<image>\n' }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ '</s>' }}{% else %}{{ ' ' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-"""Vicuna's format, as `chat_template.Vicuna` writes it.
-
-llama.cpp's tools pass a message's content as one string, of which the template of
-llava-hf/llava-1.5-7b-hf would print nothing.
-"""
 
 
 def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
@@ -89,7 +71,7 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
     is_own = isinstance(template, TokenizersOwn)
     if is_own:
         writer.add_eot_token_id(eos_token_id(tokenizer))
-    writer.add_chat_template(tokenizer.get_chat_template() if is_own else CHAT_TEMPLATE)
+    writer.add_chat_template(tokenizer.get_chat_template() if is_own else VICUNA_TEMPLATE)
 
 
 def check_vocabulary(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 A linear is stored as `hqq.core.quantize.HQQLinear.state_dict` has it, in safetensors, so the
 folder reloads to the same bits without quantizing again (hqq's own `save_quantized` pickles).
+Surprising: they lie in a folder of their own, since transformers would load them where it looks for
+weights, and draw all that HQQ packed anew.
 """
 
 import re
@@ -17,6 +19,8 @@ from llava_ray.quantize.spec import Calibration, QuantizationSpec
 if TYPE_CHECKING:
     import torch
 
+_WEIGHTS = "hqq"
+"""The folder of the safetensors, in the variant's."""
 _SLUG = re.compile(r"hqq-w([84321])-g(16|32|64|128|256)(-vision)?")
 
 
@@ -73,12 +77,16 @@ class HqqSpec(QuantizationSpec):
                 "skip_modules": ["lm_head"] if self.vision else ["lm_head", "vision_tower"],
             },
         )
+        (out / _WEIGHTS).mkdir()
+        for path in [*out.glob("*.safetensors"), *out.glob("*.index.json")]:
+            path.rename(out / _WEIGHTS / path.name)
 
     def load(self, folder: Path, device: str) -> Any:
         """Return the model with HQQ's linears, bit for bit as they were stored."""
         from hqq.core.quantize import HQQLinear
 
-        model, packed = llava_folder.load_model(folder, device, self.quantizes)
+        weights = folder / _WEIGHTS
+        model, packed = llava_folder.load_model(folder, device, self.quantizes, weights)
         for name, state in packed.items():
             linear = HQQLinear(
                 None, None, compute_dtype=model.dtype, device=device, initialize=False

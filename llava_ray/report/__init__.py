@@ -1,25 +1,27 @@
 """Write the report: one HTML file, Markdown, the data as JSON and a model card per variant."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from llava_ray.artifacts.code_digest import code_digest
 from llava_ray.artifacts.storage import Storage
-from llava_ray.artifacts.store import CARD
+from llava_ray.artifacts.store import CARD, PASSPORT
 from llava_ray.report.findings import Findings
 
 
 def write_report(folder: Path, findings: Findings) -> None:
     """Write report.html, report.md with its pictures, report.json, config.yaml and cards/.
 
-    Each card is written beside its variant's files too, as README.md, which no manifest lists:
-    what it says of measurements is newer than the variant.
+    Each card and passport is written beside its variant's files too, as README.md and
+    passport.json, which no manifest lists: what they say is newer than the variant.
 
     Raises ArtifactError when a record that a scorecard names is gone.
     """
     from llava_ray.report.content import make_content
     from llava_ray.report.findings import find_origins
     from llava_ray.report.pages import write_card, write_page
+    from llava_ray.report.passport import passport
 
     origins = find_origins(findings)
     content = make_content(findings, origins)
@@ -41,8 +43,10 @@ def write_report(folder: Path, findings: Findings) -> None:
     for card in findings.scorecards:
         variant = origins.variants[card.slug]
         text = write_card(card, variant, origins)
-        texts[f"cards/{card.slug}/{CARD}"] = text
-        Storage(variant.uri).write_text(CARD, text)
+        stamps = json.dumps([asdict(entry) for entry in passport(card.slug)], indent=1)
+        for name, beside in ((CARD, text), (PASSPORT, stamps + "\n")):
+            texts[f"cards/{card.slug}/{name}"] = beside
+            Storage(variant.uri).write_text(name, beside)
     for name, text in texts.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from llava_ray.config.run import to_yaml
 from llava_ray.report import article
 from llava_ray.report.columns import make_columns, number, size_text
 from llava_ray.report.findings import Findings, Origins
+from llava_ray.report.passport import passport
 from llava_ray.report.pictures import show
 from llava_ray.report.plots import make_plots
 from llava_ray.report.rows import make_rows
@@ -32,6 +33,7 @@ def make_content(findings: Findings, origins: Origins) -> dict[str, Any]:
         "groups": {name: len(list(of)) for name, of in groupby(column.group for column in columns)},
         "plots": make_plots(rows),
         "pictures": show(findings, origins),
+        "passports": {card.slug: passport(card.slug) for card in findings.scorecards},
         "notes": _notes(findings, origins),
         "conditions": _conditions(findings, origins),
         "article": article.CONDITIONS,
@@ -70,6 +72,8 @@ def _limits(findings: Findings) -> list[str]:
         limits.append(f"at least {choose.min_decode_tokens_per_s:g} tokens/s")
     if choose.max_size_bytes is not None:
         limits.append(f"at most {size_text(choose.max_size_bytes)} on disk")
+    if choose.must_open_in:
+        limits.append(f"opens in {', '.join(choose.must_open_in)}")
     if not choose.may_choose_baseline:
         limits.append(f"not the baseline {findings.config.benchmark.baseline} itself")
     wanted = {"speed": "the fastest", "size": "the smallest", "fidelity": "the closest"}

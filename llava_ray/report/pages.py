@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from llava_ray.artifacts.records import Scorecard, Variant
 from llava_ray.report.columns import number, ranged, size_text
 from llava_ray.report.findings import Origins
+from llava_ray.report.passport import passport
 
 LIBRARIES = {"none": "transformers", "bnb": "transformers", "awq": "transformers", "gguf": "gguf"}
 
@@ -30,6 +31,8 @@ def write_card(card: Scorecard, variant: Variant, origins: Origins) -> str:
         dataset=origins.dataset,
         base=base,
         base_on_hub=re.fullmatch(r"[\w.-]+/[\w.-]+", base),
+        passport=passport(variant.slug),
+        pixels=origins.merged.pixel_differences if origins.merged else {},
         library=LIBRARIES.get(variant.method),
         pair=sorted(name for name in variant.files if name.endswith(".gguf")),
     )

@@ -8,7 +8,7 @@ import time
 from pathlib import Path, PurePosixPath
 
 from llava_ray.artifacts.records import Variant
-from llava_ray.artifacts.store import CARD, MANIFEST, local_folder, read_record
+from llava_ray.artifacts.store import CARD, MANIFEST, PASSPORT, local_folder, read_record
 from llava_ray.console import set_up_logging
 from llava_ray.errors import ArtifactError
 from llava_ray.inference.engine import Engine
@@ -62,7 +62,7 @@ def verified_variant(uri: str) -> tuple[Variant, Path]:
     folder = local_folder(variant)
     # What the manifest does not name was not checked, so it must not be there to be loaded.
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    extra = sorted(present - set(variant.files) - {MANIFEST, CARD})
+    extra = sorted(present - set(variant.files) - {MANIFEST, CARD, PASSPORT})
     if extra:
         raise ArtifactError(f"{variant.id}: {extra[0]} is not in the manifest: delete it")
     for name in variant.files:

@@ -65,6 +65,15 @@ def test_a_tie_goes_to_the_next_measure_and_the_reason_says_so() -> None:
     )
 
 
+def test_the_winner_opens_where_it_must() -> None:
+    cards = [card("gguf-q4_k_m", rate=50), card("hqq-w4-g64", rate=40), card("awq-w4-g128", rate=9)]
+    decision = decide(cards, [], limits(must_open_in=["vllm"]))
+    assert decision.winner.slug == "awq-w4-g128"
+    assert decision.against["hqq-w4-g64"].startswith("vllm 0.22.1, read to 0.33 does not open it: ")
+    with pytest.raises(ConfigError, match=r"sglang .* does not open it"):
+        decide(cards, [], limits(must_open_in=["sglang"]))
+
+
 def test_full_ties_go_by_name() -> None:
     decision = decide([card("b"), card("a")], [], limits())
     assert decision.winner.slug == "a"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantize_inputs import TINY, probe_logits, quantized, tensors_of
+from quantize_inputs import TINY, parameters_of, probe_logits, quantized
 
 from llava_ray.quantize.registry import spec_for
 
@@ -29,7 +29,7 @@ def test_tensors_are_those_of_transformers(slug: str, tmp_path: Path) -> None:
         TINY, quantization_config=config, device_map="cpu", dtype=torch.float16
     )
     theirs.save_pretrained(tmp_path / "theirs")
-    expected, written = tensors_of(tmp_path / "theirs"), tensors_of(out)
+    expected, written = parameters_of(tmp_path / "theirs"), parameters_of(out)
     assert written.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(written[name], value), name

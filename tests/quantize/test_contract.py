@@ -111,8 +111,8 @@ def test_a_variant_is_small_close_and_the_same_again(slug: str, tmp_path: Path) 
     spec = spec_for(slug)
     folder = quantized(spec, tmp_path / "out")
     again = quantized(spec, tmp_path / "again")
-    names = {path.name for path in folder.iterdir()}
-    assert {path.name for path in again.iterdir()} == names
+    names = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    assert {path.relative_to(again) for path in again.rglob("*") if path.is_file()} == names
     for name in names:
         assert (again / name).read_bytes() == (folder / name).read_bytes(), name
     shutil.rmtree(again)

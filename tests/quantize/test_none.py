@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantize_inputs import TINY, probe_logits, quantized, tensors_of
+from quantize_inputs import TINY, parameters_of, probe_logits, quantized, tensors_of
 
 from llava_ray.errors import ArtifactError
 from llava_ray.models import tensors as llava_folder
@@ -17,8 +17,8 @@ from llava_ray.quantize.registry import spec_for
 )
 def test_every_weight_is_cast(slug: str, dtype: torch.dtype, tmp_path: Path) -> None:
     out = quantized(spec_for(slug), tmp_path / "out")
-    expected = {name: value.to(dtype) for name, value in tensors_of(TINY).items()}
-    written = tensors_of(out)
+    expected = {name: value.to(dtype) for name, value in parameters_of(TINY).items()}
+    written = parameters_of(out)
     assert written.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(written[name], value), name

@@ -137,8 +137,12 @@ def test_every_measured_variant_gets_a_card_with_its_hashes(
         card = (local_folder(chosen) / "cards" / slug / "README.md").read_text(encoding="utf-8")
         assert card.startswith("---\npipeline_tag: image-text-to-text\n")
         assert f"# {slug}\n" in card and "SHA-256 `9a129038d9a00aed" in card
-        beside = storage / "variant" / f"variant-{slug}" / "README.md"
-        assert beside.read_text(encoding="utf-8") == card
+        beside = storage / "variant" / f"variant-{slug}"
+        assert (beside / "README.md").read_text(encoding="utf-8") == card
+        stamps = json.loads((beside / "passport.json").read_text(encoding="utf-8"))
+        opens = {stamp["reader"] for stamp in stamps if stamp["verdict"] != "refuses"}
+        assert ("llama.cpp" in opens) == slug.startswith("gguf")
+        assert ("transformers-5" in opens) == slug.startswith(("none", "bnb", "awq"))
 
 
 def test_a_second_call_finds_the_first(storage: Path, chosen: ChosenVariant) -> None:
