@@ -1,5 +1,6 @@
-"""Decode speed of the served engine beside plain transformers, on LLaVA-1.5-7B's shapes.
+"""Speed of the served engine beside plain transformers, on LLaVA-1.5-7B's shapes.
 
+A row's requests are sent to the server's own scheduler at once, each with a picture of its own.
 All rows come from one run on one GPU. Weights are random, so the roundings are named by their
 layout; each is checked against plain transformers on the same rounded weights.
 """
@@ -8,9 +9,11 @@ import gc
 import json
 import logging
 import statistics
+import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +23,8 @@ from llava_ray.bench import results
 from llava_ray.bench.model import Layout, make_prompt, round_linears
 from llava_ray.benchmark.timing import copy_bytes_per_s
 from llava_ray.inference.engine import Prompt
-from llava_ray.inference.sampling import Row, SamplingParams, sample
+from llava_ray.inference.sampling import SamplingParams, Step
+from llava_ray.inference.scheduler import Item, Scheduler
 from llava_ray.inference.torch.engine import TorchEngine
 from llava_ray.models.folder import EMBEDDED
 from llava_ray.models.images import normalize
@@ -31,7 +35,7 @@ logger = logging.getLogger(__name__)
 PROMPT_TOKENS, NEW_TOKENS, CONTEXT = 600, 128, 1024
 CHECKED_TOKENS = 24
 REPEATS = 5
-BATCHES = (1, 8)
+BATCHES = (1, 8, 64)
 
 
 def run(out: Path) -> None:
@@ -72,24 +76,26 @@ def _measured(layout: Layout, prompt: Prompt) -> Iterator[dict[str, Any]]:
     if layout == "fp16":
         parts = [*model.model.language_model.layers.parameters(), model.lm_head.weight]
         weight_bytes = sum(part.nbytes for part in parts)
-        for batch in BATCHES:
+        for batch in BATCHES[:2]:
             yield measure_plain(model, prompt, batch) | _step(batch, weight_bytes)
     for name, module in packed.items():
         model.model.language_model.layers.set_submodule(name, module)
     torch.cuda.synchronize()
     start = time.perf_counter()
     # The engine wants some tokenizer; speed does not depend on it.
-    engine = TorchEngine(model, folder=EMBEDDED, device="cuda", slots=8, context=CONTEXT)
+    engine = TorchEngine(model, folder=EMBEDDED, device="cuda", slots=max(BATCHES), context=CONTEXT)
     del model
     engine.warm_up()
     _first_token_s(engine, prompt)
     warm_up_s = time.perf_counter() - start
+    checked = check(engine, prompt, expected)
+    scheduler = Scheduler(engine)
+    scheduler.start()
     for batch in BATCHES:
         about = {"engine": "llava_ray", "kernel": engine.kernel_name(batch), "warm_up_s": warm_up_s}
-        checked = check(engine, prompt, expected) if batch == 1 else {}
         step = _step(batch, engine.weight_bytes())
-        yield about | measure_engine(engine, prompt, batch) | step | checked
-    engine.close()
+        yield about | measure_engine(scheduler, batch) | step | (checked if batch == 1 else {})
+    scheduler.close()
 
 
 def _step(batch: int, weight_bytes: int) -> dict[str, int]:
@@ -128,39 +134,66 @@ def measure_plain(model: Any, prompt: Prompt, batch: int) -> dict[str, Any]:
 
     about = {"engine": "transformers generate", "kernel": "cuBLAS", "warm_up_s": seconds(2)}
     first_s = statistics.median(seconds(1) for _ in range(3))
-    times = [seconds(NEW_TOKENS) - first_s for _ in range(2)]
-    return about | _speeds(batch, times, first_s)
+    return about | _speeds(batch, [Wave(first_s, first_s, seconds(NEW_TOKENS)) for _ in range(2)])
 
 
-def measure_engine(engine: TorchEngine, prompt: Prompt, batch: int) -> dict[str, float]:
-    """Time the engine's steps as the server takes them; the first repeat warms up."""
-    times, firsts = [], []
-    greedy = [Row(SamplingParams())] * batch
-    for _ in range(REPEATS + 1):
-        firsts.append(_first_token_s(engine, prompt))
-        slots, rows = zip(*(engine.prefill(prompt) for _ in range(batch)), strict=True)
-        sampled = sample(torch.stack(rows), greedy)
-        sampled.read()
-        start = time.perf_counter()
-        for _ in range(NEW_TOKENS - 1):
-            # The next step is launched before the last token is read, as the server does.
-            logits = engine.decode(slots, sampled.tokens)
-            sampled.read()
-            sampled = sample(logits, greedy)
-        sampled.read()
-        times.append(time.perf_counter() - start)
-        for slot in slots:
-            engine.release(slot)
-    return _speeds(batch, times[1:], statistics.median(firsts[1:]))
+@dataclass(frozen=True)
+class Wave:
+    """Seconds after requests were sent at once."""
+
+    first_s: float
+    """The median of their first tokens."""
+    last_first_s: float
+    """The last of these."""
+    end_s: float
 
 
-def _speeds(batch: int, times: Sequence[float], first_s: float) -> dict[str, float]:
-    rates = [batch * (NEW_TOKENS - 1) / seconds for seconds in times]
+def measure_engine(scheduler: Scheduler, batch: int) -> dict[str, float]:
+    """Time as many requests as come at once; the first repeat warms up."""
+    prompts = [make_prompt(PROMPT_TOKENS, seed) for seed in range(batch)]
+    return _speeds(batch, [_wave(scheduler, prompts) for _ in range(REPEATS + 1)][1:])
+
+
+def _wave(scheduler: Scheduler, prompts: Sequence[Prompt]) -> Wave:
+    firsts: dict[Hashable, float] = {}
+    left, done = set(range(len(prompts))), threading.Event()
+    failures: list[Item] = []
+
+    def take(items: list[tuple[Hashable, Item]]) -> None:
+        now = time.perf_counter() - start
+        for key, item in items:
+            if isinstance(item, Step):
+                firsts.setdefault(key, now)
+                continue
+            left.discard(key)
+            if item != "length":
+                failures.append(item)
+        if not left:
+            done.set()
+
+    start = time.perf_counter()
+    for key, prompt in enumerate(prompts):
+        scheduler.submit(prompt, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True), take, key)
+    done.wait()
+    end = time.perf_counter() - start
+    if failures:
+        raise RuntimeError(f"{len(failures)} of {len(prompts)} requests failed: {failures[0]}")
+    return Wave(statistics.median(firsts.values()), max(firsts.values()), end)
+
+
+def _speeds(batch: int, waves: Sequence[Wave]) -> dict[str, float]:
+    """Return the tokens/s of all answers: of decoding alone, and with the prefill."""
+    rates = [batch * (NEW_TOKENS - 1) / (wave.end_s - wave.last_first_s) for wave in waves]
+    totals = [batch * NEW_TOKENS / wave.end_s for wave in waves]
     return {
         "tokens_per_s": statistics.median(rates),
         "tokens_per_s_min": min(rates),
         "tokens_per_s_max": max(rates),
-        "first_token_ms": first_s * 1000,
+        "total_tokens_per_s": statistics.median(totals),
+        "total_tokens_per_s_min": min(totals),
+        "total_tokens_per_s_max": max(totals),
+        "first_token_ms": statistics.median(wave.first_s for wave in waves) * 1000,
+        "last_first_token_ms": statistics.median(wave.last_first_s for wave in waves) * 1000,
     }
 
 

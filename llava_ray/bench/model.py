@@ -30,9 +30,9 @@ def write_model(folder: Path, device: str) -> Path:
     return folder
 
 
-def make_prompt(tokens: int) -> Prompt:
+def make_prompt(tokens: int, seed: int = 0) -> Prompt:
     """Return a prompt of one random image and random text, for LLAVA_7B."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     vision, image_tokens = LLAVA_7B["vision_config"], Sizes.of(LLAVA_7B).image_tokens
     text = rng.integers(100, 31000, tokens - image_tokens - 1).tolist()
     size = vision["image_size"]

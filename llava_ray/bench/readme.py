@@ -296,6 +296,7 @@ _DECODE = _by_row(
     ),
     Column("batch", "batch"),
     Column("tok/s", "tokens_per_s", ".0f"),
+    Column("with prefill", "total_tokens_per_s", ".0f"),
     Column("first token ms", "first_token_ms", ".0f"),
     Column("warm-up s", "warm_up_s", ".0f"),
     Column("bandwidth", "share_of_bandwidth", ".0%"),

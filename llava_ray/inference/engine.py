@@ -40,6 +40,8 @@ class Engine(ABC):
     """Sequences that the KV cache has room for."""
     context: int
     """Tokens that one sequence can have, prompt and answer together."""
+    packed_tokens: int = 0
+    """Tokens of prompts that fill the device when they are prefilled together; 0: any alone."""
 
     @property
     def computes_on(self) -> str:
@@ -53,6 +55,21 @@ class Engine(ABC):
         The logits are float32 [vocab_size] on the engine's device. Raises ResourceError when no
         slot is free, DataError when the prompt exceeds `context` or has fewer images than runs.
         """
+
+    def prefill_together(self, prompts: Sequence[Prompt]) -> "list[tuple[int, torch.Tensor]]":
+        """Run several prompts into free slots; default: one after the other.
+
+        Raises as `prefill`, and then has taken no slot.
+        """
+        found: list[tuple[int, torch.Tensor]] = []
+        try:
+            for prompt in prompts:
+                found.append(self.prefill(prompt))
+        except BaseException:
+            for slot, _ in found:
+                self.release(slot)
+            raise
+        return found
 
     @abstractmethod
     def decode(self, slots: Sequence[int], tokens: "torch.Tensor") -> "torch.Tensor":

@@ -1,22 +1,28 @@
 """Many answers at a time from one engine: a thread owns it, slots fill as they come free.
 
-Between two decode steps at most one prompt is prefilled, so that a burst of new requests does not
-stall those that are being answered.
+Between two decode steps only as many prompts are prefilled as `admission.py` says, so that a burst
+of new requests does not stall those that are being answered.
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llava_ray.errors import DataError, ResourceError
+from llava_ray.inference.admission import prompts_together
 from llava_ray.inference.engine import Engine, Prompt
 from llava_ray.inference.generate import FinishReason, budget, decodes_ahead
 from llava_ray.inference.grammar import GrammarCompiler
 from llava_ray.inference.request_errors import ApiError, BadRequest, DeadlineExceeded, Unavailable
 from llava_ray.inference.sampling import Row, Sampled, SamplingParams, Step, sample
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -159,25 +165,47 @@ class Scheduler:
             self._end(answer, "stop")
 
     def _admit(self) -> None:
-        """Prefill waiting prompts: one, or as many as fit where nothing else is under way."""
+        """Prefill waiting prompts: some, or as many as fit where nothing else is under way."""
         alone = not self._active
-        while self._free_slots():
-            with self._wake:
-                if not self._waiting:
-                    return
-                answer = self._waiting.popleft()
-                self._prefilling = 1
-            self._prefill(answer)
+        while answers := self._next(alone=alone):
+            earlier = list(self._batches)
+            self._prefill(answers)
             self._prefilling = 0
             self.steps += 1
             if not alone:
                 return
-            # A burst's first tokens do not wait for its last prompt.
-            self._read(self._batches)
+            # A burst's first tokens do not wait for its last prompt; the device has work meanwhile.
+            self._read(earlier if self._ahead else self._batches)
             self._deliver()
 
-    def _prefill(self, answer: Answer) -> None:
-        answer.left = budget(self.engine, answer.prompt, answer.row.sampling)
+    def _next(self, *, alone: bool) -> list[Answer]:
+        """Take those that are prefilled together off the queue."""
+        with self._wake:
+            count = prompts_together(
+                [len(answer.prompt.input_ids) for answer in self._waiting],
+                free_slots=self._free_slots(),
+                packed_tokens=self.engine.packed_tokens,
+                answering=not alone,
+            )
+            self._prefilling = count
+            return [self._waiting.popleft() for _ in range(count)]
+
+    def _prefill(self, answers: Sequence[Answer]) -> None:
+        found = None
+        if len(answers) > 1:
+            # Whose fault it is, if one fails, each tells alone.
+            with contextlib.suppress(Exception):
+                found = self.engine.prefill_together([answer.prompt for answer in answers])
+        if found is None:
+            for answer in answers:
+                self._prefill_alone(answer)
+            return
+        self._prefill_failures = 0
+        for answer, (slot, _) in zip(answers, found, strict=True):
+            answer.slot = slot
+        self._begin(answers, [logits for _, logits in found])
+
+    def _prefill_alone(self, answer: Answer) -> None:
         try:
             answer.slot, logits = self.engine.prefill(answer.prompt)
         except DataError as error:
@@ -193,12 +221,25 @@ class Scheduler:
                 raise RuntimeError(f"{_PREFILL_FAILURES} prompts in a row failed") from error
         else:
             self._prefill_failures = 0
-            self._active.append(answer)
+            self._begin([answer], [logits])
+
+    def _begin(self, answers: Sequence[Answer], logits: "Sequence[torch.Tensor]") -> None:
+        """Sample the first tokens of prompts that were prefilled."""
+        import torch  # Not above: who only asks an engine's process needs none.
+
+        self._active += answers
+        asked = []
+        for answer, row in zip(answers, logits, strict=True):
+            answer.left = budget(self.engine, answer.prompt, answer.row.sampling)
             if answer.left == 0:
                 self._end(answer, "length")
-                return
+                continue
             answer.left -= 1
-            self._batches.append(_Batch(sample(logits.unsqueeze(0), [answer.row]), [answer]))
+            asked.append((answer, row))
+        if asked:
+            first, rows = zip(*asked, strict=True)
+            sampled = sample(torch.stack(rows), [answer.row for answer in first])
+            self._batches.append(_Batch(sampled, list(first)))
 
     def _advance(self) -> None:
         """Read the sampled tokens and decode the next ones, in the order the device likes."""

@@ -55,9 +55,11 @@ def _prompt(last: int) -> Prompt:
     return Prompt(input_ids=(1, 100, 100 + last))
 
 
+@pytest.mark.parametrize("packed_tokens", [0, 6])
 @pytest.mark.parametrize("ahead", [False, True])
-def test_answers_together_are_those_given_alone(ahead: bool) -> None:
+def test_answers_together_are_those_given_alone(ahead: bool, packed_tokens: int) -> None:
     engine = TableEngine(slots=3)
+    engine.packed_tokens = packed_tokens
     engine.eos_token_id = 3 + ord("c")
     wanted = [
         SamplingParams(max_tokens=3 + 5 * i, temperature=i % 2, seed=i, ignore_eos=i % 3 == 0)
@@ -112,6 +114,20 @@ def test_one_failing_prompt_leaves_the_engine_running() -> None:
         return len((await _answer(local, _prompt(0), SamplingParams(max_tokens=3)))[0])
 
     assert _with(engine, work) == 3
+
+
+def test_a_failing_prompt_among_others_costs_itself_alone() -> None:
+    engine = TableEngine(slots=8)
+    engine.packed_tokens = 100
+    prompts = [_prompt(0), Prompt((99_999,)), Prompt((1,) * 300), _prompt(1)]
+
+    async def work(local: LocalEngine) -> list[object]:
+        calls = (_answer(local, prompt, SamplingParams(max_tokens=3)) for prompt in prompts)
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    found = _with(engine, work)
+    assert [type(each) for each in found] == [tuple, ApiError, BadRequest, tuple]
+    assert engine.held == {}
 
 
 def test_a_broken_engine_fails_all_and_refuses_more() -> None:

@@ -171,6 +171,37 @@ def test_logits_of_prefill_decode_and_score_equal_plain_forward(
     torch.testing.assert_close(torch.stack(rows), plain, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+@pytest.mark.parametrize("prefixes", [0, 4])
+def test_prompts_prefilled_together_are_those_given_alone(
+    model: Any, folder: Path, prefixes: int
+) -> None:
+    engine = open_engine(model, folder, slots=5)
+    prompts = [
+        make_prompt(length, images=images, seed=length)
+        for length, images in ((9, 1), (3, 0), (14, 2), (5, 1))
+    ]
+    alone = []
+    for prompt in prompts:
+        slot, logits = engine.prefill(prompt)
+        after = engine.decode([slot], torch.tensor([7]))[0]
+        engine.release(slot)
+        alone.append((logits, after))
+    engine.keep_prefixes(prefixes)
+    if prefixes:
+        engine.release(engine.prefill(prompts[3])[0])
+    together = engine.prefill_together(prompts)
+    slots = [slot for slot, _ in together]
+    after = engine.decode(slots, torch.tensor([7] * len(slots)))
+    for (_, logits), row, expected in zip(together, after, alone, strict=True):
+        torch.testing.assert_close(logits, expected[0], rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(row, expected[1], rtol=0, atol=TOLERANCE)
+    with pytest.raises(ResourceError):
+        engine.prefill_together(prompts[:2])
+    with pytest.raises(DataError):
+        engine.prefill_together([prompts[1], Prompt((1,) * (CONTEXT + 1))])
+    engine.release(engine.prefill(prompts[0])[0])
+
+
 def test_prefix_reuse_changes_no_token_and_tells_images_apart(model: Any, folder: Path) -> None:
     engine = open_engine(model, folder)
     engine.keep_prefixes(1)

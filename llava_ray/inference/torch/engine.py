@@ -13,7 +13,12 @@ import torch
 from PIL import Image
 
 from llava_ray.inference.engine import Engine, Prompt
-from llava_ray.inference.prefix_cache import MOST_PREFIX_BYTES, PrefixCache, prefix_key
+from llava_ray.inference.prefix_cache import (
+    MOST_PREFIX_BYTES,
+    PrefixCache,
+    PrefixKey,
+    prefix_key,
+)
 from llava_ray.inference.prompts import check_prompt, eos_token_id
 from llava_ray.inference.slots import Slots
 from llava_ray.inference.torch.cache import Segment, SlotCache
@@ -28,6 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PACKED_TOKENS = 4800
+"""Tokens of prompts that a GPU runs together: eight of LLaVA-1.5 with a picture each."""
 WARM_TEXT_TOKENS = (32, 96, 160)
 """Lengths of text beside one image whose prefill is recorded ahead of the first request."""
 
@@ -45,6 +52,7 @@ class TorchEngine(Engine):
         from transformers import AutoTokenizer
 
         self.device, self.slots, self.context = device, slots, context
+        self.packed_tokens = PACKED_TOKENS if device.startswith("cuda") else 0
         whole: Any = model.eval()
         self._model, self._vision = whole, whole.model.vision_tower
         config = whole.config
@@ -152,6 +160,42 @@ class TorchEngine(Engine):
             raise
 
     @torch.no_grad()
+    def prefill_together(self, prompts: Sequence[Prompt]) -> list[tuple[int, torch.Tensor]]:
+        """Run several prompts as one pass, but those whose pictures are known by themselves."""
+        keys = [self._key(prompt, prompt.input_ids) for prompt in prompts]
+        known = [key is not None and key in self.prefixes for key in keys]
+        if known.count(False) < 2:
+            return super().prefill_together(prompts)
+        for prompt in prompts:
+            check_prompt(self, prompt, len(prompt.input_ids))
+        slots: list[int] = []
+        try:
+            for _ in prompts:
+                slots.append(self._slots.take())
+            asked = list(zip(prompts, slots, keys, known, strict=True))
+            new = [(prompt, slot, key) for prompt, slot, key, is_known in asked if not is_known]
+            rows = dict(zip((slot for _, slot, _ in new), self._run_together(new), strict=True))
+            for prompt, slot, _, is_known in asked:
+                if is_known:
+                    rows[slot] = self._run(prompt, slot, prompt.input_ids, rows=1)[0]
+            return [(slot, rows[slot]) for slot in slots]
+        except BaseException:
+            for slot in slots:
+                self._slots.release(slot)
+            raise
+
+    def _run_together(self, asked: Sequence[tuple[Prompt, int, PrefixKey | None]]) -> torch.Tensor:
+        """Fill free slots with prompts; return each one's next logits."""
+        ids = [token for prompt, _, _ in asked for token in prompt.input_ids]
+        hidden = self._embeddings(ids, [image for prompt, _, _ in asked for image in prompt.images])
+        parts = [Segment(slot, 0, len(prompt.input_ids)) for prompt, slot, _ in asked]
+        hidden = self._forward(hidden, parts)
+        for part, (_, slot, key) in zip(parts, asked, strict=True):
+            self._filled(slot, part.count, key)
+        last = torch.tensor([part.count for part in parts], device=self.device).cumsum(0) - 1
+        return self._forward.logits(hidden[last])
+
+    @torch.no_grad()
     def decode(self, slots: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
         """Append one token to each slot; return the next logits, float32 [len(slots), vocab]."""
         lengths = self._slots.append(slots)
@@ -199,35 +243,45 @@ class TorchEngine(Engine):
 
     def _run(self, prompt: Prompt, slot: int, ids: Sequence[int], *, rows: int) -> torch.Tensor:
         """Fill a free slot with ids; return the last rows' logits."""
-        key = None
-        if self.prefixes.capacity:
-            key = prefix_key(prompt, ids, self.family.vision.image_token_id, rows)
+        key = self._key(prompt, ids, rows)
         kept = None if key is None else self.prefixes.get(key)
-        end = 0 if key is None else len(key.ids)
-        prefix = [part[:, slot, :, :end] for part in (self._cache.keys, self._cache.values)]
-        start = 0 if kept is None else end
-        for cached, values in zip(prefix, kept or (), strict=False):
+        start = 0 if key is None or kept is None else len(key.ids)
+        for cached, values in zip(self._prefix(slot, start), kept or (), strict=False):
             cached.copy_(values)
-        hidden = self._embeddings(prompt, ids, start)
+        hidden = self._embeddings(ids[start:], () if start else prompt.images)
         if self._graphs is not None and not start:
             hidden = self._graphs.prefill(hidden, slot)
         else:
             hidden = self._forward(hidden, [Segment(slot, start, len(ids) - start)])
-        self._slots.set_length(slot, len(ids))
-        if self._decoder is not None:
-            self._decoder.set_length(slot, len(ids))
-        if key is not None and not start:
-            size = sum(part.nbytes for part in prefix)
-            self.prefixes.put(key, size, lambda: [part.clone() for part in prefix])
+        self._filled(slot, len(ids), None if start else key)
         return self._forward.logits(hidden[-rows:])
 
-    def _embeddings(self, prompt: Prompt, ids: Sequence[int], start: int) -> torch.Tensor:
-        """Return [len(ids) - start, hidden]; a reused prefix holds all images."""
-        tokens = torch.tensor(ids[start:], device=self.device)
+    def _key(self, prompt: Prompt, ids: Sequence[int], rows: int = 1) -> PrefixKey | None:
+        """Return what a prompt's prefix is known by, where prefixes are kept."""
+        if not self.prefixes.capacity:
+            return None
+        return prefix_key(prompt, ids, self.family.vision.image_token_id, rows)
+
+    def _prefix(self, slot: int, end: int) -> list[torch.Tensor]:
+        return [part[:, slot, :, :end] for part in (self._cache.keys, self._cache.values)]
+
+    def _filled(self, slot: int, length: int, key: PrefixKey | None) -> None:
+        """Note how many tokens a slot holds, and keep its prefix under a key."""
+        self._slots.set_length(slot, length)
+        if self._decoder is not None:
+            self._decoder.set_length(slot, length)
+        if key is not None:
+            prefix = self._prefix(slot, len(key.ids))
+            size = sum(part.nbytes for part in prefix)
+            self.prefixes.put(key, size, lambda: [part.clone() for part in prefix])
+
+    def _embeddings(self, ids: Sequence[int], images: Sequence[ImagePixels]) -> torch.Tensor:
+        """Return [len(ids), hidden], with the images where their tokens stand."""
+        tokens = torch.tensor(ids, device=self.device)
         is_image = tokens == self.family.vision.image_token_id
         hidden: torch.Tensor = self._embed(tokens.masked_fill(is_image, 0))
-        if prompt.images and not start:
-            features = self._image_features(prompt.images).to(hidden.dtype)
+        if images:
+            features = self._image_features(images).to(hidden.dtype)
             hidden = hidden.masked_scatter(is_image[:, None], features)
         return hidden
 
