@@ -15,6 +15,7 @@ from llava_ray.artifacts.store import sha256_of
 from llava_ray.config.run import ModelConfig
 from llava_ray.errors import ArtifactError, ConfigError, raise_all
 from llava_ray.models.family import PROCESSORS, base_error, family_of
+from llava_ray.models.original import converted, is_original
 from llava_ray.models.tensors import WEIGHTS, WEIGHTS_INDEX, shards
 
 _FLOATS = ("F16", "BF16", "F32", "F64")
@@ -38,6 +39,8 @@ def model_folder(config: ModelConfig) -> Path:
     folder = Path(config.path).expanduser()
     if not folder.is_dir():
         folder = _download(config)
+    if is_original(folder):
+        folder = converted(folder, _find)
     check_model(folder)
     return folder
 
@@ -181,13 +184,21 @@ def cached_folder(config: ModelConfig) -> Path | None:
     if folder.is_file() or (not folder.is_dir() and _PATH.match(config.path)):
         what = "a file, not a folder" if folder.is_file() else "no such folder"
         raise ConfigError(f"model.path {config.path!r}: {what}; a hub id has at most one '/'")
-    if config.path == "embedded" or folder.is_dir():
-        return EMBEDDED if config.path == "embedded" else folder
+    if config.path == "embedded":
+        return EMBEDDED
+    if folder.is_dir():
+        return converted(folder, _find) if is_original(folder) else folder
     try:
         found = _snapshot(config, local_files_only=True)
     except (OSError, ValueError):
         return None
     return found if any(found.glob("*.safetensors")) else None
+
+
+def _find(name: str) -> Path:
+    """Return the folder of what a checkpoint in LLaVA's own layout rests on, such as its tower."""
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else _download(ModelConfig(path=name))
 
 
 def _snapshot(config: ModelConfig, **options: bool) -> Path:
