@@ -30,6 +30,7 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "costs": ("llava_ray.bench.measure", "llava_ray.cluster.local", *_LINE),
     "decode_h100": ("llava_ray.bench.decode",),
     **dict.fromkeys(("drill", "node_kills"), ("llava_ray.sweep", *_LINE)),
+    "elsewhere": ("llava_ray.bench.elsewhere", *_MEASURED),
     **dict.fromkeys(("embedded", "hqq_recovery"), ("llava_ray.bench.embedded", *_MEASURED)),
     **dict.fromkeys(("families", "instruct", "smollm2"), _LINE),
     "families_h100": ("llava_ray.inference.torch.engine",),

@@ -90,6 +90,8 @@ def tell_older_readers_of_tokens(folder: Path) -> None:
                 tree.setdefault("additional_special_tokens", extra)
         if tree.get("tokenizer_class") == "TokenizersBackend":
             tree["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # That class would else give token_type_ids, which no LLaVA takes.
+        tree.setdefault("model_input_names", ["input_ids", "attention_mask"])
 
     _edit(folder / "tokenizer_config.json", change)
 

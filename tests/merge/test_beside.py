@@ -43,3 +43,4 @@ def test_older_readers_find_a_tokenizer_they_know(tmp_path: Path) -> None:
     assert "extra_special_tokens" not in found
     assert found["additional_special_tokens"] == ["<pad>"]
     assert found["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert found["model_input_names"] == ["input_ids", "attention_mask"]

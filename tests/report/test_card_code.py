@@ -43,6 +43,8 @@ def answers(card: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> list
     image.save(folder / "photo.jpg", quality=95)
     found = []
     for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        if "from vllm" in code:
+            continue
         capsys.readouterr()
         exec(code, {})
         found.append(capsys.readouterr().out.strip())
