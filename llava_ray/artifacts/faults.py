@@ -32,8 +32,10 @@ _NO_CREDENTIALS = {
     "TokenRetrievalError", "UnauthorizedSSOTokenError", "DefaultCredentialsError", "RefreshError",
 }  # fmt: skip
 _INVALID = {"ParamValidationError", "InvalidEndpointConfigurationError"}
-# Python's, botocore's, aiohttp's and fsspec's; all that stands for them is derived from these.
-_GONE = {"ConnectionError", "TimeoutError", "HTTPClientError", "ClientConnectionError"}
+# Python's, botocore's, aiohttp's, httpx's and fsspec's; what stands for them is derived from these.
+_GONE = {
+    "ConnectionError", "TimeoutError", "HTTPClientError", "ClientConnectionError", "TransportError",
+}  # fmt: skip
 # Arrow's, through which Ray Train and Tune write.
 _GONE_TEXT = re.compile(r"AWS Error (NETWORK_CONNECTION|SERVICE_UNAVAILABLE|SLOW_DOWN)|curlCode")
 

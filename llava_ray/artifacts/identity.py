@@ -16,7 +16,7 @@ from llava_ray.artifacts.code_digest import digest_of
 from llava_ray.shipped import shipped
 
 REVISIONS: Mapping[str, int] = {
-    "dataset": 5, "adapter": 4, "sweep": 2, "merged": 3, "variant": 6, "quantization": 3,
+    "dataset": 6, "adapter": 4, "sweep": 2, "merged": 3, "variant": 6, "quantization": 3,
     "reference": 3, "scorecard": 2, "chosen": 2, "deployment": 1,
 }  # fmt: skip
 """By kind of artifact. A higher one makes other ids, so that older artifacts are not found."""

@@ -24,6 +24,9 @@ _MAY_MOVE = ("GIF", "PNG", "WEBP", "AVIF")
 the pages of a document."""
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
+Image.MAX_IMAGE_PIXELS = None
+"""Pillow's own limit; every size is checked here, by the reader's, before a pixel is read."""
+
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -73,8 +76,6 @@ def open_image(
         raise DataError(_unknown(data)) from error
     except FileNotFoundError as error:
         raise DataError(f"no image file at {source!r}") from error
-    except Image.DecompressionBombError as error:
-        raise DataError(f"image of far more than {max_pixels} pixels, which are allowed") from error
     except DataError:
         raise
     except Exception as error:  # Pillow's readers raise anything, dividing by a file's zeros too.
@@ -105,6 +106,7 @@ def _scale_clear_colour(image: Image.Image, *, depth: int) -> None:
     if isinstance(clear, int) and image.mode == "L" and depth in (2, 4):
         image.info["transparency"] = clear * 255 // (2**depth - 1)
     elif isinstance(clear, tuple) and depth == 16:
+        # Of 16 bits Pillow keeps the upper 8.
         image.info["transparency"] = tuple(part >> 8 for part in clear)
 
 
@@ -143,8 +145,10 @@ def _grey(image: Image.Image) -> Image.Image:
         pixels = pixels.view(np.int8)
     elif image.mode == "I" and bits == 32 and _first(tags.get(_SAMPLE_FORMAT, 0)) == 1:
         pixels = pixels.view(np.uint32)
-    values = np.nan_to_num(pixels.astype(np.float64), posinf=0, neginf=0)
-    darkest, brightest = float(values.min()), float(values.max())
+    values = pixels.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    darkest, brightest = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
+    values = np.nan_to_num(values, nan=darkest, posinf=brightest, neginf=darkest)
     if image.mode == "L" or (bits == 16 and _first(tags.get(_SAMPLE_FORMAT, 0)) == 2):
         half = 2.0 ** (7 if image.mode == "L" else 15)
         low, high = (0.0 if darkest >= 0 else -half), half - 1

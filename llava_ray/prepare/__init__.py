@@ -88,7 +88,10 @@ def _build(
         ):
             for part, row in checked_rows(parts):
                 if isinstance(row, Rejection):
-                    rejected.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+                    told = asdict(row)
+                    if len(parts) > 1:
+                        told["source"] = part.config.source
+                    rejected.write(json.dumps(told, ensure_ascii=False) + "\n")
                     counts[row.reason] += 1
                     first += [row] if len(first) < SHOWN_REJECTIONS else []
                     continue

@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 CONVERSATIONS = ("conversations", "messages", "conversation", "texts")
 IMAGES = (
     "image", "images", "filename", "file_name", "image_path", "image_file", "img", "path",
-    "jpg", "jpeg", "png", "webp", "image_url", "url",
+    "jpg", "jpeg", "png", "webp", "image_url", "url", "image_file_name", "image_file_names",
+    "images_file_names", "image_filename",
 )  # fmt: skip
 CAPTIONS = ("caption_condensed", "caption", "text", "txt", "captions", "sentence", "answer")
 QUESTIONS = ("question", "query", "prompt", "instruction")
@@ -84,6 +85,8 @@ class RowReader:
         self.image_column = self._choose_image_column()
         self._check()
         self._question = question if self._said is None and self._caption != question else None
+        asks = self._question or ""
+        self._input = _first_of(["input"], table.columns) if asks.lower() == "instruction" else None
         self._id = _first_of(IDS, table.columns)
         self._system = _first_of(["system"], table.columns) if self._said else None
         self._moving = [name for name in MOVING if name in table.columns]
@@ -96,8 +99,8 @@ class RowReader:
         self._root = images if "://" in images else str(Path(images).expanduser().absolute())
         self._lists = 0
         chosen = (
-            self._said or self._caption, *self._pictures, self._question, self._system, self._id,
-            *self._moving,
+            self._said, self._caption, *self._pictures, self._question, self._input, self._system,
+            self._id, *self._moving,
         )  # fmt: skip
         self.columns = list(dict.fromkeys(filter(None, chosen)))
         """What is read."""
@@ -119,8 +122,10 @@ class RowReader:
 
     @property
     def has_image_files(self) -> bool:
-        """Whether images lie apart from the table."""
-        return self.image_column not in self._table.binary_columns
+        """Whether images lie apart from the table, or some may."""
+        inside = self.image_column in self._table.binary_columns
+        # A message may name a file.
+        return not inside or self._table.names_files or self._said == "messages"
 
     def __iter__(self) -> Iterator[Row | Rejection]:
         cells_of_rows = islice(self._table.read(self.columns), self._config.limit)
@@ -187,7 +192,8 @@ class RowReader:
                 raise RowProblem("no_picture", f"column {name!r}: only pictures are read")
         shown = (as_list(cells.get(name)) for name in self._pictures)
         pictures = next(filter(None, shown), [])
-        if self._said is not None:
+        alone = self._caption and cells.get(self._said or "") is None and cells.get(self._caption)
+        if self._said is not None and not alone:
             found = read_dialogue(cells.get(self._said), pictures)
             system = cells.get(self._system or "")
             if isinstance(system, str) and system.strip() and found.system is None:
@@ -238,6 +244,9 @@ class RowReader:
         question = cells.get(self._question) if self._question else None
         if not isinstance(question, str) or not question.strip():
             question = self._config.question
+        more = cells.get(self._input) if self._input else None
+        if isinstance(more, str) and more.strip():
+            question = f"{question}\n{more.strip()}"
         question = without_images(question)
         turn = Turn(question, len(pictures), caption.strip())
         return Dialogue((turn,), tuple(pictures))
@@ -255,6 +264,8 @@ def _check_text(text: str | None) -> None:
         (text or "").encode("utf-8")
     except UnicodeEncodeError as error:
         detail = f"{printable(shorten(text or ''))}: {error.reason} at {error.start}"
+        if "\udc80" <= error.object[error.start] <= "\udcff":
+            detail += "; the file is not UTF-8: save it so (Excel: CSV UTF-8)"
         raise RowProblem("broken_text", detail) from error
 
 
@@ -319,7 +330,12 @@ def safe_path(text: str) -> str:
 def as_list(value: Any) -> list[Any]:
     """Return a cell's values, datasets' {bytes, path} unwrapped and empty ones left out."""
     values = value if isinstance(value, list) else [value]
-    opened = (v.get("bytes") or v.get("path") if isinstance(v, dict) else v for v in values)
+    opened = (
+        v.get("bytes") or v.get("path")
+        if isinstance(v, dict) and {"bytes", "path"} & v.keys()
+        else v
+        for v in values
+    )
     return [each for each in opened if each not in (None, "", b"")]
 
 

@@ -24,11 +24,14 @@ from llava_ray.prepare.table import (
     binary_columns,
     decoded,
     each_row,
+    names_files,
+    with_names,
 )
 
 logger = logging.getLogger(__name__)
 
 SCENE_TEXT = "scene-text"
+_NOTES = ("dataset_infos.json", "dataset_info.json")
 _SPLITS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
@@ -128,11 +131,10 @@ def open_folder(folder: Path, config: DataConfig) -> Table:
     for path in sorted(_files_below(folder)):
         kinds.setdefault(path.suffix.lower(), []).append(path)
     known = {suffix: paths for suffix, paths in kinds.items() if suffix in readers()}
-    if ".tar" in known:
-        known = _without_statistics(known)
     pictures = [path for suffix in PICTURES for path in kinds.get(suffix, ())]
     texts = {path.with_suffix("") for path in kinds.get(".txt", ())}
     captioned = any(path.with_suffix("") in texts for path in pictures)
+    known = _without_statistics(known, pictures if captioned else ())
     if len(known) + captioned > 1:
         examples = ", ".join(str(paths[0].relative_to(folder)) for paths in known.values())
         besides = " beside pictures with a .txt of the same name" if captioned else ""
@@ -147,7 +149,7 @@ def open_folder(folder: Path, config: DataConfig) -> Table:
     if known:
         ((_, paths),) = known.items()
         chosen = _of_split(paths, folder, config.split)
-        return _joined([open_file(path) for path in chosen], folder)
+        return _joined(chosen, folder)
     raise ConfigError(
         f"data.source {str(folder)!r}: no {_suffixes()} in it, no save_to_disk and no pictures "
         "with a .txt caption of the same name"
@@ -168,15 +170,21 @@ def _files_below(folder: Path) -> Iterator[Path]:
         seen.add(real)
 
 
-def _without_statistics(known: dict[str, list[Path]]) -> dict[str, list[Path]]:
-    """Leave out the tables that img2dataset writes beside each tar of the same name."""
-    tars = {str(path.with_suffix("")) for path in known[".tar"]}
-    named = {
-        suffix: [p for p in paths if str(p.with_suffix("")).removesuffix("_stats") not in tars]
-        for suffix, paths in known.items()
-        if suffix != ".tar"
-    }
-    return {".tar": known[".tar"], **{suffix: paths for suffix, paths in named.items() if paths}}
+def _without_statistics(
+    known: dict[str, list[Path]], captioned: Sequence[Path]
+) -> dict[str, list[Path]]:
+    """Leave out what says the same of others: what img2dataset writes beside each tar, picture or
+    folder of the same name, and the hub's own notes."""
+    others = {path.with_suffix("") for path in known.get(".tar", ())}
+    others |= {path.with_suffix("") for path in captioned} | {path.parent for path in captioned}
+
+    def is_data(path: Path) -> bool:
+        stem = path.with_suffix("")
+        about = stem.with_name(stem.name.removesuffix("_stats"))
+        return path.suffix == ".tar" or (about not in others and path.name not in _NOTES)
+
+    named = {suffix: [path for path in paths if is_data(path)] for suffix, paths in known.items()}
+    return {suffix: paths for suffix, paths in named.items() if paths}
 
 
 def _warn_of_unused(stems: Set[Path], folder: Path) -> None:
@@ -230,8 +238,16 @@ def _open_saved(folder: Path) -> Table:
     return _of_dataset(dataset, digest.hexdigest())
 
 
-def _joined(tables: Sequence[Table], folder: Path) -> Table:
+def _joined(paths: Sequence[Path], folder: Path) -> Table:
     """Return the rows of several files one after the other."""
+    tables = [open_file(path) for path in paths]
+    if odd := [
+        p for p, t in zip(paths, tables, strict=True) if {*t.columns} != {*tables[0].columns}
+    ]:
+        logger.warning(
+            "prepare: %d files are read as one, and %s has other columns than %s: data.source "
+            "names one alone, data.mix several", len(paths), odd[0].name, paths[0].name,
+        )  # fmt: skip
 
     def read(columns: Sequence[str]) -> Iterator[Cells | BrokenRow]:
         for table in tables:
@@ -246,6 +262,7 @@ def _joined(tables: Sequence[Table], folder: Path) -> Table:
         read=read,
         folder=folder if len(tables) > 1 else tables[0].folder,
         binary_columns=frozenset().union(*(table.binary_columns for table in tables)),
+        names_files=any(table.names_files for table in tables),
     )
 
 
@@ -255,8 +272,11 @@ def _open_captions(folder: Path, pictures: Sequence[Path], texts: Sequence[Path]
             name, text = path.relative_to(folder).as_posix(), path.with_suffix(".txt")
             if not text.is_file():
                 text = path.with_suffix(".TXT")
+            if not text.is_file():
+                yield BrokenRow(f"{name} has no .txt of the same name")
+                continue
             try:
-                caption = decoded(text.read_bytes()) if text.is_file() else ""
+                caption = decoded(text.read_bytes())
             except DataError as error:
                 yield BrokenRow(f"{text.name}: {error}")
                 continue
@@ -295,13 +315,16 @@ def open_hub(name: str, split: str) -> Table:
 def _of_dataset(dataset: Any, sha256: str) -> Table:
     import datasets
 
-    arrow = dataset.with_format("arrow")
+    arrow, kinds = dataset.with_format("arrow"), dataset.features
+    labels = {n: kinds[n].names for n in kinds if isinstance(kinds[n], datasets.ClassLabel)}
+    binary = binary_columns(kinds.arrow_schema)
 
     def read(columns: Sequence[str]) -> Iterator[Cells | BrokenRow]:
         chosen = arrow.select_columns(list(columns))
         for start in range(0, dataset.num_rows, BATCH_ROWS):
             stop = min(start + BATCH_ROWS, dataset.num_rows)
-            yield from each_row(chosen[start:stop], datasets.table.embed_table_storage)
+            rows = each_row(chosen[start:stop], datasets.table.embed_table_storage)
+            yield from with_names(rows, labels)
 
     return Table(
         columns=tuple(dataset.column_names),
@@ -309,5 +332,6 @@ def _of_dataset(dataset: Any, sha256: str) -> Table:
         sha256=sha256,
         read=read,
         folder=None,
-        binary_columns=binary_columns(dataset.features.arrow_schema),
+        binary_columns=binary,
+        names_files=names_files([dataset.data.column(name) for name in binary]),
     )

@@ -4,7 +4,8 @@ Surprising: only columns that are asked for are read, so image bytes never pile 
 """
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ class Table:
     """Where image paths start unless data.images says otherwise."""
     binary_columns: frozenset[str] = frozenset()
     """Columns that hold images themselves, as bytes or as datasets' {bytes, path}."""
+    names_files: bool = False
+    """Whether some cells of these columns name files that lie apart."""
 
 
 def decoded(content: bytes) -> str:
@@ -74,6 +77,39 @@ def encoding_of(content: bytes) -> str:
     if len(content) < 2 or (content[0] == 0) == (content[1] == 0):
         return "utf-8-sig"
     return "utf-16-le" if content[1] == 0 else "utf-16-be"
+
+
+def class_names(schema: Any) -> dict[str, list[str]]:
+    """Return the names of a column's labels, where the datasets library wrote them down."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        kinds = {name: kind for name, kind in features.items() if isinstance(kind, dict)}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+    return {n: kind["names"] for n, kind in kinds.items() if kind.get("_type") == "ClassLabel"}
+
+
+def with_names(rows: Iterator[Any], names: Mapping[str, Sequence[str]]) -> Iterator[Any]:
+    """Yield rows with labels' names in place of their numbers."""
+    for row in rows:
+        if isinstance(row, dict):
+            for column in names.keys() & row.keys():
+                label = row[column]
+                if isinstance(label, int) and 0 <= label < len(names[column]):
+                    row[column] = names[column][label]
+        yield row
+
+
+def names_files(columns: Sequence[Any]) -> bool:
+    """Say whether a chunked Arrow column of {bytes, path} has rows without bytes."""
+    import pyarrow.types as types
+
+    return any(
+        types.is_struct(column.type)
+        and column.type.get_field_index("bytes") >= 0
+        and any(chunk.field("bytes").null_count for chunk in column.chunks)
+        for column in columns
+    )
 
 
 def each_row(batch: Any, opened: Callable[[Any], Any] = lambda batch: batch) -> Iterator[Any]:

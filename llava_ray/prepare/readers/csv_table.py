@@ -29,6 +29,8 @@ def _open_csv(path: Path) -> Table:
 
     written = text.removesuffix("\n").split("\n")
 
+    most = 1 if _is_strict(written, delimiter) else 0
+
     def lines() -> "Iterator[list[str] | BrokenRow]":
         start = 0
         while start < len(written):
@@ -36,7 +38,7 @@ def _open_csv(path: Path) -> Table:
             begun = start
             try:
                 for cells in reader:
-                    if any(_holds_rows(cell, delimiter) for cell in cells):
+                    if any(_holds_rows(cell, delimiter, most) for cell in cells):
                         raise csv.Error("a value goes over lines that are rows")
                     start = begun + reader.line_num
                     yield cells
@@ -76,10 +78,19 @@ def _reader(written: Sequence[str], start: int, delimiter: str) -> Any:
     return csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
 
 
-def _holds_rows(cell: str, delimiter: str) -> bool:
-    """Say whether all later lines of a value begin or end as rows do, with a picture's name."""
+def _is_strict(written: Sequence[str], delimiter: str) -> bool:
+    """Say whether all quotes of a file stand where RFC 4180 has them."""
+    try:
+        return all(True for _ in _reader(written, 0, delimiter))
+    except csv.Error:
+        return False
+
+
+def _holds_rows(cell: str, delimiter: str, most: int) -> bool:
+    """Say whether all later lines of a value begin or end as rows do, with a picture's name; so
+    many of them a text may have."""
     later = cell.split("\n")[1:]
-    return bool(later) and all(
+    return len(later) > most and all(
         any(Path(part.strip().lower()).suffix in PICTURES for part in line.split(delimiter))
         and delimiter in line
         for line in later

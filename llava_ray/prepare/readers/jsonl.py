@@ -14,12 +14,21 @@ from llava_ray.prepare.table import BrokenRow, Cells, Table, decoded, encoding_o
 def open_jsonl(path: Path) -> Table:
     columns: dict[str, None] = {}
     num_rows = 0
+    problem = ""
     for cells in _rows(path):
         num_rows += 1
         if isinstance(cells, dict):
             columns |= dict.fromkeys(cells)
+        else:
+            problem = problem or cells.detail
     if num_rows and not columns:
-        raise DataError(f"data.source {str(path)!r}: no line of it is a JSON object")
+        from llava_ray.prepare.readers.llava_json import open_json
+
+        try:
+            return open_json(path)  # A list, or objects over several lines.
+        except DataError:
+            said = f"no line of it is a JSON object; its first is {problem}"
+            raise DataError(f"data.source {str(path)!r}: {said}") from None
 
     def read(columns: Sequence[str]) -> Iterator[Cells | BrokenRow]:
         return _rows(path)
@@ -52,4 +61,7 @@ def _cells(line: bytes) -> Cells | BrokenRow:
     return cells
 
 
-READER = Reader(".jsonl", "an object a line, with an image's file name and a caption", open_jsonl)
+READER = Reader(
+    ".jsonl", "an object a line, with an image's file name and a caption", open_jsonl,
+    also=(".ndjson",),
+)  # fmt: skip

@@ -38,6 +38,7 @@ def _open_tar(path: Path) -> Table:
 
 def _samples(path: Path, *, with_images: bool) -> Iterator[Cells | BrokenRow]:
     key, parts = "", dict[str, bytes]()
+    seen: dict[str, set[str]] = {}
     with tarfile.open(path) as tar:
         for member in tar:
             folder, _, name = member.name.rpartition("/")
@@ -47,8 +48,14 @@ def _samples(path: Path, *, with_images: bool) -> Iterator[Cells | BrokenRow]:
             suffix = suffix.lower()
             if parts and (f"{folder}/{stem}" != key or suffix in parts):
                 yield from _rows_of(key, parts)
+                seen.setdefault(key, set()).update(parts)
                 parts = {}
             key = f"{folder}/{stem}"
+            if not parts and key in seen and suffix not in seen[key]:
+                raise DataError(
+                    f"{member.name} comes after other samples than {sorted(seen[key])[0]} of the "
+                    "same name: files of a sample lie side by side (tar --sort=name)"
+                )
             stream = tar.extractfile(member) if with_images or not _is_image(suffix) else None
             parts[suffix] = stream.read() if stream else b""
         # tarfile itself takes a damaged header, and a file that was cut, for the end.
