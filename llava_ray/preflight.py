@@ -3,15 +3,15 @@
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from llava_ray.artifacts.storage import Storage
 from llava_ray.config.run import RunConfig
-from llava_ray.errors import ConfigError, VariantError, raise_all
-from llava_ray.models.check import check_base
+from llava_ray.errors import ConfigError, VariantError, raise_all, said_by
+from llava_ray.models.check import check_base, check_tokenizer, read_config
 from llava_ray.models.family import family_of
-from llava_ray.models.folder import EMBEDDED, cached_folder
+from llava_ray.models.folder import EMBEDDED, cached_folder, check_weights
 from llava_ray.models.low_bits import check_groups
 from llava_ray.models.tensors import is_linear, module_name, weight_shapes
 from llava_ray.prepare.sources import check_source
@@ -33,7 +33,7 @@ def _checks(config: RunConfig) -> Iterator[Callable[[], object]]:
     yield lambda: check_storage(config)
     for slug in dict.fromkeys((*config.quantize.variants, *config.serve.beside)):
         yield functools.partial(spec_for, slug)
-    yield lambda: check_readers(config)
+    yield lambda: check_readers(config, config.quantize.variants)
     if config.sweep.space:
         yield lambda: check_space(config)
         yield lambda: scorer_for(config)
@@ -42,13 +42,17 @@ def _checks(config: RunConfig) -> Iterator[Callable[[], object]]:
     yield lambda: check_model(config, cached_folder(config.model))
 
 
-def check_readers(config: RunConfig) -> None:
-    """Raise ConfigError where none of quantize.variants opens in all of choose.must_open_in."""
-    readers, slugs = config.choose.must_open_in, config.quantize.variants
+def check_readers(config: RunConfig, slugs: Sequence[str]) -> None:
+    """Raise ConfigError where none of these variants opens in all of choose.must_open_in."""
+    readers = config.choose.must_open_in
     refused = {slug: refusals(slug, readers) for slug in slugs}
     if slugs and all(refused.values()):
         each = "; ".join(f"{slug}: {reasons[0]}" for slug, reasons in refused.items())
         raise ConfigError(f"choose.must_open_in: no variant opens in all of them ({each})")
+
+
+_KNOWN = (family_of, check_weights, read_config, check_tokenizer)
+"""What says all that settings are held against."""
 
 
 def check_model(config: RunConfig, folder: Path | None) -> None:
@@ -58,9 +62,13 @@ def check_model(config: RunConfig, folder: Path | None) -> None:
     """
     if folder is None or folder == EMBEDDED:
         return
-    check_base(folder)
-    looks = (check_slugs, check_training, check_context)
-    raise_all(functools.partial(look, config, folder) for look in looks)
+    looks = [functools.partial(check_base, folder)]
+    # What the settings come to is known where shapes and tokens are.
+    shapes = (functools.partial(look, folder) for look in _KNOWN)
+    if not [*said_by(shapes)]:
+        parts = (check_slugs, check_training, check_context)
+        looks += [functools.partial(look, config, folder) for look in parts]
+    raise_all(looks)
 
 
 def check_slugs(config: RunConfig, folder: Path) -> None:
@@ -69,7 +77,8 @@ def check_slugs(config: RunConfig, folder: Path) -> None:
     Raises ConfigError for those of serve.beside and sweep.objective, for the baseline, and for all
     where quantize.on_unsupported is `error`.
     """
-    refused, needed = [], {config.benchmark.baseline, *config.serve.beside}
+    refused, left = [], list[str]()
+    needed = {config.benchmark.baseline, *config.serve.beside}
     if config.sweep.space:
         needed |= {Objective.parse(config.sweep.objective).slug or config.benchmark.baseline}
     for slug in dict.fromkeys((*config.quantize.variants, *sorted(needed))):
@@ -82,8 +91,19 @@ def check_slugs(config: RunConfig, folder: Path) -> None:
                 refused.append(f"{slug} cannot be made of model.path ({error}): leave it out")
         except ConfigError:
             pass  # An unknown slug is said elsewhere.
+        else:
+            left += [slug] if slug in config.quantize.variants else []
     if refused:
         raise ConfigError(f"quantize.variants: {'; '.join(refused)}")
+    baseline = config.benchmark.baseline
+    if not config.choose.may_choose_baseline:
+        left = [slug for slug in left if slug != baseline]
+    if not left and any(slug != baseline for slug in config.quantize.variants):
+        raise ConfigError(
+            "quantize.variants: none but the baseline can be made of model.path: name others, or "
+            "set choose.may_choose_baseline=true"
+        )
+    check_readers(config, left)
 
 
 def check_training(config: RunConfig, folder: Path) -> None:
@@ -93,6 +113,12 @@ def check_training(config: RunConfig, folder: Path) -> None:
         raise ConfigError(
             f"train.max_length={train.max_length}: a picture alone takes {tokens} tokens"
         )
+    most = family_of(folder).max_image_tokens
+    if train.max_length <= most:
+        logger.warning(
+            "train.max_length=%d: rows whose picture takes more tokens end the training, and one "
+            "takes up to %d", train.max_length, most,
+        )  # fmt: skip
     linears = {
         module: shape
         for name, shape in weight_shapes(folder).items()

@@ -13,6 +13,7 @@ from tiny_families import FAMILIES, write_family
 from llava_ray import cli, preflight
 from llava_ray.config.run import load_config
 from llava_ray.errors import ConfigError
+from llava_ray.models.family import family_of
 from llava_ray.models.folder import EMBEDDED, file_hashes, weights_sha256
 
 
@@ -101,6 +102,13 @@ def two_names(folder: Path) -> None:
     save_file({**tensors, other: head.clone()}, folder / "model.safetensors")
 
 
+def left_over(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    more = {f"{name.removesuffix('.weight')}.lora_A.weight": tensors[name][:4].clone()}
+    save_file({**tensors, **more}, folder / "model.safetensors")
+
+
 def narrow(folder: Path) -> None:
     tree = json.loads((folder / "config.json").read_text())
     tree["text_config"]["intermediate_size"] += 8
@@ -133,7 +141,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "no processor": (no_processor, "no preprocessor_config.json, which says"),
     "LLaVA's own layout": (
         edit("config.json", model_type="llava", mm_vision_tower="openai/clip-vit-large-patch14"),
-        "layout of LLaVA's own repository",
+        "model.path rests on 'openai/clip-vit-large-patch14': neither a folder nor",
     ),
     "another backbone": (
         part("text_config", model_type="qwen3"),
@@ -152,7 +160,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "an index that leaves weights out": (half_an_index, "are not those of config.json: no "),
     "more tokens than rows": (more_tokens, "ids up to 1024, and the embedding 1024 rows"),
     "a feature layer that is not there": (
-        edit("config.json", vision_feature_layer=9), "describes no model that runs (IndexError"
+        edit("config.json", vision_feature_layer=9), "vision_feature_layer is 9: the tower has 7"
     ),
     "another strategy": (
         edit("config.json", vision_feature_select_strategy="odd"), "describes no model that runs"
@@ -246,6 +254,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         "chat templates are rag: call the one to be used 'default'",
     ),
     "one tensor under two names": (two_names, "lm_head.weight is there under two names"),
+    "an adapter that was not merged": (left_over, "lora_A.weight has no place in config.json's"),
+    "more layers than are described": (
+        part("text_config", num_hidden_layers=2), "layers.2.input_layernorm.weight has no place"
+    ),
     "grids of no pairs": (
         edit("config.json", model_type="llava_next", image_grid_pinpoints=[224, 448]),
         "image_grid_pinpoints is [224, 448], not a list of heights and widths in pixels",
@@ -331,6 +343,40 @@ def test_slugs_that_a_base_cannot_have_are_said_before_anything_runs(
     strict = load_config(None, [*settings, "quantize.on_unsupported=error"])
     with pytest.raises(ConfigError, match="gguf-q8_0 cannot be made of model.path"):
         preflight.check(strict)
+
+
+def test_heads_that_are_not_named_are_the_backbones(tmp_path: Path) -> None:
+    write_family("mistral", tmp_path / "model")
+    part("text_config", num_key_value_heads=8)(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    tree = json.loads(path.read_text())
+    del tree["text_config"]["num_attention_heads"]
+    path.write_text(json.dumps(tree))
+    family_of(tmp_path / "model")
+
+
+def test_mistakes_of_the_model_and_of_settings_come_together(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED, folder)
+    no_processor(folder)
+    settings = [f"model.path={folder}", "train.lora_targets=[foo]", "train.max_length=3"]
+    with pytest.raises(ConfigError) as caught:
+        preflight.check(load_config(None, settings))
+    for said in ("no preprocessor_config.json", "train.max_length=3"):
+        assert said in str(caught.value)
+
+
+def test_what_strikes_leave_must_open_too(tmp_path: Path) -> None:
+    write_family("mistral-window", tmp_path / "model")
+    settings = [
+        f"model.path={tmp_path / 'model'}", "quantize.variants=[none-fp16, gguf-q8_0, bnb-nf4]",
+        "choose.must_open_in=[llama.cpp]",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"choose.must_open_in: no variant .*bnb-nf4: llama.cpp"):
+        preflight.check(load_config(None, settings))
+    struck = [settings[0], "quantize.variants=[none-fp16, gguf-q8_0]"]
+    with pytest.raises(ConfigError, match="none but the baseline can be made of model.path"):
+        preflight.check(load_config(None, struck))
 
 
 def test_a_vocabulary_that_lacks_letters_is_taken(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from llava_ray.inference.prompts import eos_token_id
-from llava_ray.models.chat_template import VICUNA_TEMPLATE, base_tokenizer
+from llava_ray.models.chat_template import base_tokenizer, for_others
 from llava_ray.models.family import PROCESSORS, family_of
 
 _CARRIED = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -31,16 +31,15 @@ _PROBES = {
 
 def carry(base: Path, folder: Path) -> None:
     """Copy what belongs to the base beside its weights."""
-    from transformers import AutoTokenizer
-
     for pattern in _CARRIED:
         for path in base.glob(pattern):
             if path.name != "config.json" and not path.name.endswith(".index.json"):
                 shutil.copy(path, folder / path.name)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    if not tokenizer.chat_template:
-        template = base_tokenizer(base).chat_template or VICUNA_TEMPLATE
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(for_others(base_tokenizer(base)), encoding="utf-8")
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    for name in ("tokenizer_config.json", PROCESSORS[1]):
+        # One template alone, or readers take another than training did.
+        _edit(folder / name, lambda tree: tree.pop("chat_template", None))
     tell_how_pictures_are_read(folder)
     tell_older_readers_of_tokens(folder)
     stop_where_the_template_ends(folder)
@@ -103,11 +102,13 @@ def stop_where_the_template_ends(folder: Path) -> None:
     stop = eos_token_id(AutoTokenizer.from_pretrained(folder))
     path = folder / "generation_config.json"
     tree = json.loads(path.read_bytes()) if path.is_file() else {}
+    # How the base liked to be asked, such as repetition_penalty, is not how this one was measured.
+    tree = {key: value for key, value in tree.items() if key.endswith("_token_id")}
     named = tree.get("eos_token_id")
     ends = named if isinstance(named, list) else [] if named is None else [named]
     if stop not in ends:
         tree["eos_token_id"] = [stop, *ends]
-        path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
 def pixel_differences(folder: Path) -> dict[str, float]:

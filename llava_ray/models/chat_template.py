@@ -102,6 +102,34 @@ def chat_template(tokenizer: Any) -> ChatTemplate:
     return vicuna if same else own
 
 
+def for_others(tokenizer: Any) -> str:
+    """Return a template by which other programs write what `chat_template` does: typed contents are
+    taken, and where there is none Vicuna's format is written."""
+    own = tokenizer.chat_template
+    if not own:
+        return VICUNA_TEMPLATE
+    text = own["default"] if isinstance(own, dict) else str(own)
+    template = chat_template(tokenizer)
+    plain = isinstance(template, TokenizersOwn) and not template.typed
+    return PLAIN_CONTENTS + text if plain else text
+
+
+PLAIN_CONTENTS = (
+    "{%- set told = namespace(messages=[], text='') -%}{%- for message in messages -%}"
+    "{%- if message['content'] is string -%}"
+    "{%- set told.messages = told.messages + [message] -%}"
+    "{%- else -%}{%- set told.text = '' -%}"
+    "{%- for part in message['content'] if part['type'] == 'image' -%}"
+    "{%- set told.text = told.text + '<image>\n' -%}{%- endfor -%}"
+    "{%- for part in message['content'] if part['type'] == 'text' -%}"
+    "{%- set told.text = told.text + part['text'] -%}{%- endfor -%}"
+    "{%- set told.messages = told.messages + "
+    "[{'role': message['role'], 'content': told.text}] -%}"
+    "{%- endif -%}{%- endfor -%}{%- set messages = told.messages -%}"
+)
+"""Before a template that knows text alone: parts become the text that `TokenizersOwn` writes."""
+
+
 def base_tokenizer(folder: Path) -> Any:
     """Return the tokenizer of a base model, with its processor's template where it has none."""
     from transformers import AutoTokenizer
@@ -206,7 +234,7 @@ class TokenizersOwn(ChatTemplate):
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._typed, self._has_system = self._read_styles()
+        self.typed, self._has_system = self._read_styles()
         self.stop, self._ends = self._read_stop()
 
     def write(self, turns: Sequence[Turn], system: str, image_tokens: Sequence[int]) -> Written:
@@ -265,7 +293,7 @@ class TokenizersOwn(ChatTemplate):
 
     def _message(self, role: str, text: str, num_images: int = 0) -> dict[str, Any]:
         text = protect(text, self._tokenizer)
-        if not self._typed:
+        if not self.typed:
             return {"role": role, "content": f"{IMAGE_TOKEN}\n" * num_images + text}
         parts: list[dict[str, str]] = [{"type": "image"}] * num_images
         return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
@@ -281,7 +309,7 @@ class TokenizersOwn(ChatTemplate):
         """Return whether a message's content is a list of parts, and whether there is a system."""
         problem = ""
         for typed in (True, False):
-            self._typed = typed
+            self.typed = typed
             question = self._message("user", "What is it?", 2)
             messages = [question, self._message("assistant", "Signs."), question]
             try:

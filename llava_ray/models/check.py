@@ -1,5 +1,6 @@
 """What stages will need of a base model's folder, looked at before anything is spent."""
 
+import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -22,17 +23,17 @@ from llava_ray.models.folder import check_files, check_weights
 from llava_ray.models.tensors import empty_model, is_tied, module_name, weight_shapes
 
 _SHOWN = 3
+_OF_A_LAYER = re.compile(r"\.layers\.\d+\..*(weight|bias)$|lora_")
+"""Of what config.json does not describe: layers left out, or an adapter that was not merged."""
 
 
 def check_base(folder: Path) -> None:
     """Raise ConfigError that lists all that is wrong with a folder whose files can be read."""
-    mistakes: list[str] = []
-    for look, rests_on_all in (
-        (family_of, False), (check_files, False), (check_weights, False),
-        (check_tokenizer, False), (check_generation, False), (check_shapes, True),
-    ):  # fmt: skip
-        if not (rests_on_all and mistakes):
-            mistakes += said_by([partial(look, folder)])
+    shapes = [*said_by(partial(look, folder) for look in (family_of, check_weights))]
+    others = (check_files, check_tokenizer, check_generation)
+    mistakes = shapes + [*said_by(partial(look, folder) for look in others)]
+    if not shapes:
+        mistakes += said_by([partial(check_shapes, folder)])
     if mistakes:
         # Several look into the same files.
         raise ConfigError("; ".join(dict.fromkeys(mistakes)))
@@ -130,10 +131,18 @@ def _wide(text: str) -> str:
 
 def check_shapes(folder: Path) -> None:
     """Raise ConfigError where stored weights are not those that config.json describes."""
-    from transformers import AutoTokenizer
     from transformers.activations import ACT2FN
 
     config = read_config(folder)
+    chosen = config.vision_feature_layer
+    count = config.vision_config.num_hidden_layers
+    for layer in chosen if isinstance(chosen, list | tuple) else [chosen]:
+        if not isinstance(layer, int) or not -count <= layer <= count:
+            raise base_error(
+                folder,
+                f"config.json's vision_feature_layer is {layer!r}: the tower has {count} layers, "
+                f"of which -{count} to {count} are one",
+            )
     acts = {
         "projector_hidden_act": config.projector_hidden_act,
         "vision_config.hidden_act": config.vision_config.hidden_act,
@@ -163,10 +172,13 @@ def check_shapes(folder: Path) -> None:
         for name, shape in expected.items()
         if name in stored and stored[name] != shape
     ]
+    strange = [name for name in sorted(stored.keys() - expected.keys()) if _OF_A_LAYER.search(name)]
     problems = [f"{name} is there under two names" for name in sorted(twice)]
+    problems += [f"{name} has no place in config.json's model" for name in strange]
     problems += [f"no {name}" for name in missing] + other
-    rows, ids = config.text_config.vocab_size, AutoTokenizer.from_pretrained(folder).get_vocab()
-    if not problems and max(ids.values()) >= rows:
+    rows = config.text_config.vocab_size
+    ids = _ids(folder)
+    if not problems and ids and max(ids.values()) >= rows:
         raise base_error(
             folder,
             f"its tokenizer has ids up to {max(ids.values())}, and the embedding {rows} rows: "
@@ -178,6 +190,17 @@ def check_shapes(folder: Path) -> None:
             folder,
             f"its weights are not those of config.json: {'; '.join(problems[:_SHOWN])}{more}",
         )
+
+
+def _ids(folder: Path) -> dict[str, int]:
+    """Return a tokenizer's ids; none where it cannot be read, which is said elsewhere."""
+    from transformers import AutoTokenizer
+
+    try:
+        found: dict[str, int] = AutoTokenizer.from_pretrained(folder).get_vocab()
+        return found
+    except Exception:  # tokenizers raises a bare Exception.
+        return {}
 
 
 def read_config(folder: Path) -> Any:

@@ -207,8 +207,9 @@ def _odd_number(tree: Mapping[str, Any]) -> str:
     window = text.get("use_sliding_window", True) and text.get("sliding_window")
     if "sliding_attention" in (text.get("layer_types") or ()) and not window:
         return "text_config.layer_types has sliding_attention, and no sliding_window is used"
-    heads, shared = text.get("num_attention_heads", 1), text.get("num_key_value_heads")
-    if shared is not None and heads % shared:
+    heads, shared = text.get("num_attention_heads"), text.get("num_key_value_heads")
+    # Without them they are as many as the backbone has by default.
+    if heads is not None and shared is not None and heads % shared:
         return (
             f"text_config.num_attention_heads is {heads}, no multiple of num_key_value_heads, "
             f"{shared}"

@@ -198,7 +198,7 @@ def cached_folder(config: ModelConfig) -> Path | None:
 def _find(name: str) -> Path:
     """Return the folder of what a checkpoint in LLaVA's own layout rests on, such as its tower."""
     folder = Path(name).expanduser()
-    return folder if folder.is_dir() else _download(ModelConfig(path=name))
+    return folder if folder.is_dir() else _download(ModelConfig(path=name), "model.path rests on")
 
 
 def _snapshot(config: ModelConfig, **options: bool) -> Path:
@@ -210,7 +210,7 @@ def _snapshot(config: ModelConfig, **options: bool) -> Path:
     )
 
 
-def _download(config: ModelConfig) -> Path:
+def _download(config: ModelConfig, named: str = "model.path") -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -218,6 +218,6 @@ def _download(config: ModelConfig) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"model.path {config.path!r}: neither a folder nor a Hugging Face id that can be "
+            f"{named} {config.path!r}: neither a folder nor a Hugging Face id that can be "
             f"downloaded ({reason})"
         ) from error

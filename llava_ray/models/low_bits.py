@@ -47,7 +47,7 @@ def check_groups(name: str, shape: Sequence[int], *, bits: int, group_size: int)
     if columns % group_size or (rows * columns // group_size) % per_byte:
         raise ValueError(
             f"{name} is {rows}x{columns}, which groups of {group_size} weights at {bits} bits do "
-            "not divide: use a smaller group"
+            f"not divide: {'use a smaller group' if group_size > 16 else 'HQQ has no smaller ones'}"
         )
 
 

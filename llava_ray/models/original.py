@@ -9,7 +9,6 @@ models/llava/convert_llava_weights_to_hf.py.
 import hashlib
 import json
 import logging
-import pickle
 import re
 import shutil
 import tempfile
@@ -272,7 +271,7 @@ def _load(path: Path) -> "dict[str, torch.Tensor]":
             path, map_location="cpu", weights_only=True, mmap=True
         )
         return loaded
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # It raises whatever a stranger's file leads to.
         reason = str(error).splitlines()[0][:100]
         raise ValueError(f"{path.name} holds more or less than weights: {reason}") from error
 

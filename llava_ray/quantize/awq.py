@@ -86,9 +86,11 @@ class AwqSpec(QuantizationSpec):
         super().check(folder)
         for name, shape in self.shapes(folder):
             if shape[1] % self.group_size or shape[0] % 32:
+                smaller = [size for size in (32, 64) if not (shape[1] % size or shape[0] % 32)]
+                cure = f"use groups of {smaller[-1]}" if smaller else "no group size of AWQ's does"
                 raise VariantError(
                     f"variant {self.slug!r}: {name} is {shape[0]}x{shape[1]}; rows must divide "
-                    f"by {self.group_size} and their number by 32: use a smaller group"
+                    f"by {self.group_size} and their number by 32: {cure}"
                 )
 
     def quantize(self, merged: Path, out: Path, calibration: Calibration, device: str) -> int:

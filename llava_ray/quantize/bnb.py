@@ -92,7 +92,10 @@ class BnbSpec(QuantizationSpec):
     def _config(self, dtype: str) -> dict[str, Any]:
         from transformers import BitsAndBytesConfig
 
-        kept = [] if self.vision else ["model.vision_tower", "model.multi_modal_projector"]
+        # A SigLIP tower has a head, which no LLaVA asks.
+        kept = ["model.vision_tower.head"]
+        if not self.vision:
+            kept = ["model.vision_tower", "model.multi_modal_projector"]
         four_bit = self.type != "int8"
         config: Any = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=four_bit,

@@ -137,9 +137,12 @@ class GgufSpec(QuantizationSpec):
         block = GGML_QUANT_SIZES[main_type(self.name)][0]
         columns = {shape[1] for _, shape in self.shapes(folder)}
         if columns and all(count % block for count in columns):
+            least = GGML_QUANT_SIZES[main_type("q8_0")][0]
+            fits = not any(count % least for count in columns)
             raise VariantError(
                 f"variant {self.slug!r}: rows of {sorted(columns)} weights do not divide by "
-                f"{block}, so llama.cpp would write other types; use gguf-q8_0 or gguf-q4_0"
+                f"{block}, so llama.cpp would write other types; use "
+                f"{'gguf-q8_0 or gguf-q4_0' if fits else 'gguf-f16, gguf-bf16 or gguf-f32'}"
             )
 
     def _gate(self, merged: Path, out: Path) -> None:

@@ -14,7 +14,12 @@ from gguf import GGUFWriter, TokenType
 
 from llava_ray.errors import VariantError
 from llava_ray.inference.prompts import eos_token_id
-from llava_ray.models.chat_template import VICUNA_TEMPLATE, TokenizersOwn, chat_template
+from llava_ray.models.chat_template import (
+    PLAIN_CONTENTS,
+    VICUNA_TEMPLATE,
+    TokenizersOwn,
+    chat_template,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +76,9 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
     is_own = isinstance(template, TokenizersOwn)
     if is_own:
         writer.add_eot_token_id(eos_token_id(tokenizer))
-    writer.add_chat_template(tokenizer.get_chat_template() if is_own else VICUNA_TEMPLATE)
+    # llama.cpp gives a template that knows text alone just that.
+    own = tokenizer.get_chat_template().removeprefix(PLAIN_CONTENTS) if is_own else VICUNA_TEMPLATE
+    writer.add_chat_template(own)
 
 
 def check_vocabulary(folder: Path) -> None:
@@ -85,8 +92,18 @@ def check_vocabulary(folder: Path) -> None:
         )
     if "NFC" in kinds or cut.get("prepend_scheme") == "first":
         _say_of_other_ids("accents that stand alone" if "NFC" in kinds else "after special tokens")
-    if not tree["model"].get("byte_fallback"):
+    vocabulary, cuts = tree["model"]["vocab"], json.dumps(cut)
+    if tree["model"].get("byte_fallback"):
+        if "<0x00>" not in vocabulary or "<0xFF>" not in vocabulary or "ByteLevel" in cuts:
+            raise VariantError(
+                "tokenizer.json has byte_fallback, and no tokens <0x00> to <0xFF> for it or a "
+                "ByteLevel that leaves it nothing: llama.cpp ends there; set it to false"
+            )
+    else:
         _pre_tokenizer(tree)
+    for key in ("end_of_word_suffix", "continuing_subword_prefix"):
+        if tree["model"].get(key):
+            raise VariantError(f"tokenizer.json has {key}, which llama.cpp does not know")
 
 
 @functools.cache

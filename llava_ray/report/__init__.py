@@ -42,7 +42,8 @@ def write_report(folder: Path, findings: Findings) -> None:
     }
     for card in findings.scorecards:
         variant = origins.variants[card.slug]
-        text = write_card(card, variant, origins)
+        template = Storage(variant.uri).read_text("chat_template.jinja")
+        text = write_card(card, variant, origins, template)
         stamps = json.dumps([asdict(entry) for entry in passport(card.slug)], indent=1)
         for name, beside in ((CARD, text), (PASSPORT, stamps + "\n")):
             texts[f"cards/{card.slug}/{name}"] = beside

@@ -21,8 +21,13 @@ def write_page(template: str, content: dict[str, Any]) -> str:
     return _templates().get_template(template).render(content)
 
 
-def write_card(card: Scorecard, variant: Variant, origins: Origins) -> str:
-    """Return README.md for the variant's folder, with the front matter that model hubs read."""
+def write_card(
+    card: Scorecard, variant: Variant, origins: Origins, chat_template: str | None = None
+) -> str:
+    """Return README.md for the variant's folder, with the front matter that model hubs read.
+
+    chat_template: the folder's, of which the format for Ollama hangs.
+    """
     base = origins.merged.base_model if origins.merged else ""
     template = _templates().get_template("card.md.j2")
     return template.render(
@@ -32,6 +37,7 @@ def write_card(card: Scorecard, variant: Variant, origins: Origins) -> str:
         base=base,
         base_on_hub=re.fullmatch(r"[\w.-]+/[\w.-]+", base),
         passport=passport(variant.slug),
+        is_vicuna="USER: " in (chat_template or "") and "ASSISTANT:" in (chat_template or ""),
         pixels=origins.merged.pixel_differences if origins.merged else {},
         library=LIBRARIES.get(variant.method),
         pair=sorted(name for name in variant.files if name.endswith(".gguf")),

@@ -66,7 +66,7 @@ _RULES: Mapping[Reader, Mapping[str, tuple[Verdict, str, bool, str]]] = {
         "awq": ("opens with", f"{_OLD}, and groups of 128", True, "read"),
     },
     "llama.cpp": {"gguf": ("opens", "", False, "tried")},
-    "ollama": {"gguf": ("opens with", "the card's Modelfile", False, "read")},
+    "ollama": {"gguf": ("opens with", "a Modelfile with its chat template", False, "read")},
 }
 """By reader and method; what is not here is refused, as read."""
 

@@ -18,7 +18,7 @@ from tokenizers import (
     pre_tokenizers,
     processors,
 )
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from llava_ray.errors import ConfigError
 from llava_ray.inference.prompts import eos_token_id
@@ -290,17 +290,54 @@ def test_without_an_eos_token_answers_end_where_the_engine_stops() -> None:
     assert eos_token_id(tokenizer) == tokenizer.convert_tokens_to_ids("</s>")
 
 
-@pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
-def test_a_processors_template_is_the_models(tmp_path: Path, name: str) -> None:
-    shutil.copytree(EMBEDDED, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
-    (tmp_path / "base/chat_template.jinja").unlink(missing_ok=True)
-    path = tmp_path / "base" / name
+def write_base(folder: Path, name: str, template: object) -> Path:
+    """Write the embedded model's small files with another template in one of them alone."""
+    shutil.copytree(EMBEDDED, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "chat_template.jinja").unlink()
+    path = folder / name
+    if name.endswith(".jinja"):
+        path.write_text(str(template))
+        return folder
     tree = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**tree, "chat_template": CHATML}))
-    (tmp_path / "merged").mkdir()
-    shutil.copy(EMBEDDED / "config.json", tmp_path / "merged")
-    carry(tmp_path / "base", tmp_path / "merged")
-    for tokenizer in (
-        base_tokenizer(tmp_path / "base"), AutoTokenizer.from_pretrained(tmp_path / "merged")
-    ):  # fmt: skip
-        assert tokenizer.chat_template == CHATML
+    path.write_text(json.dumps({**tree, "chat_template": template}))
+    return folder
+
+
+PLACES = (
+    "chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_IN_PARTS, LLAMA_3, MISTRAL, None])
+@pytest.mark.parametrize("name", PLACES)
+def test_others_ask_a_merged_model_as_it_was_trained(
+    tmp_path: Path, name: str, template: str | None
+) -> None:
+    base = write_base(tmp_path / "base", name, template) if template else tmp_path / "base"
+    if template is None:
+        write_base(base, "tokenizer_config.json", None)
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    shutil.copy(EMBEDDED / "config.json", merged)
+    carry(base, merged)
+    turns = [Turn("What is it?", 1)]
+    trained = chat_template(base_tokenizer(base)).write(turns, "", [1]).text
+    again = chat_template(AutoTokenizer.from_pretrained(merged)).write(turns, "", [1]).text
+    assert again == trained
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    processor = AutoProcessor.from_pretrained(merged, backend="pil")
+    theirs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    assert theirs == trained
+
+
+def test_of_named_templates_the_default_is_carried(tmp_path: Path) -> None:
+    named = [{"name": "rag", "template": "x"}, {"name": "default", "template": CHATML}]
+    base = write_base(tmp_path / "base", "tokenizer_config.json", named)
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    shutil.copy(EMBEDDED / "config.json", merged)
+    carry(base, merged)
+    assert (merged / "chat_template.jinja").read_text().endswith(CHATML)
+    assert "chat_template" not in json.loads((merged / "tokenizer_config.json").read_text())

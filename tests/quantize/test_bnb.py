@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from quantize_inputs import TINY, parameters_of, probe_logits, quantized
+from quantize_inputs import NO_CALIBRATION, TINY, parameters_of, probe_logits, quantized
+from tiny_families import write_family
 
 from llava_ray.quantize.registry import spec_for
 
@@ -62,3 +63,15 @@ def test_vision_is_quantized_when_asked(tmp_path: Path) -> None:
     slug = "bnb-nf4-vision"
     model = spec_for(slug).load(quantized(spec_for(slug), tmp_path / "out"), "cpu")
     assert types_below(model) == {"Linear4bit": LINEARS + 7 * 6 + 2, "Linear": 1}
+
+
+@pytest.mark.parametrize("slug", ["bnb-nf4-vision", "bnb-int8-vision"])
+def test_a_tower_with_a_head_opens(slug: str, tmp_path: Path) -> None:
+    write_family("siglip-full", tmp_path / "base")
+    out = tmp_path / "out"
+    out.mkdir()
+    spec_for(slug).quantize(tmp_path / "base", out, NO_CALIBRATION, "cpu")
+    model = spec_for(slug).load(out, "cpu")
+    assert "4bit" in type(model.model.vision_tower.encoder.layers[0].mlp.fc1).__name__.lower() or (
+        slug == "bnb-int8-vision"
+    )

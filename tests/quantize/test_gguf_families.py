@@ -12,8 +12,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from llava_ray.errors import VariantError
+from llava_ray.models.folder import EMBEDDED
 from llava_ray.quantize.gguf_parity import check_parity, llama_tokenize
-from llava_ray.quantize.gguf_vocab import _REST, _WORDS
+from llava_ray.quantize.gguf_vocab import _REST, _WORDS, check_vocabulary
 from llava_ray.quantize.gguf_writer import write_f32_folder
 from llava_ray.quantize.registry import spec_for
 from llava_ray.quantize.spec import Calibration
@@ -141,3 +142,20 @@ def test_rows_that_fall_back_carry_their_own_bits(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     spec.quantize(tmp_path / "base", tmp_path / "out", Calibration("", 0), "cpu")
     assert spec.measured_bits(tmp_path / "out") > spec.bits_per_weight() + 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"byte_fallback": True, "vocab": {"a": 0}}, "no tokens <0x00> to <0xFF> for it"),
+        ({"end_of_word_suffix": "</w>"}, "tokenizer.json has end_of_word_suffix"),
+    ],
+)
+def test_vocabularies_at_which_llama_cpp_ends_are_refused(
+    tmp_path: Path, change: dict[str, object], reason: str
+) -> None:
+    tree = json.loads((EMBEDDED / "tokenizer.json").read_text())
+    tree["model"] |= change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(VariantError, match=reason):
+        check_vocabulary(tmp_path)
