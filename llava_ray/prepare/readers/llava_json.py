@@ -1,6 +1,7 @@
 """JSON: LLaVA's and ShareGPT's lists of conversations, or any list of objects."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from llava_ray.artifacts.store import sha256_of
 from llava_ray.errors import DataError
 from llava_ray.prepare.readers import Reader
 from llava_ray.prepare.table import BrokenRow, Cells, Table, decoded
+
+_SPACE = re.compile(r"\s*")
 
 
 def open_json(path: Path) -> Table:
@@ -38,15 +41,21 @@ def open_json(path: Path) -> Table:
 
 def _value(text: str) -> Any:
     """Return what a file holds; of several values one after the other a list."""
-    decoder, values, start = json.JSONDecoder(), [], 0
-    text = text.strip()
+    decoder, values = json.JSONDecoder(), []
+    start = _next(text, 0)
     while start < len(text):
         value, end = decoder.raw_decode(text, start)
         values.append(value)
-        start = end + len(text[end:]) - len(text[end:].lstrip()) if text[end : end + 1] else end
+        start = _next(text, end)
     if not values:
         raise ValueError("it is empty")
     return values[0] if len(values) == 1 else values
+
+
+def _next(text: str, start: int) -> int:
+    """Return where white space ends."""
+    found = _SPACE.match(text, start)
+    return found.end() if found else start
 
 
 def _of_coco(tree: dict[str, Any]) -> list[dict[str, Any]] | None:
