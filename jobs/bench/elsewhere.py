@@ -1,6 +1,6 @@
 """Ask the variants of a finished run by other programs, with the code of their cards.
 
-python jobs/bench/elsewhere.py jobs/results/elsewhere.json --config jobs/configs/quickstart.yaml \
+python jobs/bench/elsewhere.py --out jobs/results/elsewhere.json --config my.yaml \
     --python transformers-5=.venv/bin/python --python transformers-4=OTHER/bin/python --tools DIR
 """
 
@@ -13,7 +13,7 @@ from llava_ray.console import errors_in_one_line, set_up_logging
 
 if __name__ == "__main__":
     parser = argument_parser(__doc__)
-    parser.add_argument("out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--python", action="append", default=[], metavar="READER=PYTHON")
     parser.add_argument("--tools", type=Path, help="folder of llama.cpp's programs")
     arguments = parser.parse_intermixed_args()

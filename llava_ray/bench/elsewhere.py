@@ -22,8 +22,6 @@ from llava_ray.publish import find_variant, lay_out
 
 logger = logging.getLogger(__name__)
 
-SLUGS = ("none-fp16", "bnb-nf4", "awq-w4-g128", "hqq-w4-g64", "gguf-q8_0")
-"""One of each method of the article's table."""
 PICTURES = (
     ("OPEN LATE", 600, 240), ("FRESH BREAD", 800, 300), ("PLATFORM 9", 300, 700),
     ("EXIT", 900, 200), ("NO PARKING", 240, 640), ("TICKETS", 500, 333),
@@ -33,18 +31,15 @@ CHECKED_WORDS = 24
 _FENCE = re.compile(r"```(python|bash)\n(.*?)```", re.DOTALL)
 
 
-def run(
-    config: RunConfig, out: Path, pythons: Mapping[str, Path], tools: Path | None,
-    slugs: Sequence[str] = SLUGS,
-) -> Path:  # fmt: skip
-    """Ask every variant by every reader that is here, and write how many answers are ours.
+def run(config: RunConfig, out: Path, pythons: Mapping[str, Path], tools: Path | None) -> Path:
+    """Ask each of quantize.variants by every reader that is here; write how many answers are ours.
 
     pythons: by a reader of passport.py the Python that has it. tools: the folder of llama.cpp's
     programs. Raises ConfigError for a slug that was not measured and chosen from.
     """
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for slug in slugs:
+        for slug in config.quantize.variants:
             folder = lay_out(find_variant(config, slug), Path(scratch) / slug)
             blocks = _FENCE.findall((folder / "README.md").read_text(encoding="utf-8"))
             ours = _answers(folder, [sys.executable, "-c", _own(blocks)])

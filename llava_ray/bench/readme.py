@@ -302,6 +302,13 @@ _DECODE = _by_row(
     Column("bandwidth", "share_of_bandwidth", ".0%"),
     Column("kernel", "kernel"),
 )
+_ELSEWHERE = _by_row(
+    Column("variant", "variant"),
+    Column("by", "reader"),
+    Column("transformers", "versions.transformers"),
+    Column("pictures", "pictures"),
+    Column("the engine's answer", lambda row: row.get("failed") or str(row["same_answers"])),
+)
 _SIZE = Column("", "size_bytes", ".1f", 1e6)
 _REPORT = _by_row(
     Column("variant", lambda r: f"**{r['slug']}**" if r["status"] == "winner" else r["slug"]),
@@ -351,6 +358,7 @@ _VARIANTS_7B = _by_row(
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "costs": ("costs", _COSTS),
     "decode": ("decode_h100", _DECODE),
+    "elsewhere": ("elsewhere", _ELSEWHERE),
     "embedded": ("embedded", _embedded),
     "families": ("families", _plain),
     "families_gpu": ("families_h100", _plain),

@@ -42,7 +42,7 @@ _OLD = "transformers below 4.52, which it loads towers by"
 _RULES: Mapping[Reader, Mapping[str, tuple[Verdict, str, bool, str]]] = {
     "transformers-4": {
         "none": ("opens", "", True, "tried"),
-        "bnb": ("opens with", "bitsandbytes", True, "read"),
+        "bnb": ("opens with", "bitsandbytes", True, "tried"),
         "awq": ("refuses", "AutoAWQ 0.2.9 does not import beside it", False, "tried"),
         "hqq": ("refuses", _NO_WEIGHTS, False, "read"),
         "gguf": ("refuses", _NO_GGUF, False, "read"),
