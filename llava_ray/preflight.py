@@ -62,13 +62,13 @@ def check_model(config: RunConfig, folder: Path | None) -> None:
     """
     if folder is None or folder == EMBEDDED:
         return
-    looks = [functools.partial(check_base, folder)]
+    mistakes = [*said_by([functools.partial(check_base, folder)])]
     # What the settings come to is known where shapes and tokens are.
-    shapes = (functools.partial(look, folder) for look in _KNOWN)
-    if not [*said_by(shapes)]:
-        parts = (check_slugs, check_training, check_context)
-        looks += [functools.partial(look, config, folder) for look in parts]
-    raise_all(looks)
+    if not mistakes or not [*said_by(functools.partial(look, folder) for look in _KNOWN)]:
+        looks = (check_slugs, check_training, check_context)
+        mistakes += said_by(functools.partial(look, config, folder) for look in looks)
+    if mistakes:
+        raise ConfigError("; ".join(mistakes))
 
 
 def check_slugs(config: RunConfig, folder: Path) -> None:

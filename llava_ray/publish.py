@@ -1,16 +1,13 @@
 """A chosen variant with its card and passport, to a repository of the Hugging Face hub."""
 
-import logging
 import shutil
 from pathlib import Path
 
 from llava_ray.artifacts.records import ChosenVariant, Variant
-from llava_ray.artifacts.storage import Storage
+from llava_ray.artifacts.storage import Storage, check_empty
 from llava_ray.artifacts.store import CARD, PASSPORT, ArtifactStore, local_folder, read_record
 from llava_ray.config.run import RunConfig
 from llava_ray.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 
 def find_variant(config: RunConfig, slug: str | None) -> Variant:
@@ -38,8 +35,7 @@ def lay_out(variant: Variant, out: Path) -> Path:
 
     Raises ConfigError for a folder that holds something, or a variant that was not measured yet.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is there already: give an empty folder")
+    check_empty(out)
     beside = {name: Storage(variant.uri).read_text(name) for name in (CARD, PASSPORT)}
     if missing := [name for name, text in beside.items() if text is None]:
         raise ConfigError(

@@ -235,6 +235,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_ray"
 
 
+def check_empty(folder: Path) -> None:
+    """Raise ConfigError for a folder that holds something, or is none."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is there already: give an empty folder")
+
+
 def check_writable(folder: Path, name: str) -> None:
     """Make a folder, and a file in it for a moment.
 

@@ -172,7 +172,7 @@ class Product:
         """Choose what backward computes again, by the product's config key."""
         loss = self.engine.module
         for layer in loss.decoder.layers if loss.decoder else ():
-            layer.recompute = {False: "none", "mlp": "mlp", True: "layer"}[checkpointing]
+            layer.recompute = adapt.RECOMPUTE[checkpointing]
         adapt.set_checkpointing(self.base, on=loss.decoder is None and bool(checkpointing))
 
     def step(self, batch: Batch) -> tuple[torch.Tensor, Any]:

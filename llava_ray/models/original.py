@@ -17,9 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.artifacts.storage import cache_folder
+from llava_ray.artifacts.storage import cache_folder, check_empty
 from llava_ray.console import Progress
-from llava_ray.errors import ConfigError
 from llava_ray.models.family import PROCESSORS, base_error
 from llava_ray.models.tensors import ShardWriter, file_name, module_name, tensors
 
@@ -282,8 +281,7 @@ def write_original(folder: Path, out: Path) -> None:
 
     Raises ConfigError for a folder that holds something.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is there already: give an empty folder")
+    check_empty(out)
     tower = out / "vision_tower"
     tower.mkdir(parents=True)
     from transformers import AutoConfig

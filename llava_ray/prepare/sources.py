@@ -22,6 +22,7 @@ from llava_ray.prepare.table import (
     Cells,
     Table,
     binary_columns,
+    class_names,
     decoded,
     each_row,
     names_files,
@@ -316,8 +317,7 @@ def _of_dataset(dataset: Any, sha256: str) -> Table:
     import datasets
 
     arrow, kinds = dataset.with_format("arrow"), dataset.features
-    labels = {n: kinds[n].names for n in kinds if isinstance(kinds[n], datasets.ClassLabel)}
-    binary = binary_columns(kinds.arrow_schema)
+    binary, labels = binary_columns(kinds.arrow_schema), class_names(kinds.arrow_schema)
 
     def read(columns: Sequence[str]) -> Iterator[Cells | BrokenRow]:
         chosen = arrow.select_columns(list(columns))

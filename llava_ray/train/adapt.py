@@ -24,6 +24,8 @@ QUANTIZATION_SKIPS = ("model.vision_tower", "model.multi_modal_projector", "lm_h
 """transformers matches these from the start of a module's name."""
 
 PROJECTOR = "multi_modal_projector."
+RECOMPUTE: dict[Any, Any] = {False: "none", "mlp": "mlp", True: "layer"}
+"""By train.gradient_checkpointing what fused layers compute again."""
 
 
 def load_base(
@@ -191,8 +193,7 @@ def fused_decoder(model: nn.Module, train: TrainConfig) -> Any:
     if reason := fused.obstacle(llava):
         logger.info("train: layers run through transformers and peft (%s)", reason)
         return None
-    recompute: dict[Any, fused.Recompute] = {False: "none", "mlp": "mlp", True: "layer"}
-    return fused.Decoder(llava.model.language_model, recompute[train.gradient_checkpointing])
+    return fused.Decoder(llava.model.language_model, RECOMPUTE[train.gradient_checkpointing])
 
 
 def set_checkpointing(llava: Any, *, on: bool) -> None:

@@ -205,7 +205,6 @@ class Loop:
         return open_split(self.task.dataset, name, cache_bytes=data.cache_bytes)
 
     def _samples(self) -> CaptionSamples:
-
         folder = model_folder(self.task.config.model)
         longest = max_positions(folder)
         if self.train.max_length > longest and self.rank == 0:
