@@ -5,6 +5,7 @@ llava-ray original --out my-llava --config my.yaml
 
 from pathlib import Path
 
+from llava_ray.artifacts.storage import check_empty
 from llava_ray.artifacts.store import local_folder
 from llava_ray.cli import argument_parser, connect
 from llava_ray.config.run import load_config
@@ -18,7 +19,9 @@ if __name__ == "__main__":
     arguments = parser.parse_intermixed_args()
     set_up_logging()
     with errors_in_one_line():
-        connect()
         config = load_config(arguments.config, arguments.overrides)
-        write_original(local_folder(run_merge(config)), arguments.out)
+        check_empty(arguments.out)
+        if not arguments.dry_run:
+            connect()
+            write_original(local_folder(run_merge(config)), arguments.out)
         print(arguments.out)
